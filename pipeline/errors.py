@@ -1,0 +1,64 @@
+"""What can go wrong, by whose hand, and with which exit code the command ends.
+
+A `UserError` is anything the user can mend: it names the field, the value, the constraint and
+the way out, and is raised before a model is loaded wherever that is possible.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_STOPPED = 75
+"""A stop was requested, everything was saved: the same command continues (EX_TEMPFAIL)."""
+
+
+class LoradropError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(LoradropError):
+    """A fault in what the user gave: `field = value: constraint. remedy`."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, field: str, value: object, constraint: str, remedy: str = "") -> None:
+        self.field, self.value, self.constraint, self.remedy = field, value, constraint, remedy
+        shown = "" if value is None else f" = {_shorten(value)}"
+        tail = f" {remedy}" if remedy else ""
+        super().__init__(f"{field}{shown}: {constraint.rstrip('.')}.{tail}")
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UserError):
+    """A data file or a row of it is wrong; `field` names file, row and column."""
+
+
+class RunFolderError(UserError):
+    """A run folder lacks a file that a stage needs, or holds a damaged one."""
+
+
+class SetupError(UserError):
+    """The machine lacks something: an interpreter, a compiler, disk space, a device."""
+
+
+class ErrorList(UserError):
+    """Several user errors found in one pass, shown together."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        self.errors = errors
+        Exception.__init__(self, "\n".join(str(error) for error in errors))
+
+
+class StageFailed(LoradropError):
+    """A stage's process ended with a failure that is not the user's; its log says why."""
+
+
+def _shorten(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""Search over dropout rate, rank and learning rate with Ray Tune."""
