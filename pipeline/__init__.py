@@ -1,3 +1,37 @@
-"""loradrop: LoRA under structured dropout on 4-bit language models."""
+"""loradrop: LoRA under structured dropout on 4-bit language models.
+
+Names are resolved on first use, so that importing this package, or searching with `tune`, imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "calibrate": ("apply_temperature", "fit_temperature"),
+    "config": ("RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
+    "config.load": ("config_keys", "read_yaml", "validate"),
+    "data": ("load_splits",),
+    "ensemble": ("average", "choose_adapters"),
+    "errors": (
+        "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
+        "RunFolderError", "StageFailed", "UserError",
+    ),
+    "predictions": ("read_predictions",),
+    "runs": (
+        "RunPaths", "publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text",
+    ),
+    "scores": ("nll",),
+    "train": ("train_run",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -98,11 +98,16 @@ class RunPaths:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, fsync, rename."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write aside, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)
@@ -139,7 +144,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a folder aside, add a manifest of sizes and hashes, fsync, rename to `target`.
+    """Let `fill` write a folder aside, add sizes and hashes to its manifest.json, fsync, rename to `target`.
 
     An existing `target` is replaced only once the new folder is complete.
     """
@@ -195,12 +200,13 @@ def update_status(paths: RunPaths, stage: str, state: str, detail: str = "") -> 
 
 
 def _write_manifest(folder: Path) -> None:
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
 def _fsync_folder(folder: Path) -> None:

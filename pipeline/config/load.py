@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +28,24 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest right one), wrong type or value.
     """
-    tree = read_yaml(find_recipe(source)) if source is not None else {}
+    return build_config(overridden_tree(read_yaml(find_recipe(source)) if source is not None else {}, overrides))
+
+
+def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `key.path=value` applied. Raises `ConfigError` on an override of another form."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return build_config(tree)
+    return tree
+
+
+def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `over` put on top."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge_trees(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:

@@ -1,0 +1,1 @@
+"""LoRA adapters under structured dropout, all carried by the member axis."""

@@ -1,0 +1,202 @@
+"""Assembly: put adapters onto a base model, and make plans for its passes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.linear import LoRALinear, RankBucket
+from pipeline.adapters.masks import LayerSites, draw_weight_masks
+from pipeline.adapters.members import Member, MemberAxis, MemberPlan, RowKeys
+from pipeline.adapters.spec import AdapterSpec, count_layers
+from pipeline.config.method import WEIGHT_POSITIONS
+from pipeline.errors import ConfigError
+from pipeline.randomness import key64
+
+SUPPORTED_POSITIONS = (*WEIGHT_POSITIONS, "lora_input")
+EXPERTS = re.compile(r"(^|\.)experts\.")
+
+
+@dataclass
+class Adapters:
+    """K adapters on one model: their layers, their specs, and the axis that selects among them."""
+
+    model: nn.Module
+    axis: MemberAxis
+    layers: dict[str, LoRALinear]
+    specs: tuple[AdapterSpec, ...]
+    sites: dict[str, LayerSites]
+    layer_count: int
+    """Transformer layers of the model."""
+    suffixes: dict[str, int]
+    """Last name part -> how many linears of the base end in it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters live."""
+        return next(iter(self.layers.values())).buckets[0].lora_A.device
+
+    def plan(self, members: Sequence[Member], rows: int, seed: int, phase: object) -> MemberPlan:
+        """A plan with freshly drawn weight masks (a pure function of its arguments)."""
+        masks = draw_weight_masks(self.sites, members, seed, phase, self.device)
+        return MemberPlan(tuple(members), rows, masks)
+
+    def needs_row_keys(self) -> bool:
+        """Whether any adapter has an activation site."""
+        return any(site.position not in WEIGHT_POSITIONS for spec in self.specs for site in spec.sites if site.rate > 0)
+
+
+def with_row_keys(
+    plan: MemberPlan, seed: int, phase: object, example: Tensor, position: Tensor
+) -> MemberPlan:
+    """`plan` plus the keys of its rows; every row is a (member, example) pair, member-major.
+
+    Args:
+        example: (M·B,) int64 example identities.
+        position: (M·B, T) int64 token positions within the example.
+    """
+    draws = torch.tensor([-1 if m.draw is None else m.draw for m in plan.members], dtype=torch.int64)
+    branch = draws.repeat_interleave(plan.rows).to(example.device)
+    return replace(plan, row_keys=RowKeys(key64(seed, phase, "activation"), branch, example, position))
+
+
+def attach(model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str | Sequence[str], seed: int) -> Adapters:
+    """Wrap every targeted linear of `model` in place; freeze everything but the adapters.
+
+    A fresh adapter is the identity (B = 0). A's start depends on (seed, adapter, layer name) only.
+
+    Raises:
+        ConfigError: nothing matches `target_modules`, a match is no linear layer or is an MoE expert, or a site
+            is not available at this position.
+    """
+    _refuse_unsupported_sites(specs)
+    names = match_targets(model, target_modules)
+    axis = MemberAxis()
+    model.requires_grad_(False)
+    layer_count = count_layers([name for name, _ in model.named_modules()])
+    suffixes = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module))
+    layers: dict[str, LoRALinear] = {}
+    sites: dict[str, LayerSites] = {}
+    for name in names:
+        base = model.get_submodule(name)
+        layer = _wrap(base, name, axis, specs, layer_count, seed)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        layers[name] = layer
+        sites[name] = _layer_sites(layer, specs, name, layer_count)
+    return Adapters(model, axis, layers, tuple(specs), sites, layer_count, dict(suffixes))
+
+
+def match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Names of the linears to wrap: `all-linear` (without the output head), suffixes, or one regular expression."""
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if target_modules == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = _trained_heads(model)
+        matched = [
+            name
+            for name, module in linears.items()
+            if module is not head and not EXPERTS.search(name) and name.split(".")[0] not in heads
+        ]
+    else:
+        matched = [name for name, _ in model.named_modules() if name and _matches(name, target_modules)]
+        _refuse_bad_matches(matched, linears, target_modules)
+    if not matched:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        raise ConfigError(
+            "adapter.target_modules", target_modules, "matches no linear layer of this model",
+            f"Linear layers end in: {', '.join(leaves)}.",
+        )
+    return matched
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Plain and bitsandbytes linears, and GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(I, O) from the layer's configuration: shapes of quantized or partitioned weights say nothing."""
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    return base.nx, base.nf  # type: ignore[return-value]
+
+
+def _wrap(
+    base: nn.Module, name: str, axis: MemberAxis, specs: Sequence[AdapterSpec], layer_count: int, seed: int
+) -> LoRALinear:
+    inputs, outputs = linear_shape(base)
+    by_rank: dict[int, list[int]] = {}
+    for k, spec in enumerate(specs):
+        if spec.adapts(name):
+            by_rank.setdefault(spec.rank_of(name), []).append(k)
+    buckets = []
+    for rank, members in by_rank.items():
+        bucket = RankBucket(members, rank, inputs, outputs, [specs[k].scaling_of(name) for k in members])
+        bucket.reset([torch.Generator().manual_seed(key64(seed, "init", k, name) >> 1) for k in members])
+        buckets.append(bucket.to(base.weight.device))  # type: ignore[arg-type]
+    layer = LoRALinear(base, name, axis, buckets)
+    for k, spec in enumerate(specs):
+        factor = spec.mean_field_factor(name, layer_count)
+        if factor != 1.0:
+            layer.mean_factors[k] = factor
+        site = spec.sites_of(name, layer_count).get("lora_input")
+        if site is not None:
+            layer.input_sites[k] = (site, key64(name, "lora_input"))
+    return layer
+
+
+def _layer_sites(layer: LoRALinear, specs: Sequence[AdapterSpec], name: str, layer_count: int) -> LayerSites:
+    inputs, outputs = linear_shape(layer.base)
+    sizes, sites = {}, {}
+    for k, spec in enumerate(specs):
+        if not spec.adapts(name):
+            continue
+        sites[k] = spec.sites_of(name, layer_count)
+        sizes.update({(k, "lora_A"): inputs, (k, "lora_B"): outputs, (k, "lora_rank"): spec.rank_of(name)})
+    return LayerSites(sizes, sites)
+
+
+def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _refuse_bad_matches(matched: list[str], linears: dict[str, nn.Module], target_modules: object) -> None:
+    for name in matched:
+        if EXPERTS.search(name):
+            raise ConfigError(
+                "adapter.target_modules", target_modules, f"matches {name}, an expert of a mixture-of-experts layer",
+                "Experts see flattened tokens, which the member axis cannot serve: target the attention layers.",
+            )
+        if name not in linears:
+            raise ConfigError(
+                "adapter.target_modules", target_modules, f"matches {name}, which is not a linear layer",
+                "Name linear layers only, or use all-linear.",
+            )
+
+
+def _trained_heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of classification heads, which are trained whole rather than adapted."""
+    return tuple(name for name in ("score", "classifier", "pre_classifier") if hasattr(model, name))
+
+
+def _refuse_unsupported_sites(specs: Sequence[AdapterSpec]) -> None:
+    for spec in specs:
+        for site in spec.sites:
+            if site.position not in SUPPORTED_POSITIONS:
+                raise ConfigError(
+                    "adapter.method", site.position, "is not available in this version",
+                    f"Sites that are: {', '.join(SUPPORTED_POSITIONS)}.",
+                )
+        if spec.consistency.kind != "none":
+            raise ConfigError(
+                "adapter.method", spec.consistency.kind, "consistency terms are not available in this version",
+                "Use consistency: {kind: none}.",
+            )

@@ -1,0 +1,160 @@
+"""The adapted linear layer: any base linear plus K stacked adapters, evaluated for M members at once.
+
+Shapes: M members, B rows per member, T tokens, I inputs, O outputs, R rank, K adapters of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.activation import element_mask
+from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
+from pipeline.config.method import Site
+
+
+class RankBucket(nn.Module):
+    """Adapters of equal rank R in one layer, stacked: lora_A (K, R, I), lora_B (K, O, R).
+
+    A starts as kaiming-uniform with a = sqrt(5) (PEFT's choice), B as zero: attaching is the identity.
+    """
+
+    def __init__(self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]) -> None:
+        super().__init__()
+        self.adapters = tuple(adapters)
+        self.slot = {adapter: slot for slot, adapter in enumerate(self.adapters)}
+        self.rank, self.inputs, self.outputs = rank, inputs, outputs
+        self.scalings = tuple(scalings)
+        self.lora_A = nn.Parameter(torch.zeros(len(self.adapters), rank, inputs, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(len(self.adapters), outputs, rank, dtype=torch.float32))
+
+    def reset(self, generators: Sequence[torch.Generator]) -> None:
+        """Fresh start, one generator per adapter: A ~ U(-1/sqrt(I), 1/sqrt(I)), B = 0."""
+        bound = 1.0 / math.sqrt(self.inputs)
+        with torch.no_grad():
+            self.lora_B.zero_()
+            for slot, generator in enumerate(generators):
+                fresh = torch.rand(self.rank, self.inputs, generator=generator) * (2 * bound) - bound
+                self.lora_A[slot].copy_(fresh)
+
+    def forward(self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]) -> Tensor:
+        """Updates of the members in `adapters`: s·(x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ, (M, N, O).
+
+        Args:
+            x_MNI: inputs, member-major, N = B·T tokens per member.
+            adapters: adapter index of each member.
+            masks: `lora_A` (M, I), `lora_B` (M, O), `lora_rank` (M, R); None = nothing dropped.
+            means: per member, the mean-field factor of a member without a draw, else 1.
+        """
+        slots = [self.slot[adapter] for adapter in adapters]
+        if same_for_all(slots):  # one adapter under M masks: no copy of the matrices
+            A, B = self.lora_A[slots[0]].unsqueeze(0), self.lora_B[slots[0]].unsqueeze(0)
+        else:
+            index = as_index(slots, x_MNI.device)
+            A, B = self.lora_A.index_select(0, index), self.lora_B.index_select(0, index)
+        if (mask_MI := masks.get("lora_A")) is not None:
+            A = A * mask_MI.unsqueeze(1)
+        if (mask_MO := masks.get("lora_B")) is not None:
+            B = B * mask_MO.unsqueeze(2)
+        if (mask_MR := masks.get("lora_rank")) is not None:
+            B = B * mask_MR[:, : self.rank].unsqueeze(1)  # members of other buckets may be wider
+        scale = [self.scalings[slot] * mean for slot, mean in zip(slots, means, strict=True)]
+        if same_for_all(scale):
+            B = B * scale[0]
+        else:
+            B = B * torch.tensor(scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)
+        A, B = A.to(x_MNI.dtype), B.to(x_MNI.dtype)
+        if A.shape[0] == 1:
+            return (x_MNI @ A[0].T) @ _per_member(B)
+        return torch.bmm(torch.bmm(x_MNI, A.transpose(1, 2)), B.expand(len(slots), -1, -1).transpose(1, 2))
+
+
+def _per_member(B: Tensor) -> Tensor:
+    return B[0].T if B.shape[0] == 1 else B.transpose(1, 2)
+
+
+class LoRALinear(nn.Module):
+    """y_m = base(x_m) + s·(x_m (A diag(a_m))ᵀ)(diag(b_m) B)ᵀ   (arXiv 2404.09610, eq. 2-3; rank never dropped).
+
+    Wraps any linear module (plain, bitsandbytes 4-bit or 8-bit, transposed Conv1D) without touching it. The base
+    stays in training mode always: on CPUs with AVX512-BF16 an eval-mode forward of a 4-bit layer repacks the
+    weight, after which training forwards silently pass no gradient to their input.
+    """
+
+    def __init__(self, base: nn.Module, name: str, axis: MemberAxis, buckets: Sequence[RankBucket]) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.buckets = nn.ModuleList(buckets)
+        self._axis = axis
+        self.input_sites: dict[int, tuple[Site, int]] = {}
+        """adapter -> (`lora_input` site, key of this layer)."""
+        self.mean_factors: dict[int, float] = {}
+        """adapter -> factor of its mask-free read-out, where it is not 1."""
+        self.base.train(True)
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        """Set the mode of everything but the base."""
+        super().train(mode)
+        self.base.train(True)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: some model code reads its dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M·B, …, I) -> (M·B, …, O). Raises `MemberAxisError` where the leading size is not M·B."""
+        plan = self._axis.plan_for(x.shape[0], self.name)
+        y = self.base(x)
+        inputs, outputs = x.shape[-1], y.shape[-1]
+        x_MNI = x.reshape(plan.size, -1, inputs)
+        y_MNO = y.reshape(plan.size, -1, outputs)
+        for bucket in self.buckets:
+            chosen = [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot]
+            if not chosen:
+                continue
+            everyone = len(chosen) == plan.size
+            index = None if everyone else as_index(chosen, x.device)
+            x_chosen = x_MNI if index is None else x_MNI.index_select(0, index)
+            x_chosen = self._drop_input(x_chosen, plan, chosen)
+            update = self._update(bucket, x_chosen, plan, chosen, index).to(y.dtype)
+            y_MNO = y_MNO + update if index is None else y_MNO.index_add(0, index, update)
+        return y_MNO.reshape(y.shape)
+
+    def _update(self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int], index: Tensor | None) -> Tensor:
+        masks = {
+            position: mask if index is None else mask.index_select(0, index)
+            for position, mask in plan.masks.get(self.name, {}).items()
+        }
+        adapters = [plan.members[m].adapter for m in chosen]
+        means = [
+            self.mean_factors.get(adapter, 1.0) if plan.members[m].draw is None else 1.0
+            for m, adapter in zip(chosen, adapters, strict=True)
+        ]
+        return bucket(x_MNI, adapters, masks, means)
+
+    def _drop_input(self, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
+        """Element-wise dropout on the adapter's input (stock `lora_dropout`), a stateless function of its keys."""
+        if not self.input_sites or plan.row_keys is None:
+            return x_MNI
+        parts = []
+        for x_NI, m in zip(x_MNI, chosen, strict=True):
+            member = plan.members[m]
+            if member.draw is None or member.adapter not in self.input_sites:
+                parts.append(x_NI)
+                continue
+            site, layer_key = self.input_sites[member.adapter]
+            rows = slice(m * plan.rows, (m + 1) * plan.rows)
+            mask = element_mask(plan.row_keys, rows, layer_key, x_NI.shape[-1], site.rate)
+            parts.append(x_NI * mask.reshape(x_NI.shape).to(x_NI.dtype))
+        return torch.stack(parts)

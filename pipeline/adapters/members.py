@@ -1,0 +1,116 @@
+"""The member axis: which (adapter, mask draw) each block of rows of a forward pass belongs to.
+
+A forward of M members takes M·B rows, member-major: rows [m·B, (m+1)·B) are member m's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import LoradropError
+
+
+@dataclass(frozen=True)
+class Member:
+    """(adapter, mask draw or none)."""
+
+    adapter: int | None = 0
+    """Index of the adapter; None = the base model alone."""
+    draw: int | None = None
+    """Mask draw; None = the mask-free, mean-field read-out."""
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """What the stateless activation masks of the current rows are keyed by."""
+
+    seed: int
+    """64-bit key of (run seed, step or phase)."""
+    branch: Tensor
+    """(M·B,) int64: the draw of each row; -1 = no activation mask for this row."""
+    example: Tensor
+    """(M·B,) int64: identity of the row's example in the data set."""
+    position: Tensor
+    """(M·B, T) int64: token position within the example (padding has any value)."""
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """Everything the adapted layers need to know about one forward (and its backward) pass."""
+
+    members: tuple[Member, ...]
+    rows: int
+    """B, rows per member."""
+    masks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """layer name -> position -> (M, n) mask, n = I, O or R; absent = nothing is dropped there."""
+    row_keys: RowKeys | None = None
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return len(self.members)
+
+
+class MemberAxis:
+    """The one place where adapted layers find the active plan.
+
+    Outside `active` every row belongs to adapter 0 without masks. A backward pass belongs inside: layers
+    that are recomputed under activation checkpointing read the plan again.
+    """
+
+    def __init__(self) -> None:
+        self._plan: MemberPlan | None = None
+
+    @contextmanager
+    def active(self, plan: MemberPlan) -> Iterator[MemberPlan]:
+        """Use `plan` within the block; the state before is restored, also after an exception."""
+        before, self._plan = self._plan, plan
+        try:
+            yield plan
+        finally:
+            self._plan = before
+
+    def plan_for(self, leading: int, layer: str) -> MemberPlan:
+        """The plan of an input with `leading` rows.
+
+        Raises:
+            MemberAxisError: the input's leading size is not the declared M·B rows.
+        """
+        if self._plan is None:
+            return MemberPlan((Member(),), leading)
+        if leading != self._plan.size * self._plan.rows:
+            raise MemberAxisError(
+                f"{layer} received an input of leading size {leading}; the declared rows are {self._plan.size} members"
+                f" × {self._plan.rows} rows. Inputs flattened over tokens or experts (MoE, padding-free models) are"
+                " not supported: leave such modules out of adapter.target_modules."
+            )
+        return self._plan
+
+    @property
+    def current(self) -> MemberPlan | None:
+        """The active plan, if any."""
+        return self._plan
+
+
+class MemberAxisError(LoradropError):
+    """An input does not have the rows that the active plan declares."""
+
+
+def replicate_rows(rows: Tensor, members: int) -> Tensor:
+    """(B, …) -> (M·B, …), member-major."""
+    return rows.repeat(members, *([1] * (rows.dim() - 1)))
+
+
+def same_for_all(values: Sequence[object]) -> bool:
+    """Whether all entries are equal (an empty sequence is)."""
+    return all(value == values[0] for value in values)
+
+
+def as_index(values: Sequence[int], device: torch.device) -> Tensor:
+    """A long index tensor."""
+    return torch.tensor(list(values), dtype=torch.long, device=device)

@@ -1,0 +1,194 @@
+"""Adapters on disk: always ordinary PEFT adapters. The only place where PEFT's own names appear.
+
+An adapter is written in the `inverse` convention: with rescale `none`, alpha is multiplied by the mean-field
+factor, which gives the same model (and stock PEFT then computes its mean-field read-out).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.adapters.linear import LoRALinear
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config.method import Consistency, Site
+from pipeline.errors import ConfigError, RunFolderError
+from pipeline.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_file, write_json
+
+METHOD_FILE = "loradrop.json"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+
+Matrices = dict[str, tuple[Tensor, Tensor]]
+"""layer name -> (A (R, I), B (O, R)), fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter read from disk."""
+
+    spec: AdapterSpec
+    matrices: Matrices
+    sha256: str
+    base: str | None
+
+
+def adapter_matrices(
+    layers: Mapping[str, LoRALinear], adapter: int, value_of: Callable[[nn.Parameter], Tensor] = Tensor.detach
+) -> Matrices:
+    """The matrices of one adapter. `value_of` gathers a parameter where it is sharded (then a collective)."""
+    matrices: Matrices = {}
+    for name, layer in layers.items():
+        for bucket in layer.buckets:
+            if adapter in bucket.slot:
+                slot = bucket.slot[adapter]
+                A, B = value_of(bucket.lora_A)[slot], value_of(bucket.lora_B)[slot]
+                matrices[name] = (A.to("cpu", torch.float32).clone(), B.to("cpu", torch.float32).clone())
+    return matrices
+
+
+def write_adapter(
+    folder: Path, matrices: Matrices, spec: AdapterSpec, layer_count: int, base: str, suffixes: Mapping[str, int]
+) -> None:
+    """Write a PEFT LoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
+
+    Args:
+        layer_count: transformer layers of the model, to resolve sites that cover a part of them.
+        base: name or path of the base model, as PEFT's base_model_name_or_path.
+        suffixes: last name part -> how many linears of the model end in it, to shorten target_modules.
+    """
+    from peft import LoraConfig
+
+    stored = in_inverse_convention(spec, list(matrices), layer_count)
+    config = LoraConfig(
+        r=stored.rank, lora_alpha=stored.alpha, use_rslora=stored.rslora, lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
+        target_modules=_shorten(list(matrices), suffixes), rank_pattern=dict(stored.rank_pattern),
+        alpha_pattern=dict(stored.alpha_pattern), task_type="CAUSAL_LM", inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    config.save_pretrained(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in matrices.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    sites = [site.model_dump(mode="json") for site in stored.sites]
+    write_json(folder / METHOD_FILE, {"sites": sites, "consistency": stored.consistency.model_dump(mode="json")})
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read any PEFT LoRA adapter; sites come from loradrop.json where there is one.
+
+    Raises:
+        RunFolderError: missing or broken files, a kind of adapter that is no plain LoRA, or matrices that are
+            empty (a sharded save that was not gathered).
+    """
+    config = read_json(folder / ADAPTER_CONFIG, "Give the folder of a PEFT adapter.")
+    _refuse_other_kinds(folder, config)
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise RunFolderError(str(weights), None, "does not exist", "Save the adapter as safetensors.")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(weights).items():
+        match = _KEY.fullmatch(key)
+        if match is None or tensor.dim() != 2 or tensor.numel() == 0:
+            raise RunFolderError(str(weights), key, "is not a LoRA matrix", "Only plain LoRA adapters are read.")
+        found.setdefault(match["layer"], {})[match["side"]] = tensor.to(torch.float32)
+    matrices = {name: (pair["A"], pair["B"]) for name, pair in found.items() if len(pair) == 2}
+    if len(matrices) != len(found) or not found:
+        raise RunFolderError(str(weights), None, "lacks lora_A or lora_B of some layer", "Save the adapter again.")
+    return StoredAdapter(_spec_of(folder, config, matrices), matrices, sha256_file(weights), config.get("base_model_name_or_path"))
+
+
+def load_matrices(layers: Mapping[str, LoRALinear], adapter: int, matrices: Matrices, field: str) -> None:
+    """Copy stored matrices into an attached adapter.
+
+    Raises:
+        ConfigError: a layer is missing on either side, or a shape differs.
+    """
+    expected = {name for name, layer in layers.items() if any(adapter in bucket.slot for bucket in layer.buckets)}
+    if expected != set(matrices):
+        odd = sorted(expected ^ set(matrices))[:3]
+        raise ConfigError(field, None, f"adapts other layers than the model ({', '.join(odd)}, …)", "Use its own base model and target_modules.")
+    for name, (A, B) in matrices.items():
+        bucket = next(b for b in layers[name].buckets if adapter in b.slot)
+        slot = bucket.slot[adapter]
+        if A.shape != bucket.lora_A[slot].shape or B.shape != bucket.lora_B[slot].shape:
+            raise ConfigError(
+                field, None, f"has {tuple(A.shape)} and {tuple(B.shape)} at {name}, not"
+                f" {tuple(bucket.lora_A[slot].shape)} and {tuple(bucket.lora_B[slot].shape)}",
+                "Set adapter.rank to the checkpoint's, and use its base model.",
+            )
+        with torch.no_grad():
+            bucket.lora_A[slot].copy_(A)
+            bucket.lora_B[slot].copy_(B)
+
+
+def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int) -> AdapterSpec:
+    """The same model with rescale `inverse`: alpha × Π(1-rate) wherever a weight site had none."""
+    factors = {name: spec.mean_field_factor(name, layer_count) for name in layers}
+    if all(factor == 1.0 for factor in factors.values()):
+        return spec
+    sites = tuple(
+        site.model_copy(update={"compensation": "inverse"}) if site.compensation == "none" and site.position.startswith("lora_") else site
+        for site in spec.sites
+    )
+    alphas = {name: spec.alpha_of(name) * factors[name] for name in layers}
+    if len(set(alphas.values())) == 1:
+        return replace(spec, sites=sites, alpha=next(iter(alphas.values())), alpha_pattern={})
+    return replace(spec, sites=sites, alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()})
+
+
+def masked_matrices(matrices: Matrices, masks: Mapping[str, Mapping[str, Tensor]], member: int) -> Matrices:
+    """The plain LoRA that one mask draw is: A diag(a), diag(b) B diag(r)."""
+    masked: Matrices = {}
+    for name, (A, B) in matrices.items():
+        layer = {position: mask[member].cpu() for position, mask in masks.get(name, {}).items()}
+        A = A * layer["lora_A"] if "lora_A" in layer else A
+        B = B * layer["lora_B"].unsqueeze(1) if "lora_B" in layer else B
+        B = B * layer["lora_rank"][: B.shape[1]] if "lora_rank" in layer else B
+        masked[name] = (A, B)
+    return masked
+
+
+def _spec_of(folder: Path, config: Mapping[str, Any], matrices: Matrices) -> AdapterSpec:
+    method = read_json(folder / METHOD_FILE) if (folder / METHOD_FILE).exists() else {"sites": []}
+    return AdapterSpec(
+        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)),
+        sites=tuple(Site.model_validate(site) for site in method["sites"]),
+        consistency=Consistency.model_validate(method.get("consistency", {})),
+        rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        layers=frozenset(matrices),
+    )
+
+
+def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
+    where = str(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise RunFolderError(where, config.get("peft_type"), "is not a LoRA adapter", "Convert it to LoRA first.")
+    for key in ("use_dora", "modules_to_save", "layer_replication", "use_qalora", "lora_bias"):
+        if config.get(key):
+            raise RunFolderError(f"{where}: {key}", config[key], "is not plain LoRA", "Only plain LoRA adapters are read.")
+    if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        raise RunFolderError(
+            f"{where}: init_lora_weights", config["init_lora_weights"], "changes the base model",
+            "Save the residual base and give it as model.path, or convert the adapter to plain LoRA with PEFT.",
+        )
+
+
+def _shorten(names: list[str], suffixes: Mapping[str, int]) -> list[str]:
+    """Suffixes where they select exactly these layers, full names otherwise."""
+    counts: dict[str, int] = {}
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        counts[leaf] = counts.get(leaf, 0) + 1
+    if all(suffixes.get(leaf) == count for leaf, count in counts.items()):
+        return sorted(counts)
+    return sorted(names)

@@ -1,0 +1,121 @@
+"""Assembly of a trainable run: adapters on the base, and the DeepSpeed engine around them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline import distributed
+from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
+from pipeline.config import AdapterConfig, RunConfig, TrainConfig
+from pipeline.distributed import World
+from pipeline.ds_config import fill_ds_config, find_ds_config
+from pipeline.errors import ConfigError
+from pipeline.model.load import BaseModel
+from pipeline.objective import SupervisedLM
+from pipeline.runs import read_json
+
+
+def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
+    """Attach the configured adapter: fresh, or from `adapter.init_from`.
+
+    Raises:
+        ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
+    """
+    spec = AdapterSpec.from_config(config.adapter)
+    if config.adapter.init_from is None:
+        return attach(base.model, [spec], config.adapter.target_modules, config.train.seed)
+    stored = read_adapter(Path(config.adapter.init_from))
+    _refuse_other_scaling(config.adapter, spec, stored)
+    adapters = attach(base.model, [spec], config.adapter.target_modules, config.train.seed)
+    load_matrices(adapters.layers, 0, stored.matrices, "adapter.init_from")
+    return adapters
+
+
+def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Adapters:
+    """K adapters from disk on one base, ranks and layers mixed as they come."""
+    names = sorted({name for adapter in stored for name in adapter.matrices})
+    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed)
+    for k, adapter in enumerate(stored):
+        load_matrices(adapters.layers, k, adapter.matrices, f"adapter {k}")
+    return adapters
+
+
+def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
+    """name -> parameter of everything that is trained; names do not depend on the engine's wrapping."""
+    return {name: parameter for name, parameter in adapters.model.named_parameters() if parameter.requires_grad}
+
+
+def build_engine(config: RunConfig, adapters: Adapters, world: World, micro_steps: int) -> Any:
+    """DeepSpeed around the model, configured from ds_configs/ with every "auto" filled.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
+    """
+    train = config.train
+    path = find_ds_config(train.deepspeed)
+    decided = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": train.max_gradient_norm,
+    }
+    ds_config = fill_ds_config(read_json(path), decided, path.name)
+    if train.activation_checkpointing:
+        adapters.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    adapters.model.train()
+    return distributed.build_engine(SupervisedLM(adapters.model), parameter_groups(adapters, train), ds_config, train.weight_decay)
+
+
+def parameter_groups(adapters: Adapters, train: TrainConfig) -> list[dict[str, Any]]:
+    """lora_B apart, so that LoRA+ can give it its own learning rate (arXiv 2402.12354)."""
+    named = trained_parameters(adapters)
+    sides: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        ratio = train.lora_plus_ratio if name.endswith("lora_B") else 1.0
+        sides.setdefault(ratio, []).append(parameter)
+    return [{"params": group, "lr": train.learning_rate, "ratio": ratio} for ratio, group in sides.items()]
+
+
+def micro_steps_of(train: TrainConfig, world: World) -> int:
+    """Gradient accumulation steps: global_batch / (micro_batch × processes).
+
+    Raises:
+        ConfigError: the division leaves a remainder.
+    """
+    per_pass = train.micro_batch * world.world_size
+    if train.global_batch % per_pass:
+        raise ConfigError(
+            "train.global_batch", train.global_batch,
+            f"must be a multiple of micro_batch × processes = {train.micro_batch} × {world.world_size} = {per_pass}",
+            "Change train.micro_batch or launch.processes.",
+        )
+    return train.global_batch // per_pass
+
+
+def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str) -> float:
+    """Learning-rate factor of a 0-based step: linear warm-up to 1, then `linear`, `cosine` or `constant`."""
+    warmup = round(warmup_fraction * max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(max_steps - warmup, 1)
+    if kind == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
+
+
+def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: StoredAdapter) -> None:
+    for name in stored.matrices:
+        ours, theirs = spec.scaling_of(name), stored.spec.scaling_of(name)
+        if spec.rank_of(name) != stored.spec.rank_of(name) or not math.isclose(ours, theirs, rel_tol=1e-6):
+            raise ConfigError(
+                "adapter.init_from", config.init_from,
+                f"has rank {stored.spec.rank_of(name)} and scaling {theirs:g} at {name};"
+                f" the configuration has rank {spec.rank_of(name)} and scaling {ours:g}",
+                f"Set adapter.rank={stored.spec.rank} and adapter.alpha={stored.spec.alpha:g}.",
+            )

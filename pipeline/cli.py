@@ -1,0 +1,93 @@
+"""The command line: `loradrop` and `bash launch.sh`. Imports nothing heavy before a stage is known."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.errors import EXIT_USER, LoradropError
+
+DESCRIPTION = """\
+Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
+learning rate, evaluate ensembles of the adapters, export them for stock PEFT.
+
+stages:
+  run        all of the following, in order (the default)
+  search     Ray Tune over dropout rate, rank and learning rate
+  train      one adapter, DeepSpeed-launched
+  evaluate   predictions of every ensemble member, cached
+  report     scores, calibration, cost: result.json and report.html
+  export     adapter and ensemble members as PEFT folders, checked with stock PEFT
+  test       the project's own tests (--fast: without the slow tier)
+"""
+EXAMPLES = """\
+examples:
+  bash launch.sh
+  bash launch.sh --quick
+  bash launch.sh train --run-dir runs/mine model.path=/models/llama data.path=rows.jsonl adapter.rate=0.3
+  bash launch.sh train --config mine.yaml --dry-run
+
+Any configuration key can be set as key.path=value, among them: model.path data.path data.template adapter.rank
+adapter.alpha adapter.target_modules adapter.method adapter.rate train.max_steps train.global_batch
+train.micro_batch train.learning_rate train.seed train.draws ensemble.size.
+
+exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
+"""
+STAGES = ("run", "search", "train", "evaluate", "report", "export", "test")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="loradrop", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="loradrop [STAGE] [--config FILE-or-NAME] [--run-dir DIR] [key=value ...]",
+    )
+    parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE-or-NAME", help="a YAML file, or a recipe of pipeline/recipes")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/ + the recipe's name)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
+    parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
+    parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
+    parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    try:
+        stage, overrides = split_words(arguments.words)
+        if stage == "test":
+            from pipeline.selftest import run_tests
+
+            return run_tests(fast_only=arguments.fast)
+        from pipeline.line import execute
+
+        return execute(stage, arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.dry_run)
+    except LoradropError as error:
+        print(f"loradrop: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nloradrop: interrupted; the same command continues.", file=sys.stderr)
+        return 130
+
+
+def split_words(words: list[str]) -> tuple[str, list[str]]:
+    """(stage, overrides): the first word may name a stage, all others are key=value."""
+    stage = "run"
+    if words and "=" not in words[0]:
+        stage, words = words[0], words[1:]
+    if stage not in STAGES:
+        import difflib
+
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"loradrop: stage = {stage!r}: must be one of {', '.join(STAGES)}.{hint}", file=sys.stderr)
+        raise SystemExit(EXIT_USER)
+    return stage, words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

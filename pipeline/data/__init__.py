@@ -1,0 +1,61 @@
+"""Data: files -> rows -> splits -> tokens -> batches.
+
+Names are resolved on first use, so that checking a data file imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.data.batches import Batch, collate, filler
+    from pipeline.data.check import check_data
+    from pipeline.data.encode import (
+        IGNORE_INDEX,
+        Encoded,
+        encode_candidates,
+        encode_training,
+        encode_training_rows,
+        supervised_share,
+    )
+    from pipeline.data.rows import Row
+    from pipeline.data.schedule import global_batch_indices, length_sorted_chunks, process_share
+    from pipeline.data.splits import Splits, load_splits
+
+_MODULES = {
+    "batches": ("Batch", "collate", "filler"),
+    "check": ("check_data",),
+    "encode": (
+        "IGNORE_INDEX", "Encoded", "encode_candidates", "encode_training", "encode_training_rows", "supervised_share",
+    ),
+    "rows": ("Row",),
+    "schedule": ("global_batch_indices", "length_sorted_chunks", "process_share"),
+    "splits": ("Splits", "load_splits"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Encoded",
+    "Row",
+    "Splits",
+    "check_data",
+    "collate",
+    "encode_candidates",
+    "encode_training",
+    "encode_training_rows",
+    "filler",
+    "global_batch_indices",
+    "length_sorted_chunks",
+    "load_splits",
+    "process_share",
+    "supervised_share",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

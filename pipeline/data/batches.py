@@ -1,0 +1,77 @@
+"""Encoded rows -> padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.data.encode import IGNORE_INDEX, Encoded
+
+
+@dataclass
+class Batch:
+    """B rows padded to T tokens; all tensors are (B, T) int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    """1 for real tokens, 0 for padding, whatever ids they have."""
+    labels: Tensor
+    """As in `Encoded`, unshifted; IGNORE_INDEX on padding."""
+    position_ids: Tensor
+    """Real tokens counted from 0, whatever the padding side; 0 on padding."""
+    example_ids: list[str]
+    """(B) row ids."""
+
+    def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
+        """The four tensors by name, on a device."""
+        named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {name: tensor.to(device) for name, tensor in {**named, "labels": self.labels}.items()}
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    side: Literal["left", "right"] = "left",
+    multiple_of: int = 1,
+    length: int | None = None,
+) -> Batch:
+    """Pad rows to a common length T.
+
+    Args:
+        encoded: B rows, at least one.
+        pad_id: id written on padding; it may be that of a real token.
+        side: where padding goes.
+        multiple_of: T is rounded up to a multiple of this.
+        length: T itself, instead of the longest row's length.
+
+    Raises:
+        ValueError: no rows, or a row longer than `length`.
+    """
+    if not encoded:
+        raise ValueError("collate needs at least one row")
+    longest = max(len(row.input_ids) for row in encoded)
+    total = -(-longest // multiple_of) * multiple_of if length is None else length
+    if longest > total:
+        raise ValueError(f"a row has {longest} tokens, more than length = {total}")
+    ids = torch.full((len(encoded), total), pad_id, dtype=torch.int64)
+    mask, labels, positions = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+    for i, row in enumerate(encoded):
+        count = len(row.input_ids)
+        span = slice(total - count, total) if side == "left" else slice(count)
+        ids[i, span] = torch.tensor(row.input_ids)
+        mask[i, span] = 1
+        labels[i, span] = torch.tensor(row.labels)
+        positions[i, span] = torch.arange(count)
+    return Batch(ids, mask, labels, positions, [row.example for row in encoded])
+
+
+def filler(length: int = 1) -> Encoded:
+    """A row of `length` tokens that carries no loss: it fills up members to an equal number of rows.
+
+    It has real (attended) tokens, so that no attention row is empty.
+    """
+    return Encoded("", (0,) * length, (IGNORE_INDEX,) * length)

@@ -1,0 +1,39 @@
+"""What can be said about the data before anything is loaded: a second, no network, no torch."""
+
+from __future__ import annotations
+
+from pipeline.config import DataConfig
+from pipeline.data.read import read_file
+from pipeline.data.rows import Row
+from pipeline.data.sources import check_name, is_local, local_files, parse
+from pipeline.data.splits import divide
+from pipeline.data.template import check_template
+from pipeline.errors import DataError
+
+
+def check_data(config: DataConfig, limit: int = 1000) -> None:
+    """Read the first `limit` rows of each local file; files that end within it also tell whether they suffice.
+
+    Hub and embedded data are checked by name only; their rows are checked when they are loaded.
+
+    Raises:
+        DataError: the fault (an `ErrorList` of up to five where there are several).
+    """
+    check_template(config.template)
+    check_name(config.path)
+    if not is_local(config.path):
+        return
+    files: dict[str, list[Row]] = {}
+    whole: dict[str, bool] = {}
+    for split, path in local_files(config.path).items():
+        files[split], whole[split] = parse(read_file(path), config.template, str(path), limit)
+    if all(whole.values()):
+        divide(files, config)
+        return
+    for split in ("validation", "calibration", "test"):
+        if whole.get(split) and len(files[split]) < getattr(config, f"{split}_rows"):
+            there = len(files[split])
+            raise DataError(
+                f"data.{split}_rows", getattr(config, f"{split}_rows"), f"the {split} file has {there} rows",
+                f"Set data.{split}_rows={there} or less.",
+            )

@@ -1,0 +1,161 @@
+"""Rows -> token ids and, position by position, what is supervised.
+
+Supervision is decided by position, never by token id: the pad token is often the end-of-text token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.data.chat import chat_segments
+from pipeline.data.rows import Row
+from pipeline.data.tokens import following_ids, prompt_ids
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens.
+
+    `labels[t]` is the supervision for predicting `input_ids[t]` (from the tokens before t): that token, or
+    IGNORE_INDEX. Nothing is shifted. The first position is never supervised: nothing precedes it.
+    """
+
+    example: str
+    """Row id."""
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+class AnswerTooLong(DataError):
+    """An answer that data.max_tokens cannot hold; `needed` tokens would."""
+
+    def __init__(self, max_tokens: int, needed: int, who: str) -> None:
+        self.needed = needed
+        super().__init__(
+            "data.max_tokens", max_tokens, f"{who}; an answer is never cut, and at least one prompt token stays",
+            f"Set data.max_tokens={needed} or more, or leave such rows out.",
+        )
+
+
+def encode_training(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
+    """The row with its right answer.
+
+    Supervised are: the tokens of the right choice; the completion and one end-of-text token; every
+    assistant turn of a chat. A longer row loses the beginning of its prompt (BOS stays); a choice row is
+    cut for its longest choice, so that training and evaluation see the same prompt.
+
+    Raises:
+        DataError: an answer that does not fit, a text without tokens, a chat the template cannot render.
+    """
+    candidates = encode_candidates(row, tokenizer, max_tokens)
+    return candidates[row.label or 0]
+
+
+def encode_candidates(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Encoded]:
+    """One encoding per choice, all with the same prompt tokens; for generation one, the reference.
+
+    Raises:
+        DataError: as `encode_training`.
+    """
+    if row.kind == "chat":
+        return [_encode_chat(row, tokenizer, max_tokens)]
+    lead, body = prompt_ids(tokenizer, row.prompt)
+    answers = _answers(row, tokenizer)
+    for text, tokens in [(row.prompt, lead + body), *zip(row.choices or [row.completion], answers, strict=True)]:
+        if not tokens:
+            raise DataError(f"row {row.id}", text, "has no tokens in the model's vocabulary", "Leave the row out.")
+    kept = lead + _tail(body, max_tokens, len(lead), max(map(len, answers)), row)
+    return [
+        Encoded(row.id, (*kept, *answer), (*[IGNORE_INDEX] * len(kept), *answer)) for answer in answers
+    ]
+
+
+def encode_training_rows(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[Encoded]:
+    """The whole training split; answers that do not fit are counted and named in one error.
+
+    Raises:
+        DataError: as `encode_training`, or no supervised token at all.
+    """
+    encoded: list[Encoded] = []
+    long: list[AnswerTooLong] = []
+    for row in rows:
+        try:
+            encoded.append(encode_training(row, tokenizer, max_tokens))
+        except AnswerTooLong as error:
+            long.append(error)
+    if len(long) > 1:
+        needed = max(error.needed for error in long)
+        raise AnswerTooLong(max_tokens, needed, f"{len(long)} of {len(encoded) + len(long)} rows have longer answers")
+    if long:
+        raise long[0]
+    supervised_share(encoded)
+    return encoded
+
+
+def supervised_share(encoded: Sequence[Encoded]) -> float:
+    """Supervised tokens ÷ all tokens, in (0, 1).
+
+    Raises:
+        DataError: no token is supervised: there would be nothing to learn.
+    """
+    supervised = sum(row.supervised for row in encoded)
+    if not supervised:
+        raise DataError(
+            "data.path", None, f"no token of its {len(encoded)} training rows is supervised",
+            "Check the answers that data.template makes.",
+        )
+    return supervised / sum(len(row.input_ids) for row in encoded)
+
+
+def _answers(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each choice, or of the completion with one end-of-text token behind it."""
+    if row.kind == "choice":
+        return following_ids(tokenizer, row.choices)
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError(
+            "model.path", None, "its tokenizer has no eos token, so a model cannot learn where a completion ends",
+            "Set eos_token in tokenizer_config.json.",
+        )
+    (answer,) = following_ids(tokenizer, [row.completion or ""])
+    return [answer if answer[-1:] == [end] else [*answer, end]]
+
+
+def _tail(body: list[int], max_tokens: int, lead: int, answer: int, row: Row) -> list[int]:
+    """The end of `body` that fits beside `lead` and `answer` tokens, at least one token of it."""
+    room = max_tokens - lead - answer
+    needed = lead + answer + 1
+    if room < 1:
+        raise AnswerTooLong(max_tokens, needed, f"row {row.id} has an answer of {answer} tokens")
+    return body[-room:]
+
+
+def _encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
+    """The last answer is kept whole; from what precedes it the oldest tokens go, earlier answers among them."""
+    segments = chat_segments(row, tokenizer)
+    ids = [token for tokens, _ in segments for token in tokens]
+    labels = [token if supervised else IGNORE_INDEX for tokens, supervised in segments for token in tokens]
+    last = len(segments[-1][0])
+    if not last or len(ids) == last:
+        raise DataError(f"row {row.id}", None, "has no tokens in the model's vocabulary", "Leave the row out.")
+    lead = int(ids[0] == tokenizer.bos_token_id)
+    context = _tail(ids[lead:-last], max_tokens, lead, last, row)
+    keep = len(context) + last
+    ids, labels = ids[:lead] + ids[-keep:], [IGNORE_INDEX] * lead + labels[-keep:]
+    return Encoded(row.id, tuple(ids), (IGNORE_INDEX, *labels[1:]))

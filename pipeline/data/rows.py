@@ -1,0 +1,90 @@
+"""One example, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example of one of three kinds.
+
+    choice: `prompt`, `choices`, `label`. completion: `prompt`, `completion`. chat: `messages`.
+    """
+
+    id: str
+    """Unique in its file: the `id` column, else a hash of the content."""
+    prompt: str = ""
+    """Text before the answer; empty for chat."""
+    choices: tuple[str, ...] = ()
+    """Answer texts in label order; empty for generation."""
+    label: int | None = None
+    """Index of the right choice."""
+    completion: str | None = None
+    """Answer text of a completion row."""
+    messages: tuple[dict[str, str], ...] = ()
+    """`{"role", "content"}` of a chat; the last role is assistant."""
+    references: tuple[str, ...] = ()
+    """Other acceptable answers, for generation."""
+
+    @property
+    def kind(self) -> Literal["choice", "completion", "chat"]:
+        """How the row is answered."""
+        if self.messages:
+            return "chat"
+        return "choice" if self.choices else "completion"
+
+    @property
+    def question(self) -> str:
+        """What is asked, without the answer: rows that share it never sit in two splits.
+
+        For a chat it is what precedes the first assistant turn, so that rows which continue the same
+        conversation stay together.
+        """
+        if not self.messages:
+            return self.prompt
+        first = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return _canonical(self.messages[:first])
+
+    @property
+    def content(self) -> str:
+        """Canonical JSON of everything but the id."""
+        return _canonical({name: value for name, value in vars(self).items() if name != "id"})
+
+
+class IdRegister:
+    """Names the rows of one file: a given id as it is, else 16 hex digits of the content's SHA-256.
+
+    The second row with the same content gets `-1`, the third `-2`, so ids do not depend on the order of
+    rows that differ.
+    """
+
+    def __init__(self) -> None:
+        self._first_use: dict[str, str] = {}
+        self._copies: Counter[str] = Counter()
+
+    def name(self, row: Row, given: Any, where: str) -> Row:
+        """`row` with its id. Raises `DataError` where `given` names an earlier row of the file."""
+        identity = str(given) if given is not None and str(given).strip() else self._content_id(row)
+        if identity in self._first_use:
+            raise DataError(
+                f"{where}: id", identity, f"is the id of {self._first_use[identity]} too",
+                "Make the ids unique, or leave the column out.",
+            )
+        self._first_use[identity] = where
+        return replace(row, id=identity)
+
+    def _content_id(self, row: Row) -> str:
+        digest = hashlib.sha256(row.content.encode()).hexdigest()[:16]
+        self._copies[digest] += 1
+        return digest if self._copies[digest] == 1 else f"{digest}-{self._copies[digest] - 1}"
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,150 @@
+"""Rows divided among their owners: train, validation, calibration, test.
+
+- The order of rows is that of SHA-256(seed, question): it depends neither on the order in the file nor on
+  the sizes asked for. Test is taken first, then calibration, validation and train, so the test rows stay
+  the same whatever the training size, and a smaller training split is contained in a larger one.
+- A split with a file of its own is taken from that file; one without (in a folder) from the train file.
+- Rows with the same question never sit in two splits; repeated rows are dropped, and their number logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.config import DataConfig
+from pipeline.data.rows import Row
+from pipeline.data.sources import open_records, parse
+from pipeline.data.template import check_template
+from pipeline.errors import DataError
+
+TAKING_ORDER = ("test", "calibration", "validation", "train")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint rows per owner, in the order in which they are used."""
+
+    train: list[Row]
+    validation: list[Row]
+    calibration: list[Row]
+    test: list[Row]
+    fingerprint: str
+    """SHA-256 over split names, row ids and texts: equal rows, equal fingerprint."""
+    repeated: int = 0
+    """Rows dropped because an earlier one of the same file has the same text."""
+    leaked: int = 0
+    """Rows dropped because the file of a later stage holds their question."""
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Read `config.path` and divide its rows.
+
+    Raises:
+        DataError: a fault in the data, or too few rows for `data.*_rows`.
+    """
+    check_template(config.template)
+    files = {
+        split: parse(records, config.template, f"{config.path} ({split})")[0]
+        for split, records in open_records(config.path).items()
+    }
+    splits = divide(files, config)
+    if splits.repeated:
+        log.warning("data: dropped %d repeated rows (same text; the first of each is kept)", splits.repeated)
+    if splits.leaked:
+        log.warning("data: dropped %d rows whose question the file of a later stage holds too", splits.leaked)
+    return splits
+
+
+def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
+    """Splits of the configured sizes out of rows that are already read.
+
+    Args:
+        files: split -> its rows; `train` is always there and feeds the splits that are not.
+
+    Raises:
+        DataError: too few rows, naming `data.*_rows` and how many there are.
+    """
+    pools, repeated, leaked = _pools(files, config.seed)
+    sizes = {split: sum(map(len, pool)) for split, pool in pools.items()}
+    questions = {split: len(pool) for split, pool in pools.items()}
+    taken: dict[str, list[Row]] = {}
+    for split in TAKING_ORDER:
+        source = split if split in pools else "train"
+        wanted = getattr(config, f"{split}_rows")
+        taken[split] = _take(pools[source], wanted)
+        if len(taken[split]) < (wanted or 1):
+            raise _too_few(split, source, sizes[source], questions[source], files, config)
+    return Splits(**taken, fingerprint=_fingerprint(taken), repeated=repeated, leaked=leaked)
+
+
+def _pools(files: Mapping[str, Sequence[Row]], seed: int) -> tuple[dict[str, list[list[Row]]], int, int]:
+    """(split with a file -> its groups of rows with one question, in the order of taking from the end;
+    rows dropped as repeated; rows dropped as leaked)."""
+    pools: dict[str, list[list[Row]]] = {}
+    owners: set[str] = set()
+    repeated = leaked = 0
+    for split in (s for s in TAKING_ORDER if s in files):
+        groups: dict[str, list[Row]] = {}
+        seen: set[str] = set()
+        for row in files[split]:
+            identity = _without_label(row)
+            if row.question in owners:
+                leaked += 1
+            elif identity in seen:
+                repeated += 1
+            else:
+                seen.add(identity)
+                groups.setdefault(row.question, []).append(row)
+        owners |= groups.keys()
+        pools[split] = [groups[q] for q in sorted(groups, key=lambda q: _place(seed, q), reverse=True)]
+    return pools, repeated, leaked
+
+
+def _without_label(row: Row) -> str:
+    """Two rows that differ only in the label are the same text: one of the labels is wrong."""
+    return repr((row.prompt, row.choices, row.completion, row.messages))
+
+
+def _place(seed: int, question: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{question}".encode()).digest()
+
+
+def _take(pool: list[list[Row]], wanted: int | None) -> list[Row]:
+    """Remove groups from the end of `pool` until there are `wanted` rows (None: all); what is left of the
+    last group belongs to no other split and is given up."""
+    rows: list[Row] = []
+    while pool and (wanted is None or len(rows) < wanted):
+        rows.extend(pool.pop())
+    return rows[:wanted]
+
+
+def _too_few(
+    split: str, source: str, there: int, questions: int, files: Mapping[str, Sequence[Row]], config: DataConfig
+) -> DataError:
+    wanted = getattr(config, f"{split}_rows")
+    field = f"data.{split}_rows"
+    if source == split and split != "train":
+        return DataError(field, wanted, f"the {split} file has {there} distinct rows", f"Set {field}={there} or less.")
+    fed = [s for s in TAKING_ORDER if s == "train" or s not in files]
+    asked = " + ".join(f"{getattr(config, f'{s}_rows') or 'at least 1'} {s}" for s in fed)
+    constraint = f"{there} distinct rows (with {questions} different prompts) are too few for {asked}"
+    if questions < len(fed):
+        return DataError(field, wanted, constraint, f"Give at least {len(fed)} rows with different prompts.")
+    share = max(1, questions // (len(fed) + 1))
+    settings = " ".join(f"data.{s}_rows={share}" for s in fed if s != "train")
+    rest = "data.train_rows=null" if config.train_rows is not None else ""
+    return DataError(field, wanted, constraint, f"Set fewer, for example: {' '.join(filter(None, (settings, rest)))}")
+
+
+def _fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
+    digest = hashlib.sha256()
+    for split in sorted(splits):
+        digest.update(f"{split}\0{len(splits[split])}\0".encode())
+        for row in splits[split]:
+            digest.update(f"{row.id}\0{row.content}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""Column values -> `Row`: three shapes need no template, `data.template` maps the others onto them.
+
+    {prompt, choices, label}     label: index from 0, or the text of a choice
+    {prompt, completion}         references optional
+    {messages}                   [{role, content}, ...], the last from the assistant; references optional
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import TemplateConfig
+from pipeline.data.rows import Row
+from pipeline.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAPES = "{prompt, choices, label}, {prompt, completion} or {messages}"
+
+_COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+class ColumnError(DataError):
+    """A column that is needed is not there; in a table that holds for every row."""
+
+
+def check_template(template: TemplateConfig | None) -> None:
+    """Refuse a template that contradicts itself. Raises `DataError`."""
+    if template is None:
+        return
+    if template.completion is not None and (template.choices is not None or template.label is not None):
+        raise DataError(
+            "data.template", None, "has a completion beside choices or label",
+            "Keep choices and label for rows with a right choice, or completion for text to be generated.",
+        )
+    if template.choices is not None:
+        _check_choices(template.choices, "data.template.choices")
+
+
+def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: str) -> Row:
+    """The row that one record stands for; its id is still empty.
+
+    Args:
+        values: column -> value.
+        template: parts that it leaves open come from the columns prompt, choices, label, completion.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: a missing column, an empty text, a missing or impossible label, broken messages.
+    """
+    label_column, columns = "label", _listed(values)
+    if template is not None:
+        label_column = template.label or label_column
+        values = _apply(values, template, where)
+    if values.get("messages") is not None:
+        return Row("", messages=_messages(values["messages"], where), references=_references(values, where))
+    if values.get("choices") is not None:
+        choices = _choices(values["choices"], where)
+        label = find_label_or_refuse(_get(values, label_column, where), choices, f"{where}: {label_column}")
+        return Row("", _filled(values, "prompt", where), choices, label)
+    if "completion" in values:
+        prompt, completion = (_filled(values, name, where) for name in ("prompt", "completion"))
+        return Row("", prompt, completion=completion, references=_references(values, where))
+    raise ColumnError(
+        where, None, f"does not have the columns {SHAPES}; its columns are {columns}",
+        "Rename the columns, or map them with data.template.",
+    )
+
+
+def fill(text: str, values: Mapping[str, Any], where: str) -> str:
+    """`text` with every `{column}` replaced by its value; `{{` and `}}` stand for braces.
+
+    Raises:
+        DataError: no such column (those there are get listed), or a value that is no text or number.
+    """
+
+    def replacement(match: re.Match[str]) -> str:
+        if match.group(1) is None:
+            return match.group()[0]
+        return _as_text(_get(values, match.group(1), where), f"{where}: {match.group(1)}")
+
+    return _COLUMN.sub(replacement, text) if "{" in text or "}" in text else text
+
+
+def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> dict[str, Any]:
+    """The record in one of the three shapes. Columns that the template leaves open must be there."""
+    mapped = dict(values)
+    if template.prompt is not None:
+        mapped["prompt"] = fill(template.prompt, values, where)
+    if template.completion is not None:
+        mapped["completion"], mapped["choices"] = fill(template.completion, values, where), None
+    if template.choices is not None:
+        mapped["choices"] = [fill(text, values, where) for text in template.choices]
+    if template.choices is not None or template.label is not None:
+        _get(values, template.label or "label", where)
+    if template != TemplateConfig():
+        mapped["messages"] = None
+    return mapped
+
+
+def _get(values: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in values:
+        raise ColumnError(
+            f"{where}: {column}", None, f"is not a column; the columns are {_listed(values)}",
+            "Rename the column, or say in data.template which one is meant (literal braces are written {{ and }}).",
+        )
+    return values[column]
+
+
+def _as_text(value: Any, field: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(field, value, "is not a number", "Fill in the value, or leave the row out.")
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if value is None:
+        raise DataError(field, None, "has no value", "Fill in the value, or leave the row out.")
+    raise DataError(field, value, "must be a text or a number", "Flatten the column first.")
+
+
+def _filled(values: Mapping[str, Any], column: str, where: str) -> str:
+    """A text that is more than blanks."""
+    text = _as_text(_get(values, column, where), f"{where}: {column}")
+    if not text.strip():
+        raise DataError(f"{where}: {column}", text, "is empty", "Fill in the text, or leave the row out.")
+    return text
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    field = f"{where}: choices"
+    value = _from_json(value)
+    if not isinstance(value, list | tuple):
+        raise DataError(field, value, "must be a list of texts", "Give the list, or set data.template.choices.")
+    choices = tuple(_as_text(choice, field) for choice in value)
+    _check_choices(choices, field)
+    return choices
+
+
+def _check_choices(choices: tuple[str, ...], field: str) -> None:
+    shown = list(choices)
+    if len(choices) < 2:
+        raise DataError(field, shown, f"must hold at least 2 texts, not {len(choices)}", "Add the other answers.")
+    if not all(choice.strip() for choice in choices):
+        raise DataError(field, shown, "holds an empty text", "Give every choice a text.")
+    if len(set(choices)) < len(choices):
+        raise DataError(field, shown, "holds the same text twice", "Give every choice a text of its own.")
+
+
+def find_label_or_refuse(value: Any, choices: tuple[str, ...], field: str) -> int:
+    """Index of the choice that `value` means. Raises `DataError` naming `field` where it means none."""
+    listed = ", ".join(repr(c) for c in choices[:6]) + (", …" if len(choices) > 6 else "")
+    remedy = f"Give the index of one of {listed} (from 0), or its text."
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(field, None, "is missing: the row has no label", remedy)
+    if isinstance(value, float) and math.isnan(value):
+        raise DataError(field, value, "is not a number", remedy)
+    label = find_label(value, choices)
+    if label is None:
+        raise DataError(field, value, f"must be 0 to {len(choices) - 1} or the text of a choice", remedy)
+    return label
+
+
+def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
+    """Index of the choice that `value` means; None where it means none.
+
+    A number is an index. A text is compared with the choices after strip, then without case, and only
+    then read as an index: in a CSV, where everything is text, "3" means the choice " 3" if there is one.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value) if value in range(len(choices)) else None
+    text = str(value).strip()
+    for same in (str.strip, lambda choice: choice.strip().casefold()):
+        hits = [i for i, choice in enumerate(choices) if same(choice) == same(text)]
+        if len(hits) == 1:
+            return hits[0]
+    return int(text) if text.isdecimal() and int(text) < len(choices) else None
+
+
+def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
+    field = f"{where}: messages"
+    value = _from_json(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(field, value, "must be a list of {role, content}", "Give a user and an assistant turn.")
+    turns = tuple(_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value))
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            field, turns[-1]["role"], "must end with an assistant turn, the one to be learnt", "Cut what follows it."
+        )
+    if turns[0]["role"] == "assistant":
+        raise DataError(field, "assistant", "must not begin with an assistant turn", "Add what it answers.")
+    return turns
+
+
+def _turn(turn: Any, field: str) -> dict[str, str]:
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(field, turn, "must be {role, content} with two texts", "Rename the keys.")
+    if role not in ROLES:
+        raise DataError(f"{field}.role", role, f"must be one of {', '.join(ROLES)}", "Rename the role.")
+    if role == "assistant" and not content.strip():
+        raise DataError(f"{field}.content", content, "is empty", "Fill in the answer, or leave the row out.")
+    return {"role": role, "content": content}
+
+
+def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = _from_json(values.get("references"))
+    if value is None or value == "":
+        return ()
+    field = f"{where}: references"
+    return tuple(_as_text(text, field) for text in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _from_json(value: Any) -> Any:
+    """Lists in a CSV cell are written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(values) or "none"

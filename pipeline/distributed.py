@@ -1,0 +1,180 @@
+"""The only importer of torch.distributed and deepspeed. Every helper works in a world of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import LoradropError
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    process_rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.process_rank == 0
+
+
+def start() -> World:
+    """Join the process group that the launcher's environment describes; a world of one without a launcher."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum in float64 (float32 on devices without it)."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.tensor(list(values), dtype=dtype, device=device)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, in rank order, on every process."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """True on all processes where any of them says so."""
+    return sum_over_processes([float(flag)], device)[0] > 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    torch.distributed.barrier()
+
+
+def require_equal(what: str, value: str) -> None:
+    """Fail on every process where processes hold different values of `what`."""
+    values = gather_objects(value)
+    if len(set(values)) > 1:
+        raise LoradropError(f"processes disagree about {what}: {dict(enumerate(values))}; start all of them alike")
+
+
+@contextmanager
+def main_process_first(world: World) -> Iterator[None]:
+    """The block runs on the main process first, then on the others (downloads, caches)."""
+    if not world.is_main:
+        barrier()
+    yield
+    if world.is_main:
+        barrier()
+
+
+def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:
+    """DeepSpeed engine with torch's AdamW over `groups` (own learning rates, no DeepSpeed scheduler)."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole fp32 value of a trained parameter, whatever the ZeRO stage (a collective under ZeRO)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        value = safe_get_full_fp32_param(parameter)
+        if value is not None:
+            return value.detach().to("cpu", torch.float32).reshape(_shape(parameter)).clone()
+    return parameter.detach().to("cpu", torch.float32).clone()
+
+
+def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor | None:
+    """`exp_avg` or `exp_avg_sq` of a parameter; None before the first step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        value = safe_get_full_optimizer_state(parameter, name)
+    else:  # ZeRO-0 keeps the plain torch optimizer
+        value = engine.optimizer.state.get(parameter, {}).get(name)
+    return None if value is None else value.detach().to("cpu", torch.float32).reshape(_shape(parameter)).clone()
+
+
+def set_full_fp32(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Overwrite a parameter and its fp32 master."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value.to(parameter.device).reshape(_shape(parameter)))
+    if not hasattr(parameter, "ds_id"):
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def restore_moments(engine: Any, step: int, moments: dict[nn.Parameter, dict[str, torch.Tensor]]) -> None:
+    """Put AdamW's moments and step count back, before the first step of a resumed engine.
+
+    DeepSpeed creates the inner optimizer's state lazily; here it is created first, then filled fragment by fragment.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    inner = getattr(engine.optimizer, "optimizer", None)
+    if inner is None or _is_plain(engine):  # ZeRO-0 keeps the plain torch optimizer
+        for parameter, values in moments.items():
+            state = {"step": torch.tensor(float(step))}
+            state.update({name: value.to(parameter.device).view_as(parameter).clone() for name, value in values.items()})
+            engine.optimizer.state[parameter] = state
+        return
+    flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if flats is None:
+        flats = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for flat in flats:
+        inner.state[flat] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": torch.zeros_like(flat.data),
+            "exp_avg_sq": torch.zeros_like(flat.data),
+        }
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for parameter, values in moments.items():
+        for name, value in values.items():
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device).reshape(_shape(parameter)), name)
+
+
+def _is_plain(engine: Any) -> bool:
+    return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

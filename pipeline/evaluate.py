@@ -1,0 +1,142 @@
+"""The evaluation stage: every member's predictions on three splits, without reading a label.
+
+All members - base, adapter, its mask draws, the plain run, the best searched adapters - share one pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.members import Member
+from pipeline.adapters.state import StoredAdapter, read_adapter
+from pipeline.assembly import attach_stored
+from pipeline.config import RunConfig, load_config
+from pipeline.data import load_splits
+from pipeline.distributed import World, stop
+from pipeline.distributed import start as start_world
+from pipeline.errors import RunFolderError
+from pipeline.model.load import load_base
+from pipeline.predictions import Member as PredictedMember
+from pipeline.predictions import read_members, read_predictions, write_members, write_predictions
+from pipeline.readout import Predictions, predict_shared
+from pipeline.runs import RunPaths, read_json, update_status
+from pipeline.stage import stage_main
+from pipeline.tracking import Progress, say
+
+SPLITS = ("validation", "calibration", "test")
+
+
+def evaluate_run(run_dir: Path) -> None:
+    """Write predictions/ of a run. Splits already predicted by the same members are kept.
+
+    Raises:
+        RunFolderError: the run has no adapter, or a run it refers to is gone.
+    """
+    paths = RunPaths(run_dir)
+    config = load_config(paths.config)
+    folders = compared_adapters(paths, config)
+    stored = [read_adapter(folder) for _, _, folder in folders]
+    members, described = member_list(config, folders, stored)
+    splits = load_splits(config.data)
+    missing = _missing_splits(paths, described, {name: [row.id for row in getattr(splits, name)] for name in SPLITS})
+    if not missing:
+        say("predictions are complete")
+        return
+    world = start_world()
+    base = load_base(config.model, world.device)
+    adapters = attach_stored(base, stored, config.train.seed)
+    update_status(paths, "evaluate", "running")
+    rows = sum(len(getattr(splits, name)) for name in missing)
+    say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
+    progress = Progress(rows, 0, world.is_main, unit="row")
+    for name in missing:  # of other members: never to be taken for these
+        (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
+    write_members(paths.predictions, described)
+    done = 0
+    for name in missing:
+        chosen = getattr(splits, name)
+        started = time.monotonic()
+        predictions = predict_shared(config, base, adapters, chosen, members, world, _counter(progress, done, name))
+        done += len(chosen)
+        if world.is_main:
+            write_predictions(paths.predictions, name, replace(predictions, seconds=time.monotonic() - started))
+    progress.close()
+    update_status(paths, "evaluate", "done")
+    stop()
+
+
+def compared_adapters(paths: RunPaths, config: RunConfig) -> list[tuple[str, str, Path]]:
+    """(group, name, adapter folder) of the run's own adapter and of those members.json refers to, best first."""
+    if not paths.adapter.is_dir():
+        raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
+    folders = [("mean_field", "mean-field", paths.adapter)]
+    related: dict[str, Any] = read_json(paths.members) if paths.members.exists() else {}
+    if related.get("plain"):
+        folders.append(("plain", "plain LoRA", _resolve(paths, related["plain"]["run"]) / "adapter"))
+    if related.get("search"):
+        search = _resolve(paths, related["search"]["folder"])
+        trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
+        trials.sort(key=lambda trial: trial["validation_nll"])
+        for trial in trials[: config.search.adapters]:
+            folders.append(("searched", trial["name"], _resolve(RunPaths(search), trial["run"]) / "adapter"))
+    return folders
+
+
+def member_list(
+    config: RunConfig, folders: list[tuple[str, str, Path]], stored: list[StoredAdapter]
+) -> tuple[list[Member], list[PredictedMember]]:
+    """The members of the pass and their descriptions: base, every adapter mask-free, the first one's draws."""
+    members = [Member(None)]
+    described = [PredictedMember("base", "base")]
+    for k, ((group, name, folder), adapter) in enumerate(zip(folders, stored, strict=True)):
+        rates = {site.position: site.rate for site in adapter.spec.sites if site.rate > 0}
+        extra: dict[str, Any] = {"rank": adapter.spec.rank, "alpha": adapter.spec.alpha, "rates": rates}
+        members.append(Member(k))
+        described.append(PredictedMember(name, group, str(folder), adapter.sha256, None, extra))  # type: ignore[arg-type]
+        if k == 0 and rates:
+            for draw in range(config.ensemble.size):
+                members.append(Member(0, draw))
+                described.append(
+                    PredictedMember(f"draw {draw}", "mask_draw", str(folder), adapter.sha256, draw,
+                                    {**extra, "seed": config.ensemble.seed})
+                )
+    return members, described
+
+
+def _missing_splits(paths: RunPaths, described: list[PredictedMember], row_ids: dict[str, list[str]]) -> list[str]:
+    try:
+        if read_members(paths.predictions) != described:
+            return list(SPLITS)
+    except RunFolderError:
+        return list(SPLITS)
+    return [name for name in SPLITS if not _is_complete(paths, name, len(described), row_ids[name])]
+
+
+def _is_complete(paths: RunPaths, split: str, members: int, row_ids: list[str]) -> bool:
+    try:
+        predictions: Predictions = read_predictions(paths.predictions, split)
+    except RunFolderError:
+        return False
+    return list(predictions.row_ids) == row_ids and predictions.members == members
+
+
+def _counter(progress: Progress, done: int, split: str) -> Callable[[int, int], None]:
+    return lambda sequences, _total: progress.show(done + sequences, [split])
+
+
+def _resolve(paths: RunPaths, name: str) -> Path:
+    path = Path(name)
+    return path if path.is_absolute() else (paths.root / path).resolve()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m pipeline.evaluate --run-dir DIR`."""
+    return stage_main("evaluate", evaluate_run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

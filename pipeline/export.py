@@ -1,0 +1,204 @@
+"""The export stage: PEFT folders that stock tools load, each proven in a clean process before it is published.
+
+A LoRA-Dropout adapter is a plain LoRA at inference, and so is each of its weight-mask draws.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import distributed
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.members import Member
+from pipeline.adapters.state import StoredAdapter, masked_matrices, read_adapter, write_adapter
+from pipeline.assembly import attach_stored
+from pipeline.config import RunConfig, load_config
+from pipeline.config.method import WEIGHT_POSITIONS
+from pipeline.data import load_splits
+from pipeline.data.encode import encode_candidates
+from pipeline.errors import LoradropError, RunFolderError
+from pipeline.model.head import head_of, hidden_states
+from pipeline.model.load import BaseModel, load_base
+from pipeline.runs import MANIFEST, RunPaths, publish_folder, read_json, update_status, write_json
+from pipeline.stage import stage_main
+from pipeline.tracking import say
+
+PROBE_PROMPTS = 8
+TOLERANCE = 0.05
+"""max |stock - ours| over max |adapter - base|."""
+
+
+class ParityError(LoradropError):
+    """A stock tool computes something else than we do, or an export has no effect."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One PEFT folder of the export."""
+
+    folder: str
+    member: Member
+
+
+def export_run(run_dir: Path) -> None:
+    """Write export/: adapter/, members/draw_NNN/, manifest.json with measured parity.
+
+    Raises:
+        RunFolderError: no adapter, or a method whose members are no plain LoRA.
+        ParityError: parity is outside the tolerance, or an export equals the base.
+    """
+    paths = RunPaths(run_dir)
+    config = load_config(paths.config)
+    stored = read_adapter(paths.adapter)
+    update_status(paths, "export", "running")
+    world = distributed.start()
+    base = load_base(config.model, world.device)
+    adapters = attach_stored(base, [stored], config.train.seed)
+    exported = planned_exports(config, paths, stored)
+    result = read_json(paths.result) if paths.result.exists() else {}
+
+    def fill(folder: Path) -> None:
+        write_exports(folder, exported, adapters, stored, config, base.identity.resolved)
+        say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
+        parity = measure_parity(folder, exported, base, adapters, config)
+        manifest = {
+            "base": base.identity.as_dict(), "adapter_sha256": stored.sha256,
+            "exports": [{"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)],
+            "ensemble": _ensemble_entry(config, exported, result), "tolerance": TOLERANCE,
+            "note": "scores and temperature hold for the base named here, quantized as stated",
+        }
+        write_json(folder / MANIFEST, manifest)
+
+    publish_folder(paths.export, fill)
+    update_status(paths, "export", "done")
+    distributed.stop()
+    say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
+
+
+def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -> list[Exported]:
+    """What export.forms and the chosen ensemble size ask for."""
+    exported = [Exported("adapter", Member(0))] if "adapter" in config.export.forms else []
+    if "members" not in config.export.forms:
+        return exported
+    active = [site for site in stored.spec.sites if site.rate > 0]
+    odd = [site.position for site in active if site.position not in WEIGHT_POSITIONS]
+    if odd:
+        raise RunFolderError(
+            "export.forms", "members", f"a member with masks on {', '.join(odd)} is no plain LoRA",
+            "Set export.forms=[adapter].",
+        )
+    if not active:
+        return exported
+    size = config.export.members
+    if size is None:
+        chosen = read_json(paths.result).get("chosen_ensemble_size") if paths.result.exists() else None
+        size = int(chosen) if chosen else config.ensemble.size
+    return exported + [Exported(f"members/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
+
+
+def write_exports(
+    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, config: RunConfig, base: str
+) -> None:
+    """One PEFT folder per export; a draw's masks are folded into its matrices."""
+    draws = [e.member for e in exported]
+    masks = adapters.plan(draws, 1, config.ensemble.seed, "test").masks
+    plain = replace(stored.spec, sites=())
+    for m, export in enumerate(exported):
+        target = folder / export.folder
+        target.mkdir(parents=True)
+        is_draw = export.member.draw is not None
+        matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
+        spec = plain if is_draw else stored.spec
+        write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes)
+
+
+def measure_parity(
+    folder: Path, exported: list[Exported], base: BaseModel, adapters: Adapters, config: RunConfig
+) -> list[dict[str, float]]:
+    """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
+
+    Raises:
+        ParityError: beyond the tolerance, or an export without effect.
+    """
+    prompts = _probe_prompts(config, base)
+    ours = np.stack([_our_logits(base, adapters, ids, [Member(None), *(e.member for e in exported)], config) for ids in prompts], 1)
+    stock = _stock_logits([folder / e.folder for e in exported], base, prompts, str(adapters.device))
+    parity = []
+    for k, export in enumerate(exported):
+        effect = float(np.abs(ours[k + 1] - ours[0]).max())
+        difference = float(np.abs(stock["adapters"][k] - ours[k + 1]).max())
+        stock_effect = float(np.abs(stock["adapters"][k] - stock["base"]).max())
+        if effect == 0.0 or stock_effect == 0.0:
+            raise ParityError(f"{export.folder}: its output equals the base model's; the adapter has no effect")
+        if difference > TOLERANCE * effect:
+            raise ParityError(
+                f"{export.folder}: stock PEFT differs by {difference:.4g} where the adapter's whole effect is {effect:.4g}"
+                f" (allowed: {TOLERANCE:.0%})"
+            )
+        parity.append({"max_difference": difference, "max_effect": effect, "ratio": difference / effect})
+    return parity
+
+
+def _probe_prompts(config: RunConfig, base: BaseModel) -> list[list[int]]:
+    rows = load_splits(config.data).calibration[:PROBE_PROMPTS]
+    return [list(encode_candidates(row, base.tokenizer, config.data.max_tokens)[0].input_ids[:-1]) for row in rows]
+
+
+def _our_logits(
+    base: BaseModel, adapters: Adapters, ids: list[int], members: list[Member], config: RunConfig
+) -> np.ndarray:
+    """(M, V) logits behind one prompt."""
+    adapters.model.eval()
+    rows = torch.tensor([ids] * len(members), device=adapters.device)
+    positions = torch.arange(len(ids), device=adapters.device).repeat(len(members), 1)
+    plan = adapters.plan(members, 1, config.ensemble.seed, "test")
+    with torch.no_grad(), adapters.axis.active(plan):
+        hidden = hidden_states(base.model, rows, torch.ones_like(rows), positions)
+        return head_of(base.model)(hidden[:, -1]).float().cpu().numpy()
+
+
+def _stock_logits(folders: list[Path], base: BaseModel, prompts: list[list[int]], device: str) -> dict[str, np.ndarray]:
+    identity = base.identity
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.npz"
+        job: dict[str, Any] = {
+            "base": identity.resolved, "quantization": identity.quantization, "compute_dtype": identity.compute_dtype,
+            "double_quantization": identity.double_quantization, "device": device,
+            "adapters": [str(folder) for folder in folders], "input_ids": prompts, "out": str(out),
+        }
+        (Path(scratch) / "job.json").write_text(json.dumps(job))
+        script = Path(__file__).with_name("stock_parity.py")
+        command = [sys.executable, "-I", str(script), str(Path(scratch) / "job.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ParityError(f"stock PEFT cannot load the export:\n{done.stderr[-2000:]}")
+        with np.load(out, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in ("base", "adapters")}
+
+
+def _ensemble_entry(config: RunConfig, exported: list[Exported], result: dict[str, Any]) -> dict[str, Any] | None:
+    draws = [e.folder for e in exported if e.member.draw is not None]
+    if not draws:
+        return None
+    return {
+        "members": draws, "weights": [1.0 / len(draws)] * len(draws), "average": config.ensemble.average,
+        "temperature": result.get("chosen_temperature"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m pipeline.export --run-dir DIR`."""
+    return stage_main("export", export_run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

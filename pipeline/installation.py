@@ -1,0 +1,231 @@
+"""Making `.venv`: look first, say what happens, leave nothing that a second try stumbles over.
+
+An installation can be interrupted at any point and repeated: an environment without its marker is made anew (pip's
+cache keeps the downloads), because one that was cut off inside a package looks whole to pip. Only one installation
+runs at a time: the lock is an open file that pip inherits, so that even a pip whose parent was killed holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from pipeline.bootstrap import Environment
+from pipeline.errors import ErrorList, SetupError, StageFailed, UserError
+
+GIGABYTE = 10**9
+NEEDED_BYTES = 4 * GIGABYTE
+"""An environment with torch's CPU build takes 2.4 GB, and unpacking needs room beside it."""
+NEEDED_BYTES_CUDA = 12 * GIGABYTE
+"""With torch's CUDA build it takes about 8 GB."""
+HEARTBEAT_SECONDS = 30.0
+"""Between two lines of progress where the output is no terminal."""
+PIP_STEPS = ("Collecting", "Downloading", "Building", "Installing")
+"""Lines of pip's output that say what it is at."""
+DEBIAN_PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def prepare(environment: Environment) -> None:
+    """Make the environment, or bring it up to date; alone among concurrent launches.
+
+    Raises:
+        SetupError: the machine lacks something (an `ErrorList` where several things are missing).
+        StageFailed: venv or pip failed for another reason; carries the end of the log.
+        KeyboardInterrupt: also on SIGTERM; the running step has ended by then.
+    """
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with installation_lock(environment) as lock:
+        if not environment.is_ready():  # another launch may have finished while this one waited
+            check_machine(environment)
+            _install(environment, lock)
+    signal.signal(signal.SIGTERM, previous)
+
+
+def check_machine(environment: Environment) -> None:
+    """Look for everything an installation needs before it starts. Raises `SetupError` or `ErrorList`."""
+    place = environment.folder if environment.folder.exists() else environment.root
+    found = (venv_fault(), compiler_fault(), headers_fault(), disk_fault(place))
+    faults: list[UserError] = [fault for fault in found if fault]
+    if faults:
+        raise faults[0] if len(faults) == 1 else ErrorList(faults)
+
+
+def venv_fault() -> SetupError | None:
+    """Debian ships Python without the modules that make environments."""
+    missing = [name for name in ("venv", "ensurepip") if find_spec(name) is None]
+    if not missing:
+        return None
+    remedy = f"Debian, Ubuntu: apt install {DEBIAN_PYTHON}-venv. Elsewhere: install a complete Python."
+    return SetupError("Python module", missing[0], "is missing, so no environment can be made", remedy)
+
+
+def compiler_fault() -> SetupError | None:
+    """DeepSpeed compiles its kernels at first use."""
+    names = ("c++", "g++", "clang++")
+    if any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", *names)):
+        return None
+    remedy = "Debian, Ubuntu: apt install g++. Elsewhere: install one, or name it in CXX."
+    return SetupError("C++ compiler", None, f"none of {', '.join(names)} found; DeepSpeed needs one", remedy)
+
+
+def headers_fault() -> SetupError | None:
+    """The same kernels include Python.h."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if header.is_file():
+        return None
+    remedy = f"Debian, Ubuntu: apt install {DEBIAN_PYTHON}-dev. Elsewhere: install a complete Python."
+    return SetupError("Python headers", str(header), "is missing, and DeepSpeed compiles against it", remedy)
+
+
+def disk_fault(place: Path) -> SetupError | None:
+    """Running out of space in the middle is the least clear of all errors."""
+    needed = NEEDED_BYTES_CUDA if shutil.which("nvidia-smi") else NEEDED_BYTES
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return None
+    remedy = "Free some, or clone the repository to a larger disk."
+    constraint = f"{free / GIGABYTE:.1f} GB, but the installation needs about {needed // GIGABYTE} GB"
+    return SetupError(f"free disk space at {place}", None, constraint, remedy)
+
+
+@contextmanager
+def installation_lock(environment: Environment) -> Iterator[IO[bytes]]:
+    """Hold the only right to change the environment. Yields the locked file, to be inherited by what changes it.
+
+    The file is pyproject.toml: it is always there, and nothing has to be left behind. Opened for writing because
+    network file systems ask that of an exclusive lock.
+    """
+    try:
+        file = (environment.root / "pyproject.toml").open("r+b")
+    except OSError as error:
+        remedy = "Clone the repository to a folder of your own."
+        raise SetupError(str(error.filename), None, f"cannot be written ({error.strerror})", remedy) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("loradrop: another launch is preparing .venv; waiting for it.", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _install(environment: Environment, lock: IO[bytes]) -> None:
+    old, folder = environment.recorded(), environment.folder
+    environment.marker.unlink(missing_ok=True)  # from here to the end, it is incomplete
+    progress = Progress()
+    if old.get("place") != environment.fingerprint()["place"] or not environment.python.exists():
+        # The interpreter behind the running one, which may itself live in the folder that is emptied.
+        python = getattr(sys, "_base_executable", sys.executable)
+        _empty(folder)
+        print("loradrop: making .venv, once (2.4 GB with torch's CPU build, about 8 GB with CUDA).", file=sys.stderr)
+        progress.say(f"environment of Python {sys.version.split()[0]} in {folder}")
+        run_step([python, "-I", "-m", "venv", str(folder)], folder, lock, progress)
+    else:
+        print("loradrop: pyproject.toml or constraints.txt changed; bringing .venv up to date.", file=sys.stderr)
+    progress.say(f"packages pinned in constraints.txt (log: {_log(folder)})")
+    pip = [str(environment.python), "-I", "-m", "pip", "--no-input", "--disable-pip-version-check", "install"]
+    run_step([*pip, "--progress-bar", "off", "-c", "constraints.txt", "-e", ".[test]"], folder, lock, progress)
+    shutil.rmtree(folder / "tmp")
+    environment.mark_complete()
+    progress.say("ready")
+
+
+def _empty(folder: Path) -> None:
+    """Contents only: the folder itself may be a link to a larger disk."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Progress) -> None:
+    """Run one step beside `folder`, output into its install.log, showing the log's last line.
+
+    The step has a process group of its own, so that an interruption ends all of it, builds included, and temporary
+    files inside `folder`, so that making it anew leaves nothing behind.
+
+    Raises:
+        StageFailed: the step failed. `SetupError` where the reason is a full disk.
+    """
+    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    variables.update(PYTHONUNBUFFERED="1", TMPDIR=str(folder / "tmp"), DS_BUILD_OPS="0")  # kernels: at first use
+    (folder / "tmp").mkdir(exist_ok=True)
+    with _log(folder).open("ab") as log:
+        child = subprocess.Popen(
+            command,
+            cwd=folder.parent,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            pass_fds=(lock.fileno(),),
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)
+                steps = [line.strip() for line in _log_tail(folder, 40) if line.strip().startswith(PIP_STEPS)]
+                progress.update(steps[-1] if steps else "working")
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+    if child.returncode != 0:
+        raise _failure(folder, child.returncode)
+
+
+def _failure(folder: Path, code: int) -> SetupError | StageFailed:
+    tail = _log_tail(folder, 12)
+    if any("No space left on device" in line for line in tail):
+        return SetupError("free disk space", None, f"ran out while installing to {folder}", "Free some.")
+    return StageFailed(
+        "\n    ".join([f"the set-up failed (exit code {code}). The end of {_log(folder)}:", *tail])
+        + "\nOnce mended (network? package index?), the same command starts the set-up again."
+    )
+
+
+def _log(folder: Path) -> Path:
+    return folder / "install.log"
+
+
+def _log_tail(folder: Path, lines: int) -> list[str]:
+    with _log(folder).open("rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
+        return log.read().decode("utf-8", "replace").splitlines()[-lines:]
+
+
+class Progress:
+    """Elapsed seconds and what is happening, on stderr: one rewritten line on a terminal, else one now and then."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._clear = "\r\033[K" if sys.stderr.isatty() else ""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._last = time.monotonic()
+        print(f"{self._clear}{self._line(text)}", file=sys.stderr, flush=True)
+
+    def update(self, text: str) -> None:
+        """What goes on at the moment."""
+        if self._clear:
+            print(f"{self._clear}{self._line(text[:80])}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= HEARTBEAT_SECONDS:
+            self.say(text[:80])
+
+    def _line(self, text: str) -> str:
+        return f"  [{time.monotonic() - self._start:4.0f} s] {text}"

@@ -1,0 +1,64 @@
+"""Assembly of one training pass: examples → rows along the member axis → weighted loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.attach import Adapters, with_row_keys
+from pipeline.adapters.layout import RowLayout
+from pipeline.adapters.members import MemberPlan
+from pipeline.data.batches import collate
+from pipeline.data.encode import Encoded
+from pipeline.losses import weighted_nll
+from pipeline.model.head import head_of, hidden_states
+from pipeline.randomness import key64
+
+
+class SupervisedLM(nn.Module):
+    """A causal model whose forward is the loss: logits only where tokens are supervised."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor
+    ) -> Tensor:
+        """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,)."""
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
+        return weighted_nll(hidden, labels, head_of(self.model), row_weights)[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one pass on the device, and the plan they follow."""
+
+    tensors: dict[str, Tensor]
+    """input_ids, attention_mask, position_ids, labels: (M·B, T)."""
+    weights: Tensor
+    """(M·B,) weight of each row in the loss."""
+    plan: MemberPlan
+
+
+def build_rows(
+    adapters: Adapters, examples: list[Encoded], layout: RowLayout, pad_id: int, seed: int, phase: object,
+    side: Literal["left", "right"] = "left",
+) -> Rows:
+    """Lay examples out as `layout` says and draw the masks of (seed, phase)."""
+    device = adapters.device
+    batch = collate([examples[index] for index in layout.source], pad_id, side=side)
+    tensors = batch.tensors(device)
+    plan = adapters.plan(layout.members, layout.rows, seed, phase)
+    if adapters.needs_row_keys():
+        keys = example_keys(batch.example_ids).to(device)
+        plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
+    return Rows(tensors, torch.tensor(layout.weights, dtype=torch.float32, device=device), plan)
+
+
+def example_keys(example_ids: list[str]) -> Tensor:
+    """(B,) int64 identities of examples, the same in every layout and process."""
+    return torch.tensor([key64("example", name) >> 1 for name in example_ids], dtype=torch.int64)

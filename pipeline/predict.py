@@ -1,0 +1,167 @@
+"""Scores of answers under M members at once, without touching any state of the model.
+
+Logits are computed at the scored positions only; a row whose answers are one token each costs one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import Adapters, with_row_keys
+from pipeline.adapters.members import Member, MemberPlan, replicate_rows
+from pipeline.data.batches import collate
+from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.data.schedule import length_sorted_chunks
+from pipeline.model.head import head_of, hidden_states
+from pipeline.objective import example_keys
+
+HEAD_ROWS = 256
+"""Hidden states turned into logits at a time (memory: rows × vocabulary)."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sequence and the tokens scored in it: log p(target) given everything up to `position`."""
+
+    row: int
+    input_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+    choices: tuple[int, ...]
+    """Which answer of the row each target belongs to."""
+    example: str
+
+
+def plan_sequences(candidates: Sequence[Sequence[Encoded]]) -> list[Scored]:
+    """Sequences to run for rows of candidate answers; one-token answers to one prompt share a sequence."""
+    sequences: list[Scored] = []
+    for row, answers in enumerate(candidates):
+        if len(answers) > 1 and _share_one_prompt(answers):
+            prompt = answers[0].input_ids[:-1]
+            targets = tuple(answer.input_ids[-1] for answer in answers)
+            last = (len(prompt) - 1,) * len(targets)
+            sequences.append(Scored(row, prompt, last, targets, tuple(range(len(targets))), answers[0].example))
+            continue
+        for choice, answer in enumerate(answers):
+            positions = tuple(t - 1 for t, label in enumerate(answer.labels) if label != IGNORE_INDEX and t > 0)
+            targets = tuple(answer.labels[t + 1] for t in positions)
+            sequences.append(
+                Scored(row, answer.input_ids, positions, targets, (choice,) * len(targets), answer.example)
+            )
+    return sequences
+
+
+def predict_choices(
+    adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], pad_id: int,
+    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """log p(choice | row, member), normalised over the row's choices: (M, N, C), -inf where a row has fewer.
+
+    Args:
+        candidates: per row its encoded answers.
+        members: evaluated in one pass per chunk of rows; mask draws are those of (seed, phase).
+        budget_tokens: rows × members × padded length of one forward.
+        on_chunk: told (sequences done, sequences in all).
+    """
+    width = max(len(answers) for answers in candidates)
+    scores = np.full((len(members), len(candidates), width), -np.inf)
+    for row, answers in enumerate(candidates):
+        scores[:, row, : len(answers)] = 0.0
+    for sequence, log_probs in _score(adapters, plan_sequences(candidates), members, pad_id, budget_tokens, seed, phase, on_chunk):
+        for j, choice in enumerate(sequence.choices):
+            scores[:, sequence.row, choice] += log_probs[:, j]
+    peak = scores.max(axis=-1, keepdims=True)
+    return (scores - peak - np.log(np.exp(scores - peak).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def predict_completions(
+    adapters: Adapters, references: Sequence[Encoded], members: Sequence[Member], pad_id: int,
+    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p of every supervised token of each row's reference: (M, total tokens) and offsets (N+1,)."""
+    sequences = plan_sequences([[reference] for reference in references])
+    offsets = np.concatenate([[0], np.cumsum([len(s.targets) for s in sequences])]).astype(np.int64)
+    flat = np.zeros((len(members), int(offsets[-1])), dtype=np.float32)
+    for sequence, log_probs in _score(adapters, sequences, members, pad_id, budget_tokens, seed, phase, on_chunk):
+        flat[:, offsets[sequence.row] : offsets[sequence.row + 1]] = log_probs
+    return flat, offsets
+
+
+def _score(
+    adapters: Adapters, sequences: list[Scored], members: Sequence[Member], pad_id: int, budget_tokens: int,
+    seed: int, phase: object, on_chunk: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Scored, np.ndarray]]:
+    """Yield each sequence with its (M, targets) log-probabilities."""
+    was_training = adapters.model.training
+    adapters.model.eval()
+    try:
+        with torch.no_grad():
+            masks = adapters.plan(members, 1, seed, phase)
+            done = 0
+            for chunk in length_sorted_chunks([len(s.input_ids) for s in sequences], budget_tokens, len(members)):
+                chosen = [sequences[i] for i in chunk]
+                yield from zip(chosen, _score_chunk(adapters, chosen, masks, pad_id, seed, phase), strict=True)
+                done += len(chosen)
+                if on_chunk is not None:
+                    on_chunk(done, len(sequences))
+    finally:
+        adapters.model.train(was_training)
+
+
+def _score_chunk(
+    adapters: Adapters, chosen: list[Scored], masks: MemberPlan, pad_id: int, seed: int, phase: object
+) -> list[np.ndarray]:
+    unsupervised = [Encoded(s.example, s.input_ids, (IGNORE_INDEX,) * len(s.input_ids)) for s in chosen]
+    batch = collate(unsupervised, pad_id)
+    size, rows = masks.size, len(chosen)
+    plan = replace(masks, rows=rows)
+    tensors = {name: replicate_rows(tensor, size) for name, tensor in batch.tensors(adapters.device).items()}
+    ids, positions = tensors["input_ids"], tensors["position_ids"]
+    if adapters.needs_row_keys():
+        keys = example_keys(batch.example_ids).to(adapters.device).repeat(size)
+        plan = with_row_keys(plan, seed, phase, keys, positions)
+    with adapters.axis.active(plan):
+        hidden = hidden_states(adapters.model, ids, tensors["attention_mask"], positions)
+    length = ids.shape[1]
+    return _gather(hidden.view(size, rows, length, -1), chosen, length, head_of(adapters.model))
+
+
+def _gather(hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+    """log p(target) at each scored position; positions are left-padded into the batch."""
+    where = [(b, length - len(s.input_ids) + p, t) for b, s in enumerate(chosen) for p, t in zip(s.positions, s.targets, strict=True)]
+    distinct = sorted({(b, p) for b, p, _ in where})
+    slot = {place: i for i, place in enumerate(distinct)}
+    device = hidden_MBTD.device
+    b_index = torch.tensor([b for b, _ in distinct], device=device)
+    p_index = torch.tensor([p for _, p in distinct], device=device)
+    target = torch.tensor([t for _, _, t in where], device=device)
+    source = torch.tensor([slot[b, p] for b, p, _ in where], device=device)
+    members = []
+    for hidden_BTD in hidden_MBTD:
+        selected = hidden_BTD[b_index, p_index]
+        logits_parts = []
+        for begin in range(0, len(distinct), HEAD_ROWS):
+            log_probs = torch.log_softmax(head(selected[begin : begin + HEAD_ROWS]).float(), dim=-1)
+            inside = (source >= begin) & (source < begin + HEAD_ROWS)
+            logits_parts.append((inside.nonzero().squeeze(1), log_probs[source[inside] - begin, target[inside]]))
+        values = torch.empty(len(where), device=device)
+        for index, part in logits_parts:
+            values[index] = part
+        members.append(values)
+    table = torch.stack(members).cpu().numpy()
+    ends = np.cumsum([len(s.targets) for s in chosen])
+    return np.split(table, ends[:-1], axis=1)
+
+
+def _share_one_prompt(answers: Sequence[Encoded]) -> bool:
+    prompt = answers[0].input_ids[:-1]
+    return len(prompt) > 0 and all(
+        answer.input_ids[:-1] == prompt and sum(label != IGNORE_INDEX for label in answer.labels) == 1
+        and answer.labels[-1] != IGNORE_INDEX
+        for answer in answers
+    )

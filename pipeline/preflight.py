@@ -1,0 +1,53 @@
+"""Checks that need neither a model nor torch: every fault is found before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.ds_config import fill_ds_config, find_ds_config
+from pipeline.errors import ConfigError
+from pipeline.runs import ADAPTER_CONFIG, read_json
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Model path, stored adapter, DeepSpeed file, hostfile, and the first local data rows.
+
+    Raises:
+        UserError: the first fault, with the way out.
+    """
+    check_model_path(config.model.path)
+    if config.adapter.init_from is not None and not (Path(config.adapter.init_from) / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            "adapter.init_from", config.adapter.init_from, f"holds no {ADAPTER_CONFIG}", "Give the folder of a PEFT adapter."
+        )
+    if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
+        raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
+    ds_file = find_ds_config(config.train.deepspeed)
+    decided = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": "decided by the number of processes",
+        "gradient_clipping": config.train.max_gradient_norm,
+    }
+    fill_ds_config(read_json(ds_file), decided, ds_file.name)
+    from pipeline.data import check_data
+
+    check_data(config.data)
+
+
+def check_model_path(path: str) -> None:
+    """Refuse what looks like a local folder and is none, or has no model in it. Hub names pass."""
+    if path.startswith("embedded:"):
+        from pipeline.model.embedded import check_embedded_name
+
+        check_embedded_name(path)
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError("model.path", path, "holds no config.json", "Give the folder of a transformers model.")
+        return
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.suffix in (".gguf", ".safetensors")
+    if looks_local and ("/" in path or folder.suffix):
+        raise ConfigError("model.path", path, "does not exist", "Give a model folder or a hub name (owner/name).")

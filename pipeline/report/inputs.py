@@ -1,0 +1,183 @@
+"""Everything the report reads, checked and joined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import RunConfig, load_config
+from pipeline.data import load_splits
+from pipeline.errors import RunFolderError
+from pipeline.predictions import ChoicePredictions, Member, Predictions, read_members, read_predictions
+from pipeline.runs import RunPaths, read_json, read_json_lines
+from pipeline.scores import Floats, Ints, RowMean
+
+SPLITS = ("validation", "calibration", "test")
+EVALUATE_AGAIN = "The data or their configuration changed after the predictions were made: evaluate again."
+
+
+@dataclass(frozen=True)
+class ScoredSplit:
+    """Predictions of one split with their labels, in L cells.
+
+    A cell is a row of choice data; for completion data it is a token of a reference answer, taken as a choice
+    of which only the right one is known (C = 1, label 0).
+    """
+
+    log_probs: Floats
+    """(M, L, C)."""
+    labels: Ints
+    """(L,)."""
+    offsets: Ints | None
+    """(N + 1,) first cell of each row; None where a row is one cell."""
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return len(self.labels) if self.offsets is None else len(self.offsets) - 1
+
+    def row_mean(self, cell_values: Floats) -> RowMean:
+        """The mean per cell of (Q, L) values, as a statistic of the N independent rows."""
+        if self.offsets is None:
+            return RowMean(cell_values)
+        return RowMean(np.add.reduceat(cell_values, self.offsets[:-1], axis=1), np.diff(self.offsets))
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """What metrics.jsonl says: step -> value."""
+
+    loss: dict[int, float]
+    """Training loss, nats per supervised token."""
+    validation_nll: dict[int, float]
+    """Validation NLL, nats."""
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """One run, ready to be scored."""
+
+    paths: RunPaths
+    config: RunConfig
+    config_text: str
+    environment: dict[str, Any]
+    kind: str
+    """choice or completion."""
+    members: list[Member]
+    splits: dict[str, ScoredSplit]
+    training: TrainingCurve
+    plain_training: TrainingCurve | None
+    search: dict[str, Any] | None
+
+
+def read_inputs(run_dir: Path) -> ReportInputs:
+    """Read and join everything. Raises `RunFolderError`, naming the file and the way out."""
+    paths = RunPaths(run_dir)
+    if not paths.config.is_file():
+        raise RunFolderError(str(paths.config), None, "does not exist", "Give --run-dir a folder made by a run.")
+    config = load_config(paths.config)
+    members = read_members(paths.predictions)
+    predictions = {split: _read_split(paths, split, len(members)) for split in SPLITS}
+    labelled = load_splits(config.data)
+    links = _read_links(paths)
+    joined = {s: join_labels(p, getattr(labelled, s), paths.predictions / f"{s}.npz") for s, p in predictions.items()}
+    return ReportInputs(
+        paths=paths,
+        config=config,
+        config_text=paths.config.read_text(encoding="utf-8"),
+        environment=read_json(paths.environment) if paths.environment.is_file() else {},
+        kind=_common_kind(paths, predictions),
+        members=members,
+        splits=joined,
+        training=read_training(paths.metrics),
+        plain_training=_read_plain_training(paths, links),
+        search=_read_search(paths, links),
+    )
+
+
+def join_labels(predictions: Predictions, rows: Iterable[Any], path: Path) -> ScoredSplit:
+    """Labels by row id.
+
+    Raises:
+        RunFolderError: rows and predictions differ, or a label is not among the predicted choices.
+    """
+    by_id = {row.id: row for row in rows}
+    unknown = sum(row_id not in by_id for row_id in predictions.row_ids)
+    missing = len(by_id) - (len(predictions.row_ids) - unknown)
+    if unknown or missing:
+        what = f"has {unknown} rows that the data lack, and lacks {missing} rows of the data"
+        raise RunFolderError(str(path), None, what, EVALUATE_AGAIN)
+    if not isinstance(predictions, ChoicePredictions):
+        tokens = predictions.token_log_probs.shape[1]
+        no_choice = np.zeros(tokens, dtype=np.int64)
+        return ScoredSplit(
+            predictions.token_log_probs[..., None], no_choice, predictions.offsets, predictions.seconds
+        )
+    labels = [by_id[row_id].label for row_id in predictions.row_ids]
+    choices = predictions.log_probs.shape[2]
+    for row_id, label, logs in zip(predictions.row_ids, labels, predictions.log_probs.swapaxes(0, 1), strict=True):
+        if label is None or not 0 <= label < choices or not np.isfinite(logs[:, label]).all():
+            what = f"has no prediction for the label {label}"
+            raise RunFolderError(f"{path}, row {row_id}", None, what, EVALUATE_AGAIN)
+    return ScoredSplit(predictions.log_probs, np.array(labels), None, predictions.seconds)
+
+
+def read_training(metrics: Path) -> TrainingCurve:
+    """The curves in a metrics.jsonl; a step logged again after a resume counts once. Empty where there is none."""
+    loss: dict[int, float] = {}
+    validation: dict[int, float] = {}
+    try:
+        for row in read_json_lines(metrics):
+            if row.get("kind") == "train":
+                loss[row["step"]] = float(row["loss"])
+            elif row.get("kind") == "validation":
+                validation[row["step"]] = float(row["nll"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise RunFolderError(str(metrics), None, f"has a damaged line ({error!r})", "Remove that line.") from error
+    return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())))
+
+
+def _read_split(paths: RunPaths, split: str, members: int) -> Predictions:
+    predictions = read_predictions(paths.predictions, split)
+    if predictions.members != members:
+        what = f"holds {predictions.members} members, members.json names {members}"
+        raise RunFolderError(str(paths.predictions / f"{split}.npz"), None, what, "Evaluate again.")
+    return predictions
+
+
+def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> str:
+    kinds = {"choice" if isinstance(p, ChoicePredictions) else "completion" for p in predictions.values()}
+    if len(kinds) > 1:
+        raise RunFolderError(str(paths.predictions), None, "mixes choice and completion data", EVALUATE_AGAIN)
+    return kinds.pop()
+
+
+def _read_links(paths: RunPaths) -> dict[str, Any]:
+    """members.json of the run: what it is compared with."""
+    links = read_json(paths.members) if paths.members.is_file() else {}
+    if not isinstance(links, dict) or any(not isinstance(v, dict | None) for v in links.values()):
+        what = "is not a mapping of names to entries"
+        raise RunFolderError(str(paths.members), None, what, "Remove it, or evaluate again.")
+    return links
+
+
+def _read_plain_training(paths: RunPaths, links: dict[str, Any]) -> TrainingCurve | None:
+    run = (links.get("plain") or {}).get("run")
+    return None if run is None else read_training(RunPaths(paths.root / run).metrics)
+
+
+def _read_search(paths: RunPaths, links: dict[str, Any]) -> dict[str, Any] | None:
+    folder = (links.get("search") or {}).get("folder")
+    path = None if folder is None else paths.root / folder / "search.json"
+    if path is None or not path.is_file():
+        return None
+    search = read_json(path)
+    if not isinstance(search, dict) or not all(isinstance(trial, dict) for trial in search.get("trials", ())):
+        raise RunFolderError(str(path), None, "is no record of a search", "Search again.")
+    return search

@@ -1,0 +1,91 @@
+"""report.html: one file, no script, no request to anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline import __version__
+from pipeline.report import plots, tables
+from pipeline.report.inputs import ReportInputs
+from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
+from pipeline.report.systems import mean_field_name
+from pipeline.scores import reliability
+
+_TEMPLATE = "page.html"
+_ROWS_PER_POINT = 40
+"""At least so many rows behind a point of a reliability diagram."""
+_LINES_IN_ENSEMBLE_PLOT = ("base", "plain", "mean_field")
+
+
+def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[ScoredSystem]) -> str:
+    """The page's HTML. Everything that is not a plot is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    search = inputs.search
+    return environment.get_template(_TEMPLATE).render(
+        result=result,
+        name=inputs.paths.root.resolve().name,
+        version=__version__,
+        summary=tables.summary_table(result),
+        comparisons=tables.comparison_table(result),
+        trials=tables.trial_table(search) if search else None,
+        plots={name: Markup(svg) for name, svg in _plots(inputs, result, scored).items() if svg is not None},
+        reliability_bins=_reliability_bins(inputs),
+        config=inputs.config_text,
+        environment=tables.flatten(inputs.environment),
+    )
+
+
+def _plots(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[ScoredSystem]) -> dict[str, str | None]:
+    scores = ("accuracy", "nll", "ece") if inputs.kind == "choice" else ("nll",)
+    return {
+        "scores": plots.scores_plot(result["systems"], scores),
+        "training": _training(inputs),
+        "reliability": _reliability(inputs, scored) if inputs.kind == "choice" else None,
+        "ensemble": _ensemble(result),
+        "search": plots.search_plot(inputs.search.get("trials", ()), inputs.search.get("best"))
+        if inputs.search else None,
+    }
+
+
+def _training(inputs: ReportInputs) -> str | None:
+    curves = {"mean_field": (mean_field_name(inputs.config), inputs.training)}
+    if inputs.plain_training is not None:
+        curves["plain"] = ("Plain LoRA", inputs.plain_training)
+    shown = {key: named for key, named in curves.items() if named[1].loss}
+    return plots.training_plot(shown) if shown else None
+
+
+def _reliability(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> str:
+    """The single predictors and the largest mask ensemble (the adapter ensemble where there is none)."""
+    singles = [one for one in scored if one.system.key in ("base", "plain", "mean_field")]
+    ensembles = [one for one in scored if one.system.key.startswith("masks_")] or \
+                [one for one in scored if one.system.key.startswith("adapters_")]
+    labels, bins = inputs.splits["test"].labels, _reliability_bins(inputs)
+    panels = []
+    for one in [*singles, *ensembles[-1:]]:
+        before, after = (reliability(one.predictions["test", scaling][0], labels, bins) for scaling in (BEFORE, AFTER))
+        panels.append((one.system.key, one.system.name, before, after))
+    return plots.reliability_plot(panels)
+
+
+def _reliability_bins(inputs: ReportInputs) -> int:
+    """Fewer than the ECE has, so that a point is more signal than noise."""
+    return max(2, min(inputs.config.evaluate.ece_bins, inputs.splits["test"].rows // _ROWS_PER_POINT))
+
+
+def _ensemble(result: dict[str, Any]) -> str | None:
+    if result["ensemble"] is None:
+        return None
+    lines = [
+        (system["key"], system["name"], {scaling: scores["nll"]["value"] for scaling, scores in system["test"].items()})
+        for system in result["systems"] if system["key"] in _LINES_IN_ENSEMBLE_PLOT
+    ]
+    return plots.ensemble_plot(result["ensemble"], lines)

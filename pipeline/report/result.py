@@ -1,0 +1,170 @@
+"""All numbers of a report: the content of result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from pipeline import calibrate
+from pipeline.ensemble import SUBSET_LIMIT, choose_size
+from pipeline.report.inputs import ReportInputs
+from pipeline.report.reading import write_reading
+from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, nll_curve, resample, score_system
+from pipeline.report.systems import (
+    build_systems,
+    curve_sizes,
+    ensemble_space,
+    indices,
+    mask_system,
+    method_name,
+    table_sizes,
+)
+from pipeline.scores import LEVEL, Floats, percentile_interval, plugin_ece
+
+REFERENCES = ("base", "plain")
+"""Keys of the systems that others are compared with."""
+COMPARED_SCORES = ("nll", "accuracy")
+ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
+SIZE_RULE = "smallest size whose validation NLL, unscaled, is within one standard error of the best size's"
+
+
+def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
+    """Score every system: the content of result.json, and what plots need besides."""
+    config = inputs.config
+    scored = [score_system(inputs, system) for system in build_systems(inputs)]
+    singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
+    test, validation = resample(inputs, scored, "test"), resample(inputs, singles, "validation")
+    result = {
+        "label": config.label,
+        "config_sha256": config.sha256(),
+        "method": method_name(config.adapter),
+        "train_seed": config.train.seed,
+        "kind": inputs.kind,
+        "rows": {name: split.rows for name, split in inputs.splits.items()},
+        "evaluate_seconds": {name: split.seconds for name, split in inputs.splits.items()},
+        "average": ensemble_space(inputs),
+        "ece": {"estimator": ECE_ESTIMATOR, "bins": config.evaluate.ece_bins},
+        "bootstrap": {"samples": config.evaluate.bootstrap_samples, "seed": BOOTSTRAP_SEED, "level": LEVEL},
+        "subset_limit": SUBSET_LIMIT,
+        "systems": [_system_entry(inputs, one, test) for one in scored],
+        "comparisons": [*_comparisons(scored, test, "test"), *_comparisons(singles, validation, "validation")],
+        "ensemble": _ensemble_entry(inputs, scored),
+        "left_out": _left_out(inputs),
+    }
+    return {**result, "reading": write_reading(result)}, scored
+
+
+def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: Resamples) -> dict[str, Any]:
+    used = sorted({index for candidate in one.system.candidates for index in candidate})
+    return {
+        "key": one.system.key,
+        "name": one.system.name,
+        "short_name": one.system.short_name,
+        "passes": one.system.passes,
+        "subsets": len(one.system.candidates),
+        "members": [inputs.members[index].name for index in used],
+        "temperature": None if one.temperatures is None else _temperature_entry(one.temperatures),
+        "validation": {
+            scaling: {score: statistic.point() for score, statistic in one.statistics["validation", scaling].items()}
+            for scaling in one.scalings("validation")
+        },
+        "test": {scaling: _score_entries(inputs, one, scaling, resamples) for scaling in one.scalings("test")},
+    }
+
+
+def _temperature_entry(temperatures: Floats) -> dict[str, Any]:
+    return {
+        "mean": float(temperatures.mean()),
+        "min": float(temperatures.min()),
+        "max": float(temperatures.max()),
+        "at_bound": any(calibrate.at_bound(value) for value in temperatures.tolist()),
+    }
+
+
+def _score_entries(inputs: ReportInputs, one: ScoredSystem, scaling: str, resamples: Resamples) -> dict[str, Any]:
+    entries: dict[str, Any] = {
+        score: asdict(percentile_interval(statistic.point(), resamples[one.system.key, scaling, score]))
+        for score, statistic in one.statistics["test", scaling].items()
+    }
+    if inputs.kind == "completion":
+        entries["perplexity"] = {end: float(np.exp(value)) for end, value in entries["nll"].items()}
+    else:
+        predictions, labels = one.predictions["test", scaling], inputs.splits["test"].labels
+        entries["ece_plugin"] = float(plugin_ece(predictions, labels, inputs.config.evaluate.ece_bins).mean())
+    return entries
+
+
+def _comparisons(scored: Sequence[ScoredSystem], resamples: Resamples, split: str) -> Iterator[dict[str, Any]]:
+    """Paired differences: every system less each reference that is not listed after it."""
+    for position, reference in enumerate(scored):
+        if reference.system.key not in REFERENCES:
+            continue
+        for one in scored[position + 1 :]:
+            for scaling in one.scalings(split):
+                yield from (
+                    _comparison(one, reference, resamples, (split, scaling, score))
+                    for score in COMPARED_SCORES
+                    if score in one.statistics[split, scaling]
+                )
+
+
+def _comparison(
+    one: ScoredSystem, reference: ScoredSystem, resamples: Resamples, where: tuple[str, str, str]
+) -> dict[str, Any]:
+    split, scaling, score = where
+    value = one.statistics[split, scaling][score].point() - reference.statistics[split, scaling][score].point()
+    paired = resamples[one.system.key, scaling, score] - resamples[reference.system.key, scaling, score]
+    interval = percentile_interval(value, paired)
+    return {
+        "split": split, "scaling": scaling, "score": score,
+        "system": one.system.key, "versus": reference.system.key,
+        "difference": interval.value, "low": interval.low, "high": interval.high,
+        "excludes_zero": interval.excludes_zero,
+    }
+
+
+def _ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict[str, Any] | None:
+    """NLL by number of mask draws, and the size that validation chooses."""
+    draws = indices(inputs.members, "mask_draw")
+    if not draws:
+        return None
+    known = {one.system.key: one for one in scored}
+    systems = [mask_system(method_name(inputs.config.adapter), draws, size) for size in curve_sizes(len(draws))]
+    by_size = [known.get(system.key) or score_system(inputs, system) for system in systems]
+    candidates = [1, *table_sizes(len(draws))]
+    chosen = choose_size(nll_curve([one for one in by_size if one.system.passes in candidates], "validation", BEFORE))
+    return {
+        "sizes": [system.passes for system in systems],
+        "validation": {s: _curve_entry(by_size, "validation", s) for s in by_size[0].scalings("validation")},
+        "test": {s: _curve_entry(by_size, "test", s) for s in by_size[0].scalings("test")},
+        "candidates": candidates,
+        "chosen_size": chosen,
+        "rule": SIZE_RULE,
+    }
+
+
+def _curve_entry(scored: Sequence[ScoredSystem], split: str, scaling: str) -> dict[str, list[float]]:
+    curve = nll_curve(scored, split, scaling)
+    return {"nll": curve.mean.tolist(), "nll_spread": curve.spread.tolist()}
+
+
+def _left_out(inputs: ReportInputs) -> list[str]:
+    """What this report cannot show, and why, in sentences."""
+    groups = {member.group for member in inputs.members}
+    plain_curve = inputs.plain_training is not None and inputs.plain_training.loss
+    reasons = {
+        "The base model was not predicted: comparisons with it are left out.": "base" not in groups,
+        "No plain LoRA run was predicted: comparisons with it are left out.": "plain" not in groups,
+        "No mask draws were predicted: mask ensembles are left out.": "mask_draw" not in groups,
+        "No searched adapters were predicted: their ensemble is left out.": "searched" not in groups,
+        "Only the probabilities of the reference answers' tokens are cached: accuracy, Brier score, ECE and "
+        "temperature scaling do not apply.": inputs.kind == "completion",
+        "This run has no training metrics: its training curve is left out.": not inputs.training.loss,
+        "The plain LoRA run has no training metrics here: its training curve is left out.":
+            "plain" in groups and not plain_curve,
+        "No search belongs to this run: its plot is left out.": inputs.search is None,
+    }
+    return [sentence for sentence, applies in reasons.items() if applies]

@@ -1,0 +1,93 @@
+"""Systems -> predictions -> statistics, before and after temperature scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import calibrate
+from pipeline.ensemble import EnsembleCurve, Space, average
+from pipeline.report.inputs import ReportInputs, ScoredSplit
+from pipeline.report.systems import System, ensemble_space
+from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Statistic, bootstrap
+
+BEFORE, AFTER = "before", "after"
+"""Temperature scaling."""
+BOOTSTRAP_SEED = 0
+
+Resamples = Mapping[tuple[str, str, str], Floats]
+"""(system key, scaling, score) -> (S,), all on the same resamples of one split's rows."""
+
+
+@dataclass(frozen=True)
+class ScoredSystem:
+    """A system's predictions on the validation and test splits, and their scores."""
+
+    system: System
+    temperatures: Floats | None
+    """(Q,), one per candidate, fitted on its own calibration predictions; None for completion data."""
+    predictions: Mapping[tuple[str, str], Floats]
+    """(split, scaling) -> (Q, L, C)."""
+    statistics: Mapping[tuple[str, str], Mapping[str, Statistic]]
+    """(split, scaling) -> score -> statistic."""
+
+    def scalings(self, split: str) -> list[str]:
+        """before, and after where there is a temperature."""
+        return [scaling for name, scaling in self.statistics if name == split]
+
+
+def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
+    """Average first, then scale by the temperature fitted to the averaged calibration predictions."""
+    space = ensemble_space(inputs)
+    temperatures = None
+    if inputs.kind == "choice":
+        calibration = inputs.splits["calibration"]
+        temperatures = calibrate.fit_temperatures(_predict(calibration, system, space), calibration.labels)
+    predictions: dict[tuple[str, str], Floats] = {}
+    statistics: dict[tuple[str, str], dict[str, Statistic]] = {}
+    for name in ("validation", "test"):
+        before = predictions[name, BEFORE] = _predict(inputs.splits[name], system, space)
+        statistics[name, BEFORE] = _statistics(inputs, inputs.splits[name], before)
+        if temperatures is not None:
+            after = predictions[name, AFTER] = calibrate.apply_temperature(before, temperatures)
+            # Scaling keeps the order of the choices; rounding must not make new ties.
+            kept = {"accuracy": statistics[name, BEFORE]["accuracy"]}
+            statistics[name, AFTER] = _statistics(inputs, inputs.splits[name], after) | kept
+    return ScoredSystem(system, temperatures, predictions, statistics)
+
+
+def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -> Resamples:
+    """Every score of every system on the same resamples of a split's rows: differences of them are paired."""
+    statistics = {
+        (one.system.key, scaling, score): statistic
+        for one in scored
+        for scaling in one.scalings(split)
+        for score, statistic in one.statistics[split, scaling].items()
+    }
+    samples = inputs.config.evaluate.bootstrap_samples
+    table = bootstrap(list(statistics.values()), inputs.splits[split].rows, samples, BOOTSTRAP_SEED)
+    return dict(zip(statistics, table.T, strict=True))
+
+
+def nll_curve(scored: Sequence[ScoredSystem], split: str, scaling: str) -> EnsembleCurve:
+    """NLL by number of members, of systems that differ in nothing else.
+
+    A row of completion data weighs as much as its tokens, so that the mean over rows is the mean per token.
+    """
+    statistics = [one.statistics[split, scaling]["nll"] for one in scored]
+    values = [s.values if s.sizes is None else s.values / s.sizes.mean() for s in statistics if isinstance(s, RowMean)]
+    return EnsembleCurve.of([one.system.passes for one in scored], values)
+
+
+def _predict(split: ScoredSplit, system: System, space: Space) -> Floats:
+    """(Q, L, C), one average per candidate."""
+    return np.stack([average(split.log_probs[list(candidate)], space) for candidate in system.candidates])
+
+
+def _statistics(inputs: ReportInputs, split: ScoredSplit, predictions: Floats) -> dict[str, Statistic]:
+    if inputs.kind == "completion":
+        return {"nll": split.row_mean(-predictions[..., 0])}
+    scores: dict[str, Statistic] = {name: RowMean(f(predictions, split.labels)) for name, f in ROW_SCORES.items()}
+    return {**scores, "ece": CalibrationError.of(predictions, split.labels, inputs.config.evaluate.ece_bins)}

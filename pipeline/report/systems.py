@@ -1,0 +1,119 @@
+"""The systems that a report compares, made from the members that were predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config import AdapterConfig, RunConfig
+from pipeline.config.method import WEIGHT_POSITIONS
+from pipeline.ensemble import Space, choose_adapters, subsets
+from pipeline.predictions import Group, Member
+from pipeline.report.inputs import ReportInputs, ScoredSplit
+
+METHOD_NAMES = {
+    "none": "LoRA without dropout",
+    "input_dropout": "LoRA with input dropout",
+    "lora_dropout": "LoRA Dropout",
+    "droplora": "DropLoRA",
+    "dropkey": "DropKey",
+    "dropattention": "DropAttention",
+    "hiddencut": "HiddenCut",
+    "hiddenkey_minus": "HiddenKey without KL",
+    "hiddenkey": "HiddenKey",
+}
+_ALL_SIZES_UP_TO = 16
+
+
+@dataclass(frozen=True)
+class System:
+    """A predictor: the average of a few members.
+
+    Where any `passes` of several mask draws would do, there are many candidates: scores are averaged over them.
+    """
+
+    key: str
+    name: str
+    short_name: str
+    """In sentences that have named the method."""
+    candidates: tuple[tuple[int, ...], ...]
+    """Q subsets of member indices, all of one size."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per row."""
+        return len(self.candidates[0])
+
+
+def method_name(adapter: AdapterConfig) -> str:
+    """What people call the method: a preset's name, or the positions of its sites."""
+    if isinstance(adapter.method, str):
+        return " + ".join(METHOD_NAMES.get(part, part) for part in adapter.method.split("+"))
+    return "Dropout on " + ", ".join(site.position for site in adapter.resolved_method().sites)
+
+
+def build_systems(inputs: ReportInputs) -> list[System]:
+    """Every system that the members allow, in the order of the summary table."""
+    members, config = inputs.members, inputs.config
+    name, own = method_name(config.adapter), mean_field_name(config)
+    singles: dict[Group, tuple[str, str]] = {
+        "base": ("Base model", "the base model"),
+        "plain": ("Plain LoRA", "plain LoRA"),
+        "mean_field": (own, "mean-field" if own != name else own),
+    }
+    systems = [
+        System(group, *names, ((index,),)) for group, names in singles.items() for index in indices(members, group)[:1]
+    ]
+    draws = indices(members, "mask_draw")
+    systems += [mask_system(name, draws, size) for size in table_sizes(len(draws))]
+    return systems + _searched_systems(members, inputs.splits["validation"], ensemble_space(inputs))
+
+
+def mean_field_name(config: RunConfig) -> str:
+    """The run's own adapter without masks; `mean-field` where the masks were on its weights."""
+    has_draws = any(site.position in WEIGHT_POSITIONS for site in config.adapter.resolved_method().sites)
+    return method_name(config.adapter) + (", mean-field" if has_draws else "")
+
+
+def mask_system(name: str, draws: Sequence[int], size: int) -> System:
+    """Ensembles of `size` of the cached mask draws."""
+    chosen = tuple(tuple(draws[i] for i in subset) for subset in subsets(len(draws), size).tolist())
+    short_name = f"{size} mask{'s' if size > 1 else ''}"
+    return System(f"masks_{size}", f"{name}, {short_name}", short_name, chosen)
+
+
+def table_sizes(draws: int) -> list[int]:
+    """2, 4, 8, … up to the cached draws, and all of them."""
+    return sorted({2**k for k in range(1, draws.bit_length()) if 2**k <= draws} | ({draws} if draws > 1 else set()))
+
+
+def curve_sizes(draws: int) -> list[int]:
+    """Every size where there are few; powers of two beyond 16."""
+    return sorted(set(range(1, min(draws, _ALL_SIZES_UP_TO) + 1)) | set(table_sizes(draws)))
+
+
+def indices(members: Sequence[Member], group: Group) -> list[int]:
+    """Positions of a group's members."""
+    return [index for index, member in enumerate(members) if member.group == group]
+
+
+def ensemble_space(inputs: ReportInputs) -> Space:
+    """The configured space; completion data know one token of the distribution, which only mixes as probability."""
+    return inputs.config.ensemble.average if inputs.kind == "choice" else "probability"
+
+
+def _searched_systems(members: Sequence[Member], validation: ScoredSplit, space: Space) -> list[System]:
+    """The adapters that validation chose, and all of them where it chose fewer."""
+    searched = indices(members, "searched")
+    if not searched:
+        return []
+    order = choose_adapters([validation.log_probs[i] for i in searched], validation.labels, len(searched), space)
+    systems = [_searched_system(f"{len(order)}", [searched[i] for i in order])]
+    return systems + ([_searched_system(f"all {len(searched)}", searched)] if len(order) < len(searched) else [])
+
+
+def _searched_system(count: str, adapters: Sequence[int]) -> System:
+    key, subset = f"adapters_{len(adapters)}", (tuple(adapters),)
+    if len(adapters) == 1:
+        return System(key, "Best searched adapter", "the best searched adapter", subset)
+    return System(key, f"Ensemble of {count} searched adapters", f"{count} searched adapters", subset)

@@ -1,0 +1,128 @@
+"""Tables: for the terminal, and as rows for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report.reading import REFERENCE_NAMES, interval_text, number_text
+
+Cell = tuple[str, str]
+"""Main text, and a smaller one below it (an interval)."""
+
+DIGITS = {"accuracy": 3, "nll": 3, "brier": 3, "ece": 3, "perplexity": 2}
+HEADINGS = {"accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "perplexity": "Perplexity"}
+_SCORES = {"choice": ("accuracy", "nll", "brier", "ece"), "completion": ("nll", "perplexity")}
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The short table that a run ends with: plain text, one line per system, intervals for the NLL."""
+    choice = result["kind"] == "choice"
+    headings = ["", "passes", *(["accuracy"] if choice else []), "NLL [95 % interval]"]
+    headings += ["ECE", "NLL scaled", "ECE scaled"] if choice else ["perplexity"]
+    rows = [headings, *([_plain_row(system, choice) for system in result["systems"]])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    rule = "─" * len(lines[0])
+    title = [f"*** {result['label']} ***"] if result["label"] else []
+    return "\n".join([*title, lines[0], rule, *lines[1:], rule, _footnote(result)])
+
+
+def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows of the page's summary: every score before and after temperature scaling."""
+    headings, columns = ["System", "Passes"], []
+    for score in _SCORES[result["kind"]]:
+        scaled = result["kind"] == "choice" and score != "accuracy"
+        columns += [(score, "before")] + ([(score, "after")] if scaled else [])
+        headings += [HEADINGS[score]] + ([f"{HEADINGS[score]}, scaled"] if scaled else [])
+    if result["kind"] == "choice":
+        headings.append("Temperature")
+    rows = []
+    for system in result["systems"]:
+        subsets = f"mean of {system['subsets']} subsets" if system["subsets"] > 1 else ""
+        row = [(system["name"], subsets), (str(system["passes"]), "")]
+        row += [_interval_cell(system["test"][scaling][score], DIGITS[score]) for score, scaling in columns]
+        rows.append(row + ([_temperature_cell(system["temperature"])] if system["temperature"] else []))
+    return headings, rows
+
+
+def comparison_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows of the paired differences, one line per system, reference and split."""
+    kinds = sorted({(c["score"], c["scaling"]) for c in result["comparisons"]} - {("accuracy", "after")},
+                   key=lambda kind: (kind[0] != "nll", kind[1] != "before"))
+    headings = ["System", "Minus", "Split"]
+    headings += [f"Δ {HEADINGS[score]}" + (", scaled" if scaling == "after" else "") for score, scaling in kinds]
+    names = {system["key"]: system["name"] for system in result["systems"]}
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for entry in result["comparisons"]:
+        line = lines.setdefault((entry["versus"], entry["split"], entry["system"]), {})
+        line[entry["score"], entry["scaling"]] = entry
+    rows = [
+        [(names[system], ""), (REFERENCE_NAMES[versus], ""), (split, ""), *(_difference_cell(line[k]) for k in kinds)]
+        for (versus, split, system), line in lines.items()
+    ]
+    return headings, rows
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key, value) of nested mappings, for the environment table."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", str(value))]
+    return rows
+
+
+def trial_table(search: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows of the searched configurations, best first; trials without a score last."""
+    trials: Sequence[Mapping[str, Any]] = search.get("trials", ())
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.get("config", {})))
+    headings = ["Trial", *keys, "Steps", "State", "Validation NLL", "Validation accuracy"]
+    ordered = sorted(trials, key=lambda t: (t.get("validation_nll") is None, t.get("validation_nll") or 0.0))
+    rows = []
+    for trial in ordered:
+        best = "best" if trial.get("name") == search.get("best") else ""
+        values = [_value_text(trial.get("config", {}).get(key)) for key in keys]
+        scores = [_value_text(trial.get(key), ".3f") for key in ("validation_nll", "validation_accuracy")]
+        cells = [*values, str(trial.get("steps", "")), str(trial.get("state", "")), *scores]
+        rows.append([(str(trial.get("name", "")), best), *((cell, "") for cell in cells)])
+    return headings, rows
+
+
+def _plain_row(system: dict[str, Any], choice: bool) -> list[str]:
+    before = system["test"]["before"]
+    row = [system["name"], str(system["passes"])]
+    if not choice:
+        return [*row, interval_text(before["nll"]), number_text(before["perplexity"]["value"], 2)]
+    after = system["test"]["after"]
+    numbers = [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
+    return [*row, number_text(before["accuracy"]["value"]), interval_text(before["nll"]), *numbers]
+
+
+def _footnote(result: dict[str, Any]) -> str:
+    rows = f"{result['rows']['test']} test rows; NLL in nats"
+    if result["kind"] == "completion":
+        return f"{rows} per token; passes = forward passes per row."
+    return (f"{rows}; ECE debiased, {result['ece']['bins']} equal-mass bins; scaled = temperature fitted on "
+            f"{result['rows']['calibration']} calibration rows.")
+
+
+def _interval_cell(entry: Mapping[str, float], digits: int) -> Cell:
+    low, high = number_text(entry["low"], digits), number_text(entry["high"], digits)
+    return number_text(entry["value"], digits), f"{low} – {high}"
+
+
+def _difference_cell(entry: Mapping[str, float]) -> Cell:
+    low, high = (number_text(entry[end], signed=True) for end in ("low", "high"))
+    verdict = "" if entry["excludes_zero"] else " ∋ 0"
+    return number_text(entry["difference"], signed=True), f"{low} … {high}{verdict}"
+
+
+def _temperature_cell(temperature: Mapping[str, Any]) -> Cell:
+    return number_text(temperature["mean"], 2), "at its bound" if temperature["at_bound"] else ""
+
+
+def _value_text(value: Any, form: str = ".3g") -> str:
+    return "–" if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)

@@ -1,0 +1,42 @@
+"""`bash launch.sh test`: linter, type checker, fast tier, slow tier."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipeline.errors import EXIT_FAILED, EXIT_OK, SetupError
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = {
+    "ruff": ["ruff", "check", "."],
+    "mypy": ["mypy", "pipeline", "tune"],
+    "fast tests": ["pytest", "-q", "-m", "not slow and not gpu"],
+    "slow tests": ["pytest", "-q", "-m", "slow or gpu", "--durations=10"],
+}
+
+
+def run_tests(fast_only: bool) -> int:
+    """Run every step, also after a failure; returns the exit code.
+
+    Raises:
+        SetupError: this is an installed package without its tests.
+    """
+    if not (ROOT / "tests").is_dir():
+        raise SetupError("test", str(ROOT), "holds no tests", "Run it in a checkout of the repository.")
+    outcome: dict[str, tuple[bool, float]] = {}
+    for name, command in STEPS.items():
+        if fast_only and name == "slow tests":
+            continue
+        print(f"\n── {name} " + "─" * (66 - len(name)), flush=True)
+        started = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, check=False).returncode
+        outcome[name] = (code == 0, time.monotonic() - started)
+    print()
+    for name, (passed, seconds) in outcome.items():
+        print(f"{name:12} {'passed' if passed else 'FAILED'}  {seconds:6.1f} s")
+    return EXIT_OK if all(passed for passed, _ in outcome.values()) else EXIT_FAILED

@@ -1,0 +1,55 @@
+"""Runs alone, in a process of its own, with stock transformers and PEFT only: imports nothing of this package.
+
+    python -I stock_parity.py JOB.json
+
+JOB: {"base": path, "quantization": "nf4"|"int8"|"none", "double_quantization": bool, "compute_dtype": str,
+"device": str, "adapters": [folders], "input_ids": [[...], ...], "out": FILE.npz}
+Writes `base` (N, V) and `adapters` (K, N, V): logits behind the last token of each prompt.
+"""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+def main(job_path: str) -> None:
+    """Load the base and every adapter with stock tools, and write their logits."""
+    with open(job_path, encoding="utf-8") as file:
+        job = json.load(file)
+    dtype = getattr(torch, job["compute_dtype"])
+    quantization = None
+    if job["quantization"] == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=job["double_quantization"],
+        )
+    elif job["quantization"] == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    base = AutoModelForCausalLM.from_pretrained(
+        job["base"], dtype=dtype, quantization_config=quantization, device_map={"": job["device"]}
+    )
+    model = PeftModel.from_pretrained(base, job["adapters"][0], adapter_name="adapter0")
+    for k, folder in enumerate(job["adapters"][1:], start=1):
+        model.load_adapter(folder, adapter_name=f"adapter{k}")
+    model.eval()
+    with torch.no_grad():
+        with model.disable_adapter():
+            base_logits = last_logits(model, job["input_ids"], job["device"])
+        adapter_logits = []
+        for k in range(len(job["adapters"])):
+            model.set_adapter(f"adapter{k}")
+            adapter_logits.append(last_logits(model, job["input_ids"], job["device"]))
+    np.savez(job["out"], base=base_logits, adapters=np.stack(adapter_logits))
+
+
+def last_logits(model: torch.nn.Module, prompts: list, device: str) -> np.ndarray:
+    """(N, V) logits behind each prompt; one prompt at a time, so that padding plays no part."""
+    return np.stack([model(torch.tensor([ids], device=device)).logits[0, -1].float().cpu().numpy() for ids in prompts])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,344 @@
+"""The report on a synthetic run folder: its numbers against direct computation, its page, its refusals."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import accuracy_score, log_loss
+
+from pipeline.config import build_config, dump_config
+from pipeline.data import Row
+from pipeline.errors import ConfigError, RunFolderError
+from pipeline.predictions import (
+    ChoicePredictions,
+    CompletionPredictions,
+    Member,
+    read_predictions,
+    write_members,
+    write_predictions,
+)
+from pipeline.report import format_table, write_report
+from pipeline.report.inputs import read_inputs
+from pipeline.report.result import build_result
+from pipeline.runs import RunPaths, write_json, write_text
+
+ROWS = {"validation": 120, "calibration": 150, "test": 200}
+DRAWS = 8
+
+
+def log_softmax(logits):
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def make_members(draws=DRAWS):
+    return [
+        Member("base", "base"),
+        Member("plain", "plain", "../plain/adapter", "ab"),
+        Member("mean_field", "mean_field", "adapter", "cd", extra={"rate": 0.5, "rank": 8}),
+        *(Member(f"draw_{d}", "mask_draw", "adapter", "cd", d) for d in range(draws)),
+        *(Member(f"trial_{k}", "searched", f"../search/{k}/adapter", "ef") for k in range(3)),
+    ]
+
+
+def make_logits(members, truth, random):
+    """(M, N): the evidence for choice 1: true log-odds, times overconfidence, plus the member's noise."""
+    looks = {"base": (0.4, 0.8), "plain": (3.5, 3.0), "mean_field": (2.0, 1.0), "mask_draw": (2.0, 1.6),
+             "searched": (1.5, 1.2)}
+    shared = random.normal(size=len(truth))
+    return np.stack([
+        looks[m.group][0] * truth + looks[m.group][1] * (0.5 * shared + random.normal(size=len(truth)))
+        for m in members
+    ])
+
+
+def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
+    """A run folder as training, evaluation and search leave it; returns the splits that load_splits would."""
+    random, paths, members, splits = np.random.default_rng(seed), RunPaths(root), make_members(draws), {}
+    config = build_config({"label": label, "evaluate": {"bootstrap_samples": 300}})
+    write_text(paths.config, dump_config(config))
+    write_json(paths.environment, {"device": "cpu <&>", "versions": {"torch": "2.13.0"}})
+    write_members(paths.predictions, members)
+    for split, rows in ROWS.items():
+        truth = random.normal(scale=1.5, size=rows)
+        labels = (random.random(rows) < 1 / (1 + np.exp(-truth))).astype(int)
+        ids = [f"{split}-{i}" for i in range(rows)]
+        logits = make_logits(members, truth, random)
+        log_probs = log_softmax(np.stack([np.zeros_like(logits), logits], axis=-1)).astype(np.float32)
+        write_predictions(paths.predictions, split, ChoicePredictions(tuple(ids), log_probs, 12.5))
+        answers = ("bad", "good")
+        splits[split] = [Row(id=i, choices=answers, label=int(y)) for i, y in zip(ids, labels, strict=True)][::-1]
+    write_training(paths, 0.5)
+    write_training(RunPaths(root.parent / "plain"), 0.9)
+    write_links(root)
+    return splits
+
+
+def write_training(paths, level):
+    rows = [{"kind": "train", "step": s, "loss": 0.7 * 0.97**s, "learning_rate": 1e-4} for s in range(1, 61)]
+    rows += [{"kind": "validation", "step": s, "nll": level + 1 / s, "accuracy": 0.8} for s in (20, 40, 60)]
+    write_text(paths.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_links(root):
+    write_json(RunPaths(root).members, {
+        "plain": {"run": "../plain", "adapter_sha256": "ab"}, "search": {"folder": str(root.parent / "search")},
+    })
+    trials = [
+        {"name": f"trial_{k}", "config": {"adapter.rate": 0.1 * k, "adapter.rank": 2 ** (2 + k % 3),
+                                          "train.learning_rate": 1e-4 * 2.5**k},
+         "validation_nll": 0.5 + 0.03 * abs(k - 2), "validation_accuracy": 0.85, "steps": 40,
+         "state": "finished" if k else "stopped", "run": f"trials/{k}"}
+        for k in range(5)
+    ]
+    trials.append({"name": "trial_5", "config": trials[0]["config"], "validation_nll": None,
+                   "validation_accuracy": None, "steps": 3, "state": "failed", "run": "trials/5"})
+    write_json(root.parent / "search" / "search.json", {"trials": trials, "best": "trial_2", "ensemble": {}})
+
+
+def score(root):
+    """The numbers alone: drawing the page takes longer than everything else."""
+    return build_result(read_inputs(root))[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run folder with its report, for tests that only look."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    splits = write_run(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+        result = write_report(root)
+    return SimpleNamespace(root=root, paths=RunPaths(root), splits=splits, result=result)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished run folder whose data configuration leads to the rows it was predicted for."""
+    splits = write_run(tmp_path / "run")
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+    return SimpleNamespace(root=tmp_path / "run", paths=RunPaths(tmp_path / "run"), splits=splits)
+
+
+def direct_predictions(run, split, subset):
+    """The mixture of members, and the labels in its row order, without any of our code but the reader."""
+    predictions = read_predictions(run.paths.predictions, split)
+    by_id = {row.id: row.label for row in run.splits[split]}
+    mixture = np.exp(predictions.log_probs[list(subset)].astype(np.float64)).mean(axis=0)
+    return mixture / mixture.sum(axis=1, keepdims=True), np.array([by_id[row_id] for row_id in predictions.row_ids])
+
+
+def system(result, key):
+    return next(s for s in result["systems"] if s["key"] == key)
+
+
+def test_systems_are_those_of_the_issue(finished):
+    result = finished.result
+    names = [(s["name"], s["passes"]) for s in result["systems"]]
+    assert names[:6] == [
+        ("Base model", 1), ("Plain LoRA", 1), ("LoRA Dropout, mean-field", 1),
+        ("LoRA Dropout, 2 masks", 2), ("LoRA Dropout, 4 masks", 4), ("LoRA Dropout, 8 masks", 8),
+    ]
+    assert re.fullmatch(r"Ensemble of [23] searched adapters|Best searched adapter", names[6][0])
+    assert system(result, "masks_2")["subsets"] == 28 and system(result, "masks_8")["subsets"] == 1
+    assert result["left_out"] == []
+    assert json.loads(finished.paths.result.read_text()) == result
+
+
+def test_scores_equal_scikit_learn(finished):
+    result = finished.result
+    for key, subset in (("base", [0]), ("mean_field", [2]), ("masks_8", range(3, 11))):
+        probabilities, labels = direct_predictions(finished, "test", subset)
+        scores = system(result, key)["test"]["before"]
+        assert scores["nll"]["value"] == pytest.approx(log_loss(labels, probabilities))
+        assert scores["accuracy"]["value"] == pytest.approx(accuracy_score(labels, probabilities.argmax(1)))
+        for entry in (scores["nll"], scores["accuracy"], scores["brier"]):
+            assert entry["low"] < entry["value"] < entry["high"]
+
+
+def test_ensembles_are_averaged_first_then_scaled_by_their_own_temperature(finished):
+    entry = system(finished.result, "masks_8")
+    calibration, calibration_labels = direct_predictions(finished, "calibration", range(3, 11))
+    probabilities, labels = direct_predictions(finished, "test", range(3, 11))
+
+    def scaled(p, temperature):
+        powered = p ** (1.0 / temperature)
+        return powered / powered.sum(axis=1, keepdims=True)
+
+    best = minimize_scalar(lambda t: log_loss(calibration_labels, scaled(calibration, t)), bounds=(0.05, 20),
+                           method="bounded", options={"xatol": 1e-8}).x
+    assert entry["temperature"]["mean"] == pytest.approx(best, rel=1e-4)
+    assert entry["test"]["after"]["nll"]["value"] == pytest.approx(log_loss(labels, scaled(probabilities, best)))
+    assert entry["test"]["after"]["accuracy"] == entry["test"]["before"]["accuracy"]
+
+
+def test_comparisons_are_paired_differences_of_the_scores(finished):
+    result = finished.result
+    compared = {(c["split"], c["scaling"], c["score"], c["system"], c["versus"]): c for c in result["comparisons"]}
+    entry = compared["test", "before", "nll", "mean_field", "plain"]
+    values = [system(result, key)["test"]["before"]["nll"] for key in ("mean_field", "plain")]
+    assert entry["difference"] == pytest.approx(values[0]["value"] - values[1]["value"])
+    assert entry["excludes_zero"] == (entry["low"] > 0 or entry["high"] < 0)
+    assert {key[3:] for key in compared if key[0] == "validation"} == {
+        ("mean_field", "base"), ("mean_field", "plain"), ("plain", "base")}
+    assert ("test", "after", "nll", "masks_8", "base") in compared
+    assert not any(c["system"] == c["versus"] for c in compared.values())
+
+
+def test_ensemble_curve_is_measured_on_every_cached_size(finished):
+    result = finished.result
+    curve = result["ensemble"]
+    assert curve["sizes"] == list(range(1, 9)) and curve["chosen_size"] in (1, 2, 4, 8)
+    singles = [log_loss(labels, p) for p, labels in (direct_predictions(finished, "test", [i]) for i in range(3, 11))]
+    assert curve["test"]["before"]["nll"][0] == pytest.approx(np.mean(singles))
+    assert curve["test"]["before"]["nll_spread"][0] == pytest.approx(np.std(singles, ddof=1))
+    full = system(result, "masks_8")["test"]["before"]["nll"]["value"]
+    assert curve["test"]["before"]["nll"][7] == pytest.approx(full)
+
+
+def test_test_labels_choose_nothing(run):
+    """Size, adapters and temperatures stay the same when the test labels are turned round."""
+    first = score(run.root)
+    run.splits["test"][:] = [Row(id=r.id, choices=r.choices, label=1 - r.label) for r in run.splits["test"]]
+    second = score(run.root)
+    assert first["ensemble"]["chosen_size"] == second["ensemble"]["chosen_size"]
+    for one, other in zip(first["systems"], second["systems"], strict=True):
+        assert (one["members"], one["temperature"]) == (other["members"], other["temperature"])
+        assert one["test"]["before"]["nll"]["value"] != other["test"]["before"]["nll"]["value"]
+
+
+def test_the_report_is_reproducible(run, finished):
+    """Byte for byte, in another folder."""
+    write_report(run.root)
+    assert run.paths.result.read_bytes() == finished.paths.result.read_bytes()
+    assert run.paths.report.read_bytes() == finished.paths.report.read_bytes()
+
+
+def test_page_stands_alone(finished):
+    page = finished.paths.report.read_text()
+    assert len(page) < 2_000_000 and page.count("<svg") == 5
+    assert not re.search(r"https?:|<script|@import|url\(\s*['\"]?(?!#)|\bsrc=", page)
+    assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', page))
+    assert "default-src 'none'" in page
+    ids = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert ids and len(ids) == len(set(ids))
+
+
+def test_page_shows_label_configuration_and_environment_escaped(finished):
+    page = finished.paths.report.read_text()
+    assert '<p class="label">smoke run: no result</p>' in page
+    assert "learning_rate: 0.0005" in page and "versions.torch" in page
+    assert "cpu &lt;&amp;&gt;" in page and "cpu <&>" not in page
+    assert "trial_2" in page and "failed" in page
+
+
+def test_reading_says_what_the_intervals_say(finished):
+    result = finished.result
+    text = result["reading"]
+    for comparison in result["comparisons"]:
+        if comparison["split"] == "validation" and comparison["system"] == "mean_field" \
+                and (comparison["versus"], comparison["score"], comparison["scaling"]) == ("base", "nll", "before"):
+            assert f"which {'excludes' if comparison['excludes_zero'] else 'includes'} 0" in text
+    clear = [c for c in result["comparisons"] if c["excludes_zero"] and c["difference"] < 0
+             and (c["split"], c["score"], c["scaling"], c["versus"]) == ("test", "nll", "before", "plain")]
+    assert clear, "the synthetic plain LoRA is far worse than the rest"
+    assert "Against plain LoRA, NLL is lower (better) for" in text
+
+
+def test_terminal_table_has_a_line_per_system(finished):
+    result = finished.result
+    lines = format_table(result).splitlines()
+    assert lines[0] == "*** smoke run: no result ***"
+    assert all(any(line.startswith(s["name"]) for line in lines) for s in result["systems"])
+    assert max(len(line) for line in lines[:-1]) <= 110
+
+
+def test_absent_parts_are_left_out_in_words(run):
+    run.paths.members.unlink()
+    run.paths.metrics.unlink()
+    run.paths.environment.unlink()
+    keep = [0, 2]
+    members = make_members()
+    write_members(run.paths.predictions, [members[i] for i in keep])
+    for split in ROWS:
+        old = read_predictions(run.paths.predictions, split)
+        write_predictions(run.paths.predictions, split, ChoicePredictions(old.row_ids, old.log_probs[keep]))
+    result = write_report(run.root)
+    assert [s["key"] for s in result["systems"]] == ["base", "mean_field"] and result["ensemble"] is None
+    assert len(result["left_out"]) == 5
+    page = run.paths.report.read_text()
+    assert all(sentence in page for sentence in result["left_out"]) and "<h2>Search</h2>" not in page
+
+
+def test_completion_data(run):
+    """NLL per token and perplexity; no accuracy, no temperature."""
+    random, members, tokens = np.random.default_rng(4), make_members(draws=4), {}
+    write_members(run.paths.predictions, members)
+    for split, rows in ROWS.items():
+        offsets = np.concatenate([[0], random.integers(1, 9, rows).cumsum()])
+        tokens[split] = -random.exponential(size=(len(members), offsets[-1])).astype(np.float32)
+        ids = tuple(row.id for row in run.splits[split])
+        write_predictions(run.paths.predictions, split, CompletionPredictions(ids, tokens[split], offsets))
+        run.splits[split][:] = [Row(id=row_id, completion="x") for row_id in ids]
+    result = write_report(run.root)
+    entry = system(result, "masks_4")["test"]
+    mixture = np.exp(tokens["test"][3:7].astype(np.float64)).mean(axis=0)
+    assert entry["before"]["nll"]["value"] == pytest.approx(-np.log(mixture).mean())
+    assert entry["before"]["perplexity"]["value"] == pytest.approx(np.exp(-np.log(mixture).mean()))
+    assert set(entry) == {"before"} and system(result, "masks_4")["temperature"] is None
+    assert any("do not apply" in sentence for sentence in result["left_out"])
+    assert "perplexity" in format_table(result) and "<h2>Reliability" not in run.paths.report.read_text()
+
+
+def test_other_methods_keep_their_names(run):
+    config = build_config({"adapter": {"method": "hiddenkey"}, "evaluate": {"bootstrap_samples": 50}})
+    write_text(run.paths.config, dump_config(config))
+    result = score(run.root)
+    assert system(result, "mean_field")["name"] == "HiddenKey" and result["label"] == ""
+
+
+def test_report_before_evaluate_says_so(run):
+    (run.paths.predictions / "calibration.npz").unlink()
+    with pytest.raises(RunFolderError, match=r"calibration\.npz: does not exist\. Run the evaluate stage"):
+        write_report(run.root)
+    assert not run.paths.result.exists() and not run.paths.report.exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunFolderError, match=r"config\.yaml: does not exist"):
+        write_report(tmp_path)
+
+
+def test_predictions_of_other_data_are_refused(run):
+    run.splits["test"].pop()
+    with pytest.raises(RunFolderError, match="1 rows that the data lack.*evaluate again"):
+        score(run.root)
+
+
+def test_labels_outside_the_predicted_choices_are_refused(run):
+    run.splits["test"][0] = Row(id=run.splits["test"][0].id, choices=("a", "b", "c"), label=2)
+    with pytest.raises(RunFolderError, match="no prediction for the label 2"):
+        score(run.root)
+
+
+def test_member_count_must_fit(run):
+    write_members(run.paths.predictions, make_members()[:-1])
+    with pytest.raises(RunFolderError, match="holds 14 members, members.json names 13"):
+        score(run.root)
+
+
+def test_damaged_side_files_are_named(run):
+    (run.root.parent / "search" / "search.json").write_text("[]")
+    with pytest.raises(RunFolderError, match=r"search\.json"):
+        score(run.root)
+    write_links(run.root)
+    with run.paths.metrics.open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: has a damaged line"):
+        score(run.root)
+    run.paths.config.write_text("train: {max_stepz: 3}\n")
+    with pytest.raises(ConfigError, match="max_steps"):
+        score(run.root)

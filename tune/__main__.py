@@ -1,0 +1,38 @@
+"""`python -m tune --config FILE --folder DIR`: a search in a process of its own, started by the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline import EXIT_OK, LoradropError, load_config
+from tune.progress import print_summary, say
+from tune.space import load_space
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns an exit code of pipeline/errors.py."""
+    parser = argparse.ArgumentParser(prog="python -m tune", description=__doc__)
+    parser.add_argument("--config", required=True, help="a resolved config.yaml, or the name of a recipe")
+    parser.add_argument("--folder", type=Path, required=True, help="the search folder; continued if it has been begun")
+    parser.add_argument("--dry-run", action="store_true", help="check the configuration and the space, then stop")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config)
+        if arguments.dry_run:
+            space = load_space(config)
+            for key, dimension in space.describe().items():
+                say(f"{key}: {dimension}")
+            return EXIT_OK
+        from tune.search import search  # imports ray
+
+        print_summary(search(config, arguments.folder))
+        return EXIT_OK
+    except LoradropError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

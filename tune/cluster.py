@@ -1,0 +1,138 @@
+"""A Ray cluster to search on: a small private one on this machine, or the one RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import ConfigError, RunConfig, StageFailed
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Trials exchange a few numbers; Ray's own default would take a third of the memory."""
+CONTROLLER_CPUS = 0.01
+"""What a trial function takes that only starts a TorchTrainer and waits for it."""
+SCRATCH = "scratch"
+NOISE = "ray.log"
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+"""Ray's tables, loggers and checkpoints of its own are off: the ledger replaces them."""
+
+LOCAL = {
+    "RAY_AUTH_MODE": "disabled",  # a private cluster on the loopback interface; attached ones keep theirs
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_NUM_THREADS": "1",  # one trial worker per core
+    "MKL_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many trials run at once, and on what."""
+
+    concurrent: int
+    workers: int
+    gpus: int
+    """Accelerators of each worker, 0 or 1."""
+
+    def trial_resources(self) -> dict[str, float]:
+        """What Tune reserves for the trial function; a TorchTrainer reserves its workers' share itself."""
+        return {"cpu": 1, "gpu": self.gpus} if self.workers == 1 else {"cpu": CONTROLLER_CPUS}
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[dict[str, float]]:
+    """Start (or attach to) Ray; yields the cluster's resources; leaves no process and no file behind.
+
+    Args:
+        folder: Takes what Ray prints, and a note of the session's scratch folder, so that the next search cleans
+            up after one that was killed.
+
+    Raises:
+        StageFailed: Ray does not start.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.update(QUIET)
+    if not address:
+        os.environ.update(LOCAL)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    scratch = _make_scratch(folder)
+    with (folder / NOISE).open("w", encoding="utf-8") as noise, redirect_stdout(noise), redirect_stderr(noise):
+        try:
+            _start(address, scratch)
+            yield dict(ray.cluster_resources())
+        finally:
+            ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def plan(config: RunConfig, resources: dict[str, float], trials: int) -> Capacity:
+    """Fit the search into the cluster.
+
+    Raises:
+        ConfigError: trials x workers exceeds the cluster: it would wait for itself for ever.
+    """
+    workers = config.search.workers_per_trial
+    gpus = int(resources.get("GPU", 0))
+    slots, kind = (gpus, "GPUs") if gpus else (int(resources.get("CPU", 1)), "CPUs")
+    if workers > slots:
+        raise ConfigError(
+            "search.workers_per_trial", workers, f"exceeds the {slots} {kind} of the cluster", f"Set at most {slots}."
+        )
+    most = slots // workers
+    asked = config.search.concurrent
+    if asked > most:
+        raise ConfigError(
+            "search.concurrent", asked,
+            f"times search.workers_per_trial = {workers} needs {asked * workers} {kind}, the cluster has {slots}",
+            f"Set at most {most}, or 0 for as many as fit.",
+        )  # fmt: skip
+    return Capacity(concurrent=min(asked or most, trials), workers=workers, gpus=1 if gpus else 0)
+
+
+def _start(address: str | None, scratch: Path) -> None:
+    import ray
+
+    own = {
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(scratch / "ray"),
+        "_plasma_directory": str(scratch),  # not /dev/shm, which containers often make too small
+        "_node_ip_address": "127.0.0.1",
+    }
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **({} if address else own)
+        )
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        where = f"at RAY_ADDRESS = {address}" if address else "on this machine"
+        raise StageFailed(f"Ray does not start {where}: {error}") from error
+
+
+def _make_scratch(folder: Path) -> Path:
+    note = folder / SCRATCH
+    if note.exists():
+        left = Path(note.read_text(encoding="utf-8").strip())
+        if left.name.startswith("loradrop-"):
+            shutil.rmtree(left, ignore_errors=True)
+    # Ray's socket paths must stay below 108 characters, so a long TMPDIR is no place for them.
+    parent = tempfile.gettempdir()
+    scratch = Path(tempfile.mkdtemp(prefix="loradrop-", dir=parent if len(parent) < 24 else "/tmp"))
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{scratch}\n", encoding="utf-8")
+    return scratch

@@ -1,0 +1,101 @@
+"""What a person watching the search sees: one line per event, with the time left, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from tune.ledger import Ledger, TrialRecord
+
+
+def say(line: str) -> None:
+    """A line of progress, seen at once also through a pipe, and while Ray's own output goes to its log."""
+    print(line, file=sys.__stdout__, flush=True)
+
+
+class Progress:
+    """Lines with the time left.
+
+    Time left = (steps not yet taken) x (trial seconds per step so far) / (trials at once). Trials that
+    are stopped early end it sooner, so it is an upper estimate.
+    """
+
+    def __init__(self, ledger: Ledger, trials: int, steps: int, concurrent: int) -> None:
+        self.ledger, self.trials, self.steps, self.concurrent = ledger, trials, steps, concurrent
+        self.before = {record.name for record in ledger.trials.values() if record.ended}
+        self.begun = time.monotonic()
+
+    def validated(self, record: TrialRecord) -> None:
+        """A trial reported a validation."""
+        say(f"  {record.name}  step {record.steps}/{self.steps}  {_scores(record)}{self._left()}")
+
+    def ended(self, record: TrialRecord) -> None:
+        """A trial finished, was stopped early, or failed."""
+        ended = sum(r.state != "running" for r in self.ledger.trials.values())
+        if record.state == "failed":
+            outcome = f"failed: {record.error}"
+        else:
+            outcome = f"{'done' if record.state == 'done' else f'stopped at step {record.steps}'}  {_scores(record)}"
+        settings = "  ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in record.values.items())
+        say(f"{record.name} {outcome}  ({settings})  [{ended}/{self.trials}]{self._left()}")
+
+    def _left(self) -> str:
+        now = [record for record in self.ledger.trials.values() if record.name not in self.before]
+        taken = sum(record.steps for record in now)
+        open_steps = sum(self.steps - record.steps for record in now if record.state == "running")
+        open_steps += (self.trials - len(self.before) - len(now)) * self.steps
+        if not taken or not open_steps:
+            return ""
+        busy = min(self.concurrent, self.trials - len(self.before))
+        seconds = open_steps * (time.monotonic() - self.begun) * busy / taken / self.concurrent
+        return f"  at most about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """40 s, 3 min, 1 h 20 min."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shown(value: Any) -> str:
+    """A setting's value in a table."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """The trials, best first, and what was chosen."""
+    trials = sorted(result["trials"], key=lambda t: (t["state"] != "done", t["validation_nll"] or float("inf")))
+    table = Table(box=SIMPLE_HEAD)
+    keys = list(trials[0]["config"])
+    for heading in ("trial", *(key.rpartition(".")[2] for key in keys), "steps", "NLL", "accuracy", "state"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("trial", "state") else "right")
+    for trial in trials:
+        scores = [trial["validation_nll"], trial["validation_accuracy"]]
+        table.add_row(
+            trial["name"], *(shown(trial["config"][key]) for key in keys), str(trial["steps"]),
+            *("" if score is None else f"{score:.4f}" for score in scores),
+            trial["state"] + (" *" if trial["name"] in result["ensemble"]["adapters"] else ""),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    ensemble = result["ensemble"]
+    best = "  ".join(f"{key}={shown(value)}" for key, value in result["best_config"].items())
+    say(f"Best: {result['best']} ({best})")
+    say(
+        f"Ensemble (*): {ensemble['size']} of the best adapters, validation NLL {ensemble['validation_nll']:.4f}, "
+        "chosen from cached predictions."
+    )
+    for warning in result["warnings"]:
+        say(f"Warning: {warning}")
+
+
+def _scores(record: TrialRecord) -> str:
+    parts = [("NLL", record.nll), ("accuracy", record.accuracy)]
+    return "  ".join(f"{name} {value:.4f}" for name, value in parts if value is not None)

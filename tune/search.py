@@ -1,0 +1,216 @@
+"""A search: trials of a space under Ray Tune, and what follows from them.
+
+    SEARCH/
+      config.yaml     the base configuration (written by who starts the search)
+      ledger.jsonl    every event; a search is rebuilt from it
+      trials/         one run folder and one log per trial
+      search.json     the result
+      .ray/           Ray's own files, removed at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline import (
+    EXIT_STOPPED,
+    ConfigError,
+    LoradropError,
+    RunConfig,
+    RunPaths,
+    StageFailed,
+    load_config,
+    write_json,
+)
+from tune.cluster import cluster, plan
+from tune.dimensions import Space
+from tune.ledger import LEDGER, Ledger, TrialRecord
+from tune.members import choose_ensemble
+from tune.progress import Progress, say
+from tune.space import load_space
+from tune.trial import TRIALS, TrainFunction
+
+RESULT = "search.json"
+RAY_FOLDER = ".ray"
+
+
+class SearchStopped(LoradropError):
+    """A stop was requested; the ledger has everything and the same command continues."""
+
+    exit_code = EXIT_STOPPED
+
+
+def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) -> dict[str, Any]:
+    """Run, or continue, the search of `config.search` in `folder`; returns what search.json holds.
+
+    Args:
+        train: Stands in for `pipeline.train_run` in tests; must be importable in other processes.
+
+    Raises:
+        ConfigError: illegal space, a folder with another search, more trials at once than the cluster carries.
+        StageFailed: Ray does not start, or every trial failed (with the first error).
+        SearchStopped: SIGINT or SIGTERM; finished trials are kept.
+    """
+    folder = folder.resolve()
+    space = load_space(config)
+    with _only_search_in(folder), _stop_on_signal() as stopping:
+        ledger = Ledger(folder / LEDGER)
+        ledger.open_search(identity(config, space), space.describe())
+        _forget_lost(ledger, folder)
+        if any(not r.ended for r in ledger.in_order()) or len(ledger.trials) < config.search.trials:
+            _run_trials(config, space, ledger, folder, stopping, train)
+        if stopping:
+            raise SearchStopped("search stopped; finished trials are kept and the same command continues")
+        result = conclude(config, space, ledger, folder)
+        write_json(folder / RESULT, result)
+        return result
+
+
+def identity(config: RunConfig, space: Space) -> str:
+    """Hash of all that a trial's score depends on: how many trials there are, and how many at once, does not."""
+    parts = config.model_dump(mode="json")
+    relevant = {key: parts[key] for key in ("model", "data", "adapter", "train")}
+    relevant["search"] = {key: parts["search"][key] for key in ("max_steps", "seed")}
+    return hashlib.sha256(json.dumps([relevant, space.describe()], sort_keys=True).encode()).hexdigest()
+
+
+def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> dict[str, Any]:
+    """The result of a search whose trials have all ended.
+
+    Raises:
+        StageFailed: no trial finished, or trials were not trained as they were meant to be.
+    """
+    records = ledger.in_order()
+    finished = sorted((r for r in records if r.state == "done"), key=lambda r: (r.nll, r.index))
+    if not finished:
+        failed = [r for r in records if r.state == "failed"]
+        said = f"the first, {failed[0].name}, said: {failed[0].error}" if failed else "none ran to the end"
+        raise StageFailed(f"no trial of the search finished; {said} (log: {folder / TRIALS})")
+    _require_different(records, folder)
+    best = finished[0]
+    return {
+        "label": config.label,
+        "space": space.describe(),
+        "trials": [_entry(record) for record in records],
+        "best": best.name,
+        "best_config": best.values,
+        "ensemble": choose_ensemble(config, folder, finished),
+        "warnings": _warnings(finished),
+    }
+
+
+def _run_trials(
+    config: RunConfig, space: Space, ledger: Ledger, folder: Path, stopping: list[int], train: TrainFunction | None
+) -> None:
+    wanted = config.search.trials
+    left = wanted - sum(record.ended for record in ledger.trials.values())
+    if left < wanted:
+        say(f"Continuing: {wanted - left} of {wanted} trials have ended.")
+    with cluster(folder / RAY_FOLDER) as resources:
+        capacity = plan(config, resources, left)
+        say(
+            f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
+            f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
+            f"{' with a GPU' if capacity.gpus else ''}."
+        )
+        from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
+
+        progress = Progress(ledger, wanted, config.search.max_steps, capacity.concurrent)
+        run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
+    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
+
+
+def _forget_lost(ledger: Ledger, folder: Path) -> None:
+    """A finished trial whose run folder is gone has to run again."""
+    for record in ledger.in_order():
+        if record.state == "done" and not _holds(folder, record):
+            ledger.append("end", trial=record.name, state="failed", error="its run folder is gone")
+
+
+def _holds(folder: Path, record: TrialRecord) -> bool:
+    paths = RunPaths(folder / TRIALS / record.name)
+    if not (paths.config.is_file() and paths.adapter.is_dir()):
+        return False
+    return load_config(paths.config).sha256() == record.config_sha256
+
+
+def _require_different(records: list[TrialRecord], folder: Path) -> None:
+    """Every trial trained the configuration chosen for it, and no two the same one."""
+    for record in records:
+        if record.state == "done" and not _holds(folder, record):
+            raise StageFailed(f"{record.name}: its run folder holds another configuration than the one chosen")
+    points = Counter(json.dumps(record.values, sort_keys=True) for record in records)
+    if repeated := [point for point, count in points.items() if count > 1]:
+        raise StageFailed(f"several trials had the same configuration: {repeated[0]}")
+
+
+def _warnings(finished: list[TrialRecord]) -> list[str]:
+    """Equal adapters from different settings: what was varied did not reach the training."""
+    by_hash: dict[str | None, list[str]] = {}
+    for record in finished:
+        by_hash.setdefault(record.adapter_sha256, []).append(record.name)
+    return [
+        f"{', '.join(names)} trained identical adapters: what differs between them changes nothing"
+        for names in by_hash.values()
+        if len(names) > 1
+    ]
+
+
+def _entry(record: TrialRecord) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": record.name,
+        "config": record.values,
+        "config_sha256": record.config_sha256,
+        "validation_nll": record.nll,
+        "validation_accuracy": record.accuracy,
+        "steps": record.steps,
+        "reports": record.reports,
+        "state": record.state,
+        "run": f"{TRIALS}/{record.name}",
+        "adapter_sha256": record.adapter_sha256,
+    }
+    return entry | ({"error": record.error} if record.state == "failed" else {})
+
+
+@contextmanager
+def _only_search_in(folder: Path) -> Iterator[None]:
+    """Two searches in one folder would overwrite each other's trials."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "Wait for it, or give another folder."
+            raise ConfigError(str(folder), None, "is in use by a search that is running", remedy) from error
+        yield
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM arrives; a second signal acts at once."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        say("Stopping: finished trials are kept (again to stop at once).")
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,179 @@
+"""What a search varies: dotted configuration keys and the values each may take.
+
+A space file maps keys of `RunConfig` to one of
+
+    choice: [a, b, ...]        one of these
+    grid: [a, b, ...]          every one of these, in turn
+    uniform: [low, high]       evenly in between (whole numbers where the key holds whole numbers)
+    loguniform: [low, high]    evenly in the logarithm
+
+A range over `adapter.rank` means the ranks within it that vLLM serves; a `choice` is taken as written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, RootModel, field_validator, model_validator
+
+from pipeline import ConfigError, RunConfig, UserError, build_config, config_keys, read_yaml, validate
+from tune.dimensions import Dimension, Options, Range, Space, Values
+
+SPACES = Path(__file__).resolve().parent / "spaces"
+
+SERVED_RANKS = (8, 16, 32, 64, 128, 256)
+"""LoRA ranks vLLM has kernels for; other ranks are padded to the next of them."""
+
+SEARCHABLE = ("adapter.", "train.")
+"""A trial's score may depend on nothing but these sections: all trials share base, rows and templates."""
+
+FIXED = {
+    "train.max_steps": "search.max_steps sets the length of a trial.",
+    "train.validate_every_steps": "Trials are compared at the same steps.",
+    "train.checkpoint_every_steps": "It does not change what is trained.",
+    "train.keep_checkpoints": "It does not change what is trained.",
+    "train.keep_best": "Trials are compared by the same rule.",
+    "train.deepspeed": "It does not change what is trained.",
+    "train.activation_checkpointing": "It does not change what is trained.",
+}
+
+class DimensionFile(BaseModel):
+    """One dimension as the file states it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    choice: list[Any] | None = None
+    """One of these."""
+    grid: list[Any] | None = None
+    """Every one of these, in turn."""
+    uniform: list[float] | None = None
+    """[low, high]"""
+    loguniform: list[float] | None = None
+    """[low, high], both above 0"""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_numbers(cls, values: object) -> object:
+        return [_number(value) for value in values] if isinstance(values, list) else values
+
+    @model_validator(mode="after")
+    def _check(self) -> DimensionFile:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"needs exactly one of choice, grid, uniform, loguniform, got {found}")
+        values = getattr(self, given[0])
+        if given[0] in ("choice", "grid"):
+            if not values or len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+                raise ValueError(f"{given[0]} must list at least one value and none twice")
+        elif len(values) != 2 or not values[0] < values[1] or (given[0] == "loguniform" and values[0] <= 0):
+            raise ValueError(f"{given[0]} must be [low, high] with {'0 < ' if 'log' in given[0] else ''}low < high")
+        return self
+
+
+class SpaceFile(RootModel[dict[str, DimensionFile]]):
+    """A whole space file."""
+
+
+def load_space(config: RunConfig) -> Space:
+    """Read `config.search.space` and try its extremes on `config`, before anything starts.
+
+    Raises:
+        ConfigError: file not found, unknown key, a key that a search cannot vary, an illegal value, or
+            more trials than the space has points.
+    """
+    path = _find(config.search.space)
+    tree = read_yaml(path)
+    if not tree:
+        raise ConfigError(str(path), None, "has no dimension", "Example: `adapter.rate: {uniform: [0.1, 0.6]}`.")
+    for key in tree:
+        _check_key(str(key), path)
+    try:
+        file = validate(SpaceFile, tree)
+    except UserError as error:
+        raise ConfigError(str(path), None, str(error)) from error
+    space = Space(str(path), {key: _resolve(key, entry, config) for key, entry in file.root.items()})
+    _check_corners(space, config)
+    _check_trials(space, config.search.trials)
+    return space
+
+
+def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
+    """The run of one trial: `config` with `values`, `search.max_steps` steps and its name in the label."""
+    tree = config.model_dump(mode="json")
+    steps = config.search.max_steps
+    # A trial is short and is rerun rather than resumed: periodic checkpoints would only fill the disk.
+    tree["train"].update(max_steps=steps, checkpoint_every_steps=steps, keep_checkpoints=1)
+    tree["label"] = f"{config.label}: {name}" if config.label else name
+    for key, value in values.items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return build_config(tree)
+
+
+def _find(source: str) -> Path:
+    for path in (Path(source), SPACES / f"{source}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in SPACES.glob("*.yaml")))
+    raise ConfigError("search.space", source, "is neither a file nor a known space", f"Known: {names}.")
+
+
+def _check_key(key: str, path: Path) -> None:
+    if key in FIXED:
+        raise ConfigError(f"{path}: {key}", None, "cannot be searched", FIXED[key])
+    keys = [k for k in config_keys() if k.startswith(SEARCHABLE) and k not in FIXED]
+    if key not in keys:
+        raise ConfigError(f"{path}: {key}", None, "is not a key a search can vary", f"It can vary: {', '.join(keys)}.")
+
+
+def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:
+    options = entry.choice or entry.grid
+    if options is not None:
+        return Options(tuple(options), grid=entry.grid is not None)
+    low, high = entry.uniform or entry.loguniform or []
+    section, name = key.split(".", 1)
+    present = getattr(getattr(config, section), name)
+    whole = isinstance(present, int) and not isinstance(present, bool)
+    if whole and (low != int(low) or high != int(high)):
+        raise ConfigError(key, [low, high], "must be whole numbers")
+    if key == "adapter.rank":
+        ranks = tuple(rank for rank in SERVED_RANKS if low <= rank <= high)
+        if not ranks:
+            remedy = f"Served: {', '.join(map(str, SERVED_RANKS))}; or list a choice."
+            raise ConfigError(key, [low, high], "holds no rank that vLLM serves", remedy)
+        return Options(ranks)
+    return Range(low, high, log=entry.loguniform is not None, whole=whole)
+
+
+def _check_corners(space: Space, config: RunConfig) -> None:
+    for values in space.corners():
+        try:
+            trial_config(config, values, "trial")
+        except UserError as error:
+            shown = ", ".join(f"{key}={value}" for key, value in values.items())
+            fault = f"allows {shown}, which is no valid run: {error}"
+            raise ConfigError("search.space", space.source, fault) from error
+
+
+def _check_trials(space: Space, trials: int) -> None:
+    count, grid = space.count(), len(space.grid())
+    if count is not None and trials > count:
+        raise ConfigError("search.trials", trials, f"exceeds the {count} points of {space.source}", f"Set {count}.")
+    if trials < grid:
+        raise ConfigError("search.trials", trials, f"is below the {grid} grid points of {space.source}", f"Set {grid}.")
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number."""
+    if isinstance(value, str) and any(c.isdigit() for c in value):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

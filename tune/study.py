@@ -1,0 +1,217 @@
+"""The search as Ray Tune sees it: which trial comes next, which one stops early, what is written down.
+
+The ledger is the only state. Ray's searcher, scheduler and callback interfaces are thin views of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray.tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipeline import RunConfig, RunPaths, dump_config
+from tune.cluster import Capacity
+from tune.dimensions import Space, Values, point_key
+from tune.ledger import Ledger
+from tune.progress import Progress
+from tune.sampling import suggest
+from tune.space import trial_config
+from tune.trial import TRIALS, Assignment, TrainFunction, run_trial
+
+REDUCTION = 2
+"""Asynchronous successive halving (arXiv 1810.05934): at each rung the worse half stops."""
+
+
+class Study:
+    """Proposes trials and records what becomes of them."""
+
+    def __init__(self, config: RunConfig, space: Space, ledger: Ledger, folder: Path, capacity: Capacity) -> None:
+        self.config, self.space, self.ledger, self.folder, self.capacity = config, space, ledger, folder, capacity
+        self.queue = pending(ledger, config.search.trials)
+
+    def next_assignment(self) -> Assignment | None:
+        """The next trial to run, recorded as started; None when all have been given out."""
+        if not self.queue:
+            return None
+        index = self.queue.pop(0)
+        name = trial_name(index)
+        before = self.ledger.trials.get(name)
+        values = before.values if before else self._new_values(index)
+        resolved = trial_config(self.config, values, name)
+        assignment = Assignment(
+            name=name, folder=str(self.folder), working_folder=os.getcwd(), config=dump_config(resolved),
+            config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,
+        )  # fmt: skip
+        self.ledger.append(
+            "start", trial=name, index=index, values=values, config_sha256=assignment.config_sha256
+        )
+        return assignment
+
+    def _new_values(self, index: int) -> Values:
+        taken = {point_key(record.values) for record in self.ledger.trials.values()}
+        search = self.config.search
+        return suggest(self.space, search.seed, index, search.trials, self.ledger.observations(), taken)
+
+
+def pending(ledger: Ledger, trials: int) -> list[int]:
+    """Indices still to run: those begun and not ended, those that failed, those never begun."""
+    ended = {record.index for record in ledger.trials.values() if record.ended}
+    return [index for index in range(trials) if index not in ended]
+
+
+def trial_name(index: int) -> str:
+    """trial_000, trial_001, ..."""
+    return f"trial_{index:03d}"
+
+
+class StudySearcher(Searcher):
+    """Hands the study's assignments to Tune."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(metric="nll", mode="min")
+        self.study = study
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's assignment."""
+        assignment = self.study.next_assignment()
+        return Searcher.FINISHED if assignment is None else assignment.to_dict()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The ledger has it already."""
+
+
+class EnsembleASHA(ASHAScheduler):
+    """ASHA on validation NLL that leaves enough finished trials for the adapter ensemble.
+
+    Rungs are met at min_steps · 2^k. A trial is stopped only while more than `keep` others can still finish.
+    """
+
+    def __init__(self, min_steps: int, max_steps: int, trials: int, keep: int) -> None:
+        super().__init__(
+            time_attr="step", metric="nll", mode="min",
+            max_t=max_steps, grace_period=min(min_steps, max_steps), reduction_factor=REDUCTION,
+        )  # fmt: skip
+        self.can_finish, self.keep = trials, keep
+
+    def replay(self, ledger: Ledger) -> None:
+        """Meet the rungs with what an interrupted search already saw."""
+        for record in ledger.in_order():
+            if not record.ended:
+                continue
+            stand_in: Any = SimpleNamespace(trial_id=record.name)
+            self.on_trial_add(None, stand_in)
+            for report in record.reports:
+                super().on_trial_result(None, stand_in, report)
+            self.can_finish -= record.state == "stopped"
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """STOP or CONTINUE."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if result.get("finished") or decision != TrialScheduler.STOP:
+            return decision
+        if self.can_finish <= self.keep:
+            return str(TrialScheduler.CONTINUE)
+        self.can_finish -= 1
+        return decision
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A failed trial cannot finish either."""
+        self.can_finish -= 1
+        super().on_trial_error(tune_controller, trial)
+
+
+class StudyCallback(ray_tune.Callback):
+    """Writes what happens into the ledger and shows it."""
+
+    def __init__(self, ledger: Ledger, progress: Progress, folder: Path, stopping: Callable[[], bool]) -> None:
+        self.ledger, self.progress, self.folder, self.stopping = ledger, progress, folder, stopping
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A validation, or the final scores."""
+        name = trial.config["name"]
+        row = {"step": result["step"], "nll": result["nll"], "accuracy": result["accuracy"]}
+        self.ledger.append("report", trial=name, **row)
+        if result["finished"]:
+            self.ledger.append("end", trial=name, state="done", adapter_sha256=result["adapter_sha256"])
+            self.progress.ended(self.ledger.trials[name])
+        else:
+            self.progress.validated(self.ledger.trials[name])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Ended: by itself (then its result has been recorded) or stopped early by the scheduler."""
+        record = self.ledger.trials[trial.config["name"]]
+        if record.state != "running" or self.stopping():
+            return
+        self.ledger.append("end", trial=record.name, state="stopped")
+        # What a loser leaves on the disk beside its metrics is of no more use.
+        shutil.rmtree(RunPaths(self.folder / TRIALS / record.name).checkpoints, ignore_errors=True)
+        self.progress.ended(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Failed: its error is kept, the others go on."""
+        record = self.ledger.trials[trial.config["name"]]
+        if record.state != "running" or self.stopping():
+            return
+        self.ledger.append("end", trial=record.name, state="failed", error=_error_text(trial))
+        self.progress.ended(record)
+
+
+def _error_text(trial: Any) -> str:
+    """What the trial said (`TrialFailed`), else the end of what Ray says."""
+    text = Path(trial.error_file).read_text(encoding="utf-8").strip() if trial.error_file else "no reason given"
+    _, said, message = text.rpartition("TrialFailed: ")
+    if said:
+        return message.strip()
+    if "Worker exit type" in text:
+        return "its process died without a word (killed, for lack of memory?)"
+    return text.splitlines()[-1]
+
+
+def run_study(
+    study: Study, progress: Progress, storage: Path, stopping: list[int], train: TrainFunction | None
+) -> None:
+    """Run all open trials under Ray Tune; returns early when a signal has arrived in `stopping`."""
+    search = study.config.search
+    scheduler = EnsembleASHA(study.config.train.validate_every_steps, search.max_steps, search.trials, search.adapters)
+    scheduler.replay(study.ledger)
+    tuner = ray_tune.Tuner(
+        ray_tune.with_resources(functools.partial(run_trial, train=train), study.capacity.trial_resources()),
+        tune_config=ray_tune.TuneConfig(
+            search_alg=StudySearcher(study),
+            scheduler=scheduler,
+            num_samples=len(study.queue),
+            max_concurrent_trials=study.capacity.concurrent,
+            reuse_actors=False,  # every trial has a process of its own: nothing leaks from one to the next
+        ),
+        run_config=ray_tune.RunConfig(
+            name="study",
+            storage_path=str(storage),
+            verbose=0,
+            stop=StopOnSignal(stopping),
+            callbacks=[StudyCallback(study.ledger, progress, study.folder, lambda: bool(stopping))],
+        ),
+    )
+    tuner.fit()
+
+
+class StopOnSignal(ray_tune.Stopper):
+    """Asks Tune to end once a signal has arrived."""
+
+    def __init__(self, stopping: list[int]) -> None:
+        self.stopping = stopping
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether to stop this trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to stop everything."""
+        return bool(self.stopping)

@@ -1,0 +1,191 @@
+"""One trial: the function that Ray Tune runs, in a process of its own.
+
+    SEARCH/trials/trial_000/        an ordinary run folder
+    SEARCH/trials/trial_000.log     what its processes printed
+
+The configuration is resolved once, by the driver, and travels as text with its hash; the trial checks
+that the run folder it leaves behind holds exactly that configuration.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from pipeline import LoradropError, RunConfig, RunPaths, StageFailed, build_config, load_config
+from tune.cluster import CONTROLLER_CPUS
+
+TRIALS = "trials"
+
+TrainFunction = Callable[[RunConfig, Path, Callable[[dict[str, Any]], None]], dict[str, Any]]
+"""`pipeline.train_run`: (config, run folder, on_validation) -> final scores."""
+Report = Callable[[dict[str, Any]], None]
+
+
+class TrialFailed(Exception):
+    """Carries a trial's error to the driver as text: an error with its own signature does not survive pickling."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a trial is told; plain values, so that any process of a cluster can read it."""
+
+    name: str
+    folder: str
+    """The search folder; every node must see it."""
+    working_folder: str
+    """Where relative paths of the configuration start."""
+    config: str
+    """The resolved configuration as YAML."""
+    config_sha256: str
+    workers: int
+    """Processes of the trial."""
+    gpus: int
+    """Accelerators of each process, 0 or 1."""
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return Path(self.folder) / TRIALS / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form in which Ray carries it."""
+        return asdict(self)
+
+
+def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None:
+    """Train one configuration and report each validation to Tune.
+
+    Args:
+        given: `Assignment.to_dict()`.
+        train: Stands in for `pipeline.train_run` in tests.
+
+    Raises:
+        TrialFailed: whatever went wrong, as text.
+    """
+    import ray.tune as ray_tune
+
+    assignment = Assignment(**given)
+    if assignment.workers == 1:
+        _run_worker(assignment, train, ray_tune.report)
+    else:
+        _run_group(assignment, train)
+
+
+def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
+    """Several processes: a TorchTrainer inside the Tune function; every worker trains, rank 0's reports count."""
+    import ray.train
+    from ray.train.torch import TorchTrainer  # imports torch: never in the driver
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    trainer = TorchTrainer(
+        lambda: _run_worker(assignment, train, ray.train.report),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=assignment.workers,
+            use_gpu=assignment.gpus > 0,
+            resources_per_worker={"CPU": 1 - CONTROLLER_CPUS, "GPU": assignment.gpus},
+        ),
+        run_config=ray.train.RunConfig(
+            name=assignment.name,
+            storage_path=str(Path(assignment.folder) / ".ray" / "train"),
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        raise TrialFailed(_message(failures[min(failures)] if failures else error)) from None
+
+
+def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Report) -> None:
+    """One process of a trial: prepare the folder, train, check, report."""
+    process_rank = int(os.environ.get("RANK", "0")) if assignment.workers > 1 else 0
+    os.chdir(assignment.working_folder)
+    _print_to(assignment.run.with_name(f"{assignment.name}{f'.rank{process_rank}' if process_rank else ''}.log"))
+    try:
+        with _alone(assignment.run, process_rank):
+            _check_devices(assignment)
+            final = _train(assignment, train, report)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise TrialFailed(_message(error)) from None
+    report(final)
+
+
+def _train(assignment: Assignment, train: TrainFunction | None, report: Report) -> dict[str, Any]:
+    if train is None:
+        from pipeline import train_run as train  # imports torch
+    config = build_config(yaml.safe_load(assignment.config))
+    _require_hash(assignment, config, "reached the trial")
+
+    def on_validation(row: dict[str, Any]) -> None:
+        if not math.isfinite(row["nll"]):
+            raise StageFailed(f"validation NLL is {row['nll']} at step {row['step']}")
+        # The last validation is reported with the result: a scheduler that stops a trial for being
+        # complete must not stop it before its adapter is written.
+        if row["step"] < config.train.max_steps:
+            report({"step": int(row["step"]), "nll": row["nll"], "accuracy": row.get("accuracy"), "finished": False})
+
+    result = train(config, assignment.run, on_validation)
+    _require_hash(assignment, load_config(RunPaths(assignment.run).config), "was trained")
+    return {
+        "step": result["steps"], "nll": result["validation_nll"], "accuracy": result["validation_accuracy"],
+        "adapter_sha256": result["adapter_sha256"], "finished": True,
+    }  # fmt: skip
+
+
+def _require_hash(assignment: Assignment, config: RunConfig, what: str) -> None:
+    if config.sha256() != assignment.config_sha256:
+        raise StageFailed(f"{assignment.name}: another configuration than the chosen one {what}")
+
+
+def _check_devices(assignment: Assignment) -> None:
+    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if assignment.workers == 1 and assignment.gpus and len(visible) != assignment.gpus:
+        raise StageFailed(f"{assignment.name}: sees the devices {visible}, but was given {assignment.gpus}")
+
+
+@contextmanager
+def _alone(run: Path, process_rank: int) -> Iterator[None]:
+    """Rank 0 empties the run folder, once no process of a killed earlier attempt can still write to it."""
+    if process_rank:
+        yield
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with run.with_name(f".{run.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back when the holder dies
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        yield
+
+
+def _print_to(path: Path) -> IO[bytes]:
+    """Send this process's output, of C++ code too, to a file that outlives Ray's session."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    return file
+
+
+def _message(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)  # Ray wraps what a worker raised
+    if isinstance(cause, Exception):
+        error = cause
+    text = str(error) or repr(error)
+    return text if isinstance(error, (LoradropError, TrialFailed)) else f"{type(error).__name__}: {text}"
