@@ -100,8 +100,7 @@ def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -
         return exported
     size = config.export.members
     if size is None:
-        chosen = read_json(paths.result).get("chosen_ensemble_size") if paths.result.exists() else None
-        size = int(chosen) if chosen else config.ensemble.size
+        size = chosen_size(read_json(paths.result)) if paths.result.exists() else config.ensemble.size
     return exported + [Exported(f"members/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
 
 
@@ -191,8 +190,22 @@ def _ensemble_entry(config: RunConfig, exported: list[Exported], result: dict[st
         return None
     return {
         "members": draws, "weights": [1.0 / len(draws)] * len(draws), "average": config.ensemble.average,
-        "temperature": result.get("chosen_temperature"),
+        "temperature": _temperature(result, len(draws)),
     }
+
+
+def chosen_size(result: dict[str, Any]) -> int:
+    """Mask draws that validation chose; at least 2, since one draw alone is worse than the mean-field adapter."""
+    entry = result.get("ensemble")
+    return max(2, int(entry["chosen_size"])) if entry else 0
+
+
+def _temperature(result: dict[str, Any], size: int) -> float | None:
+    """The temperature that the report fitted for an ensemble of this size, where it did."""
+    for system in result.get("systems", []):
+        if system["key"] == f"masks_{size}" and system["temperature"]:
+            return float(system["temperature"]["mean"])
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:

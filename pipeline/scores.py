@@ -107,10 +107,15 @@ def reliability(log_probs: Floats, labels: Ints, bins: int = 15) -> Reliability:
 
 
 def equal_mass_bins(confidence: Floats, bins: int) -> Ints:
-    """Bin of each row: at most `bins` and at most N/2, equally full up to rounding; ties share a bin: (N,)."""
-    count = max(1, min(bins, len(confidence) // 2))
+    """Bin of each row, equally full up to rounding; ties share a bin: (N,)."""
+    count = bin_count(len(confidence), bins)
     starts = [len(confidence) * k // count for k in range(1, count)]
     return np.searchsorted(np.unique(np.sort(confidence)[starts]), confidence, side="right")
+
+
+def bin_count(rows: int, bins: int) -> int:
+    """Bins in use: at most one for every two rows."""
+    return max(1, min(bins, rows // 2))
 
 
 class Statistic(Protocol):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import (
@@ -43,6 +43,7 @@ def test_right_padding() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 0], [0, 1, 2]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(0, 3),
@@ -78,6 +79,7 @@ def test_a_filler_is_attended_and_carries_no_loss() -> None:
     assert filler(2).supervised == 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**32), st.integers(0, 20))
 def test_every_epoch_uses_every_row_once(rows: int, global_batch: int, seed: int, epoch: int) -> None:
     first_step, last_step = epoch * rows // global_batch, ((epoch + 1) * rows - 1) // global_batch
@@ -86,6 +88,7 @@ def test_every_epoch_uses_every_row_once(rows: int, global_batch: int, seed: int
     assert sorted(chain[offset : offset + rows]) == list(range(rows))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 9))
 def test_the_chain_does_not_depend_on_the_batch_size(rows: int, global_batch: int, seed: int) -> None:
     steps = [i for s in range(6) for i in global_batch_indices(rows, global_batch, s, seed)]
@@ -104,6 +107,7 @@ def test_positions_are_uniform_over_seeds() -> None:
     assert chi_square < 20.5  # 99.9 % point, 5 degrees of freedom
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5))
 def test_shares_are_the_batch_cut_in_equal_pieces(world_size: int, each: int) -> None:
     indices = [7 * i % 31 for i in range(world_size * each)]
@@ -117,6 +121,7 @@ def test_an_indivisible_batch_is_refused() -> None:
         process_share(list(range(10)), 0, 4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 300), st.integers(1, 4))
 def test_chunks_fit_the_budget_and_hold_every_row(lengths: list[int], budget: int, copies: int) -> None:
     chunks = length_sorted_chunks(lengths, budget, copies)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import (
@@ -24,6 +24,7 @@ from pipeline.errors import DataError
 CORPUS = [
     "Review: a fine film\nSentiment: positive", "Review: a dull film\nSentiment: negative",
     "Question: who wrote it? Answer: nobody knows", "system user assistant hello there more", "yes no yes and no",
+    "one\n\ntwo\n\nthree",
 ]
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
@@ -37,9 +38,11 @@ STRICT = "{% if messages|length > 2 %}{{ raise_exception('Only one exchange') }}
 
 @pytest.fixture(scope="module")
 def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2-like; the end-of-turn mark is eos and pad too."""
+    """Llama-3-like: line breaks in a row become one token; the end-of-turn mark is eos and pad too."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s?[^\s]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -109,7 +112,14 @@ def test_bos_where_the_tokenizer_adds_it_and_no_eos_inside(sentencepiece: PreTra
     check_labels(encoded)
 
 
+def test_no_blank_appears_before_an_answer_without_one(sentencepiece: PreTrainedTokenizerFast) -> None:
+    assert sentencepiece("yes")["input_ids"] == sentencepiece(" yes")["input_ids"], "the trap is there"
+    encoded = encode_training(Row("r", "Answer:", completion="yes"), sentencepiece, 64)
+    assert sentencepiece.decode(list(encoded.input_ids)) == "<s> Answer:yes</s>"
+
+
 def test_an_answer_that_begins_with_a_line_break(byte_level: PreTrainedTokenizerFast) -> None:
+    assert len(byte_level("\n\n")["input_ids"]) == 1
     encoded = encode_training(Row("r", "Question:", completion="\nyes"), byte_level, 64)
     assert supervised_text(encoded, byte_level) == ["\nyes<|im_end|>"]
 
@@ -129,11 +139,13 @@ def test_eos_inside_a_prompt_is_no_reason_to_supervise_or_mask(byte_level: PreTr
 
 
 def test_the_prompt_is_cut_from_its_beginning_and_bos_stays(sentencepiece: PreTrainedTokenizerFast) -> None:
-    whole = encode_candidates(REVIEW, sentencepiece, 64)
+    review = Row("r", REVIEW.prompt, (" negative and dull film", " positive"), 1)
+    whole = encode_candidates(review, sentencepiece, 64)
+    assert whole[0].supervised > whole[1].supervised
     longest = max(len(e.input_ids) for e in whole)
     prompt = len(whole[0].input_ids) - whole[0].supervised
     for max_tokens in range(longest - prompt + 2, longest + 1):
-        cut = encode_candidates(REVIEW, sentencepiece, max_tokens)
+        cut = encode_candidates(review, sentencepiece, max_tokens)
         assert max(len(e.input_ids) for e in cut) == max_tokens
         for before, after in zip(whole, cut, strict=True):
             assert after.input_ids[0] == 1
@@ -141,7 +153,7 @@ def test_the_prompt_is_cut_from_its_beginning_and_bos_stays(sentencepiece: PreTr
             assert after.input_ids[1:] == before.input_ids[-kept:] and after.supervised == before.supervised
         shared = {e.input_ids[: len(e.input_ids) - e.supervised] for e in cut}
         assert len(shared) == 1, "one prompt for all choices"
-        assert encode_training(REVIEW, sentencepiece, max_tokens) == cut[1]
+        assert encode_training(review, sentencepiece, max_tokens) == cut[1]
 
 
 def test_an_answer_that_does_not_fit_is_refused_with_the_number_that_does(byte_level: PreTrainedTokenizerFast) -> None:

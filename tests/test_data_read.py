@@ -106,6 +106,13 @@ def test_missing_local_files_are_not_taken_for_hub_names(path: str) -> None:
     assert f"data.path = {path!r}: does not exist. Give a local file or folder, or a hub data set" in text
 
 
+def test_a_missing_file_in_a_local_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist" in refusal("mine/rows")
+    check_data(DataConfig(path="yours/rows"))
+
+
 def test_hub_and_embedded_names_are_not_opened() -> None:
     for name in ("squad", "nyu-mll/glue:rte", "stanfordnlp/imdb-v1.1", "embedded:movie-reviews"):
         assert not is_local(name)

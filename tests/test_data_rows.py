@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import TemplateConfig
@@ -55,6 +55,7 @@ def test_lists_in_a_csv_cell_are_json() -> None:
         (2, (" 1", " 2", " 3"), 2),
         (True, (" false", " true"), 1),
         (True, (" a", " b"), None),
+        ("yes", (" yes", "yes "), None),
     ],
 )
 def test_label_is_an_index_or_a_text(value: object, choices: tuple[str, ...], expected: int | None) -> None:
@@ -74,6 +75,7 @@ def test_template_leaves_open_what_the_columns_have() -> None:
     assert (row.kind, row.prompt, row.completion) == ("completion", "M:", " R")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_characters="{}")), st.text())
 def test_fill_replaces_only_columns(text: str, value: str) -> None:
     assert fill(f"{text}{{col}}{text}", {"col": value}, "f:1") == text + value + text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
@@ -36,6 +36,7 @@ def prompts(splits: Splits) -> dict[str, list[str]]:
 sizes = st.tuples(st.none() | st.integers(1, 20), st.integers(1, 10), st.integers(1, 10), st.integers(1, 10))
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 2**32), st.randoms())
 def test_sizes_are_met_disjointly_whatever_the_order_in_the_file(asked: Any, seed: int, random: Any) -> None:
     rows, config = rows_of(60), config_of(*asked, seed=seed)
@@ -65,6 +66,7 @@ def test_the_seed_draws_the_split_uniformly() -> None:
     assert chi_square < 27.9  # 99.9 % point of chi-square with 9 degrees of freedom; without replacement it is smaller
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=60), st.integers(0, 5))
 def test_no_question_has_two_owners(pairs: list[tuple[int, int]], seed: int) -> None:
     rows = [Row(str(i), f"Q{q}", completion=f"A{a}") for i, (q, a) in enumerate(pairs)]
@@ -79,6 +81,7 @@ def test_no_question_has_two_owners(pairs: list[tuple[int, int]], seed: int) -> 
             owners.setdefault(row.question, set()).add(name)
     assert all(len(names) == 1 for names in owners.values())
     assert splits.repeated == len(pairs) - len(set(pairs))
+    assert [len(rows) for rows in (splits.validation, splits.calibration, splits.test)] == [2, 2, 2]
 
 
 def test_repeated_texts_are_dropped_even_with_another_label_and_said(

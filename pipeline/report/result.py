@@ -22,7 +22,7 @@ from pipeline.report.systems import (
     method_name,
     table_sizes,
 )
-from pipeline.scores import LEVEL, Floats, percentile_interval, plugin_ece
+from pipeline.scores import LEVEL, Floats, bin_count, percentile_interval, plugin_ece
 
 REFERENCES = ("base", "plain")
 """Keys of the systems that others are compared with."""
@@ -46,7 +46,7 @@ def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSyste
         "rows": {name: split.rows for name, split in inputs.splits.items()},
         "evaluate_seconds": {name: split.seconds for name, split in inputs.splits.items()},
         "average": ensemble_space(inputs),
-        "ece": {"estimator": ECE_ESTIMATOR, "bins": config.evaluate.ece_bins},
+        "ece": {"estimator": ECE_ESTIMATOR, "bins": bin_count(inputs.splits["test"].rows, config.evaluate.ece_bins)},
         "bootstrap": {"samples": config.evaluate.bootstrap_samples, "seed": BOOTSTRAP_SEED, "level": LEVEL},
         "subset_limit": SUBSET_LIMIT,
         "systems": [_system_entry(inputs, one, test) for one in scored],

@@ -1,0 +1,109 @@
+"""The command line: help without torch, faults with exit code 2 before anything is written or loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(path: Path, lines: list[object]) -> str:
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return f"data.path={path}"
+
+
+def good_row(i: int) -> dict[str, object]:
+    return {"prompt": f"text {i}", "choices": [" a", " b"], "label": i % 2}
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(word: str) -> None:
+    code = f"import sys; sys.argv=['x', '{word}']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch','transformers','pydantic','numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.rstrip().endswith("[]")
+    assert "loradrop" in done.stdout
+
+
+def test_a_fault_is_found_without_torch_and_leaves_nothing(tmp_path: Path) -> None:
+    code = "import sys\nfrom pipeline.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
+    arguments = ["train", "--run-dir", str(tmp_path / "run"), "adapter.rate=1.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.strip() == "2 False"
+    assert "adapter.rate" in done.stderr and "1.5" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("missing", ["data.path", "nothing.jsonl"]),
+        ("empty", ["empty"]),
+        ("no label", ["label"]),
+        ("out of range", ["label", "7"]),
+        ("model", ["model.path", "no-model"]),
+        ("deepspeed", ["train.deepspeed", "zero2"]),
+        ("embedded model", ["embedded:smollm3", "embedded:smollm2-135m-instruct"]),
+    ],
+)
+def test_faults_of_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, parts: list[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = [good_row(i) for i in range(50)]
+    argument = {
+        "missing": f"data.path={tmp_path}/nothing.jsonl",
+        "empty": rows(file, []) if fault != "empty" else f"data.path={file}",
+        "no label": rows(file, [*good, {"prompt": "x", "choices": [" a", " b"]}]) if fault == "no label" else "",
+        "out of range": rows(file, [*good, {**good_row(1), "label": 7}]) if fault == "out of range" else "",
+        "model": f"model.path={tmp_path}/no-model",
+        "deepspeed": "train.deepspeed=zero9",
+        "embedded model": "model.path=embedded:smollm3",
+    }[fault]
+    if fault == "empty":
+        file.write_text("")
+    before = sorted(tmp_path.iterdir())
+    assert main(["train", "--run-dir", str(tmp_path / "run"), argument]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_unknown_stage_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--dry-run", "--run-dir", str(tmp_path / "run"), *tiny_settings]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing has been started" in shown and "search" in shown and "rank: 4" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_stage_without_a_run_names_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--run-dir", str(tmp_path / "none")]) == 2
+    assert "Train first" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_configuration_is_refused(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.config import dump_config, load_config
+
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("default", [*tiny_settings, "train.seed=5"])))
+    assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 2
+    assert "another configuration" in capsys.readouterr().err

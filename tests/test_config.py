@@ -1,0 +1,110 @@
+"""Configuration: every fault names the key, the value and the way out; what is saved is what was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import build_config, dump_config, load_config
+from pipeline.config.load import config_keys, merge_trees, overridden_tree
+from pipeline.config.method import LEGAL, PRESETS, Site
+from pipeline.errors import ConfigError, UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("adapter.rnak=3", ["adapter.rnak", "adapter.rank"]),
+        ("trian.max_steps=3", ["trian", "Did you mean train?"]),
+        ("adapter.rate=1.0", ["adapter.rate", "1.0", "less than 1"]),
+        ("adapter.rate=-0.1", ["adapter.rate", "-0.1", "0"]),
+        ("train.max_steps=many", ["train.max_steps", "'many'", "integer"]),
+        ("train.max_steps=0", ["train.max_steps", "0"]),
+        ("adapter.method=lora_dropuot", ["lora_dropuot", "lora_dropout"]),
+        ("train.global_batch=12", ["train.global_batch = 12", "multiple", "train.micro_batch = 8"]),
+        ("model.quantization=nf5", ["model.quantization", "nf5", "nf4"]),
+        ("train.max_steps", ["key.path=value"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("default", [override])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_are_shown_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, ["adapter.rnak=3", "train.max_steps=x", "ensemble.size=-1"])
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_recipes_load_and_round_trip(name: str) -> None:
+    config = load_config(name)
+    import yaml
+
+    again = build_config(yaml.safe_load(dump_config(config)))
+    assert again == config and again.sha256() == config.sha256()
+
+
+def test_overrides_reach_the_key_and_change_the_hash() -> None:
+    config = load_config("default", ["train.learning_rate=1e-4", "adapter.target_modules=[q_proj,v_proj]"])
+    assert config.train.learning_rate == 1e-4
+    assert config.adapter.target_modules == ("q_proj", "v_proj")
+    assert config.sha256() != load_config("default").sha256()
+
+
+def test_merging_keeps_what_is_not_overridden() -> None:
+    merged = merge_trees({"train": {"a": 1, "b": 2}, "label": "x"}, {"train": {"b": 3}})
+    assert merged == {"train": {"a": 1, "b": 3}, "label": "x"}
+    assert overridden_tree({"train": {"b": 2}}, ["train.b=5", "train.c.d=x"]) == {"train": {"b": 5, "c": {"d": "x"}}}
+
+
+def test_the_keys_that_are_promised_exist() -> None:
+    promised = """model.path data.path data.template adapter.rank adapter.alpha adapter.target_modules adapter.method
+    adapter.rate train.max_steps train.global_batch train.micro_batch train.learning_rate train.seed train.draws
+    ensemble.size""".split()
+    assert set(promised) <= set(config_keys())
+
+
+def test_one_rate_sets_both_sides_and_each_can_be_set_alone() -> None:
+    method = load_config(None, ["adapter.rate=0.3"]).adapter.resolved_method()
+    assert (method.rate_of("lora_A"), method.rate_of("lora_B")) == (0.3, 0.3)
+    method = load_config(None, ["adapter.rate=0.3", "adapter.rate_B=0.0"]).adapter.resolved_method()
+    assert (method.rate_of("lora_A"), method.rate_of("lora_B")) == (0.3, 0.0)
+
+
+def test_a_rate_for_a_method_with_several_rates_names_its_sites() -> None:
+    with pytest.raises(ConfigError, match="attention_logits.*ffn_hidden"):
+        load_config(None, ["adapter.method=hiddenkey", "adapter.rate=0.2"])
+
+
+def test_every_preset_resolves_to_legal_sites_and_sums_add_up() -> None:
+    for preset in PRESETS:
+        load_config(None, [f"adapter.method={preset}"]).adapter.resolved_method()
+    both = load_config(None, ["adapter.method=lora_dropout+hiddenkey"]).adapter.resolved_method()
+    assert [site.position for site in both.sites] == ["lora_A", "lora_B", "attention_logits", "ffn_hidden"]
+    assert both.consistency.kind == "kl"
+
+
+@pytest.mark.parametrize("position", sorted(LEGAL))
+def test_illegal_cells_of_the_grammar_are_refused(position: str) -> None:
+    patterns, compensations = LEGAL[position]
+    for pattern in {"element", "column", "span"} - set(patterns):
+        with pytest.raises(ValueError, match=position):
+            Site.model_validate({"position": position, "rate": 0.1, "pattern": pattern})
+    for compensation in {"inverse", "none", "normalized"} - set(compensations):
+        with pytest.raises(ValueError, match=position):
+            Site.model_validate({"position": position, "rate": 0.1, "compensation": compensation})
+
+
+def test_a_broken_file_is_a_user_error(tmp_path: Path) -> None:
+    for text in ("a: [", "- 1\n- 2\n"):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"x\.yaml"):
+            load_config(path)
+    with pytest.raises(ConfigError, match="default"):
+        load_config("no-such-recipe")
