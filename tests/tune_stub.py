@@ -19,11 +19,17 @@ import numpy as np
 
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.data import load_splits
-from pipeline.errors import DataError, LoradropError
+from pipeline.errors import EXIT_STOPPED, DataError, LoradropError
 from pipeline.predictions import ChoicePredictions, write_predictions
 from pipeline.runs import RunPaths, publish_folder, write_json, write_text
 
 ROWS = 48
+
+
+class Stopped(LoradropError):
+    """As the trainer's."""
+
+    exit_code = EXIT_STOPPED
 
 
 def write_data(path: Path) -> None:
@@ -65,6 +71,8 @@ def train(config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, A
         if main:
             publish(paths, config, predicted, tuple(row.id for row in rows))
         on_validation({"step": float(step), **scores})
+        if paths.stop_request.exists() and step < config.train.max_steps:
+            raise Stopped(f"stopped at step {step}")
     return {
         "validation_nll": scores["nll"], "validation_accuracy": scores["accuracy"], "steps": config.train.max_steps,
         "adapter_sha256": hashlib.sha256(config.sha256().encode()).hexdigest(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.members import RowKeys
+from pipeline.randomness import key64
 
 _TWO_31 = 2147483648
 
@@ -31,11 +32,11 @@ def element_mask(keys: RowKeys, rows: slice, layer_key: int, features: int, rate
 
 def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
     """(B, T) int32 hash of everything but the feature."""
-    base = _fold(keys.seed) ^ _fold(layer_key)
+    key = key64(keys.seed, layer_key)  # both halves count: no two (step, layer) pairs of a run share masks
     branch, example = keys.branch[rows].to(torch.int32), keys.example[rows]
-    low, high = (example & 0xFFFFFFFF), (example >> 32)
-    row = mix32(_to_int32(low) ^ _signed(base))
-    row = mix32(row ^ _to_int32(high & 0xFFFFFFFF) * _signed(0x85EBCA6B))
+    low, high = (example & 0xFFFFFFFF), (example >> 32) & 0xFFFFFFFF
+    row = mix32(_to_int32(low) ^ _signed(key))
+    row = mix32(row ^ _to_int32(high) * _signed(0x85EBCA6B) ^ _signed(key >> 32))
     row = mix32(row + branch * _signed(0xC2B2AE35))
     position = keys.position[rows].to(torch.int32)
     return mix32(row.unsqueeze(-1) ^ mix32(position * _signed(0x27D4EB2F) + 0x165667))
@@ -47,7 +48,7 @@ def threshold(rate: float) -> int:
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A full-avalanche permutation of int32 (murmur3's finalizer with stronger constants)."""
+    """A full-avalanche permutation of int32 (murmur3's finalizer with the constants of C. Wellons' lowbias32)."""
     x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
     x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
     return x ^ _shift(x, 16)
@@ -61,10 +62,6 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def _signed(value: int) -> int:
     value &= 0xFFFFFFFF
     return value - 2**32 if value >= _TWO_31 else value
-
-
-def _fold(key: int) -> int:
-    return (key ^ (key >> 32)) & 0xFFFFFFFF
 
 
 def _to_int32(x: Tensor) -> Tensor:

@@ -66,16 +66,18 @@ def with_row_keys(
 
 
 def attach(model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str | Sequence[str], seed: int) -> Adapters:
-    """Wrap every targeted linear of `model` in place; freeze everything but the adapters.
+    """Wrap every targeted linear of `model` that some adapter has, in place; freeze everything but the adapters.
 
     A fresh adapter is the identity (B = 0). A's start depends on (seed, adapter, layer name) only.
 
     Raises:
-        ConfigError: nothing matches `target_modules`, a match is no linear layer or is an MoE expert, or a site
-            is not available at this position.
+        ConfigError: nothing matches `target_modules` or the layers of an adapter, a match is no linear layer or is
+            an MoE expert, or a site is not available at this position.
     """
     _refuse_unsupported_sites(specs)
-    names = match_targets(model, target_modules)
+    targeted = match_targets(model, target_modules)
+    names = [name for name in targeted if any(spec.adapts(name) for spec in specs)]
+    _refuse_empty_adapters(specs, targeted, target_modules)
     axis = MemberAxis()
     model.requires_grad_(False)
     layer_count = count_layers([name for name, _ in model.named_modules()])
@@ -179,6 +181,15 @@ def _refuse_bad_matches(matched: list[str], linears: dict[str, nn.Module], targe
             raise ConfigError(
                 "adapter.target_modules", target_modules, f"matches {name}, which is not a linear layer",
                 "Name linear layers only, or use all-linear.",
+            )
+
+
+def _refuse_empty_adapters(specs: Sequence[AdapterSpec], targeted: Sequence[str], target_modules: object) -> None:
+    for k, spec in enumerate(specs):
+        if not any(spec.adapts(name) for name in targeted):
+            raise ConfigError(
+                "adapter.target_modules", target_modules, f"has no layer in common with adapter {k}",
+                f"Adapter {k} adapts {', '.join(sorted(spec.layers or ())[:3])}, …: use its own base model.",
             )
 
 

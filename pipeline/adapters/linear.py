@@ -145,8 +145,9 @@ class LoRALinear(nn.Module):
 
     def _drop_input(self, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
         """Element-wise dropout on the adapter's input (stock `lora_dropout`), a stateless function of its keys."""
-        if not self.input_sites or plan.row_keys is None:
+        if not any(plan.members[m].draw is not None and plan.members[m].adapter in self.input_sites for m in chosen):
             return x_MNI
+        keys = plan.keys_for(x_MNI.shape[1], self.name)
         parts = []
         for x_NI, m in zip(x_MNI, chosen, strict=True):
             member = plan.members[m]
@@ -155,6 +156,6 @@ class LoRALinear(nn.Module):
                 continue
             site, layer_key = self.input_sites[member.adapter]
             rows = slice(m * plan.rows, (m + 1) * plan.rows)
-            mask = element_mask(plan.row_keys, rows, layer_key, x_NI.shape[-1], site.rate)
+            mask = element_mask(keys, rows, layer_key, x_NI.shape[-1], site.rate)
             parts.append(x_NI * mask.reshape(x_NI.shape).to(x_NI.dtype))
         return torch.stack(parts)

@@ -52,30 +52,33 @@ def draw_weight_masks(
     if not jobs:
         return {}
     flat = uniforms(keys, [job[-1] for job in jobs])
-    return _assemble(jobs, flat, len(members), device)
+    adapters = {member.adapter for member in members}
+    widths = {  # ranks differ among members: wide enough for those that are not masked, too
+        (name, position): max(layers[name].sizes.get((adapter, position), 0) for adapter in adapters)
+        for name, position, *_ in jobs
+    }
+    return _assemble(jobs, flat, widths, len(members), device)
 
 
 def _assemble(
-    jobs: list[tuple[str, str, int, Site, int]], flat: np.ndarray, members: int, device: torch.device | str
+    jobs: list[tuple[str, str, int, Site, int]], flat: np.ndarray, widths: Mapping[tuple[str, str], int],
+    members: int, device: torch.device | str,
 ) -> dict[str, dict[str, Tensor]]:
     """Cut the flat draw into (M, n) views of one buffer, moved to the device in one copy."""
-    shapes: dict[tuple[str, str], int] = {}
-    for name, position, _, _, size in jobs:
-        shapes[name, position] = max(size, shapes.get((name, position), 0))
     starts, total = {}, 0
-    for where, size in shapes.items():
+    for where, width in widths.items():
         starts[where] = total
-        total += members * size
+        total += members * width
     buffer = np.ones(total, dtype=np.float32)
     offset = 0
     for name, position, m, site, size in jobs:
         kept = np.float32(1.0 / (1.0 - site.rate) if site.compensation == "inverse" else 1.0)
-        begin = starts[name, position] + m * shapes[name, position]
+        begin = starts[name, position] + m * widths[name, position]
         buffer[begin : begin + size] = np.where(flat[offset : offset + size] < site.rate, np.float32(0), kept)
         offset += size
     moved = torch.from_numpy(buffer).to(device)
     masks: dict[str, dict[str, Tensor]] = {}
-    for (name, position), size in shapes.items():
+    for (name, position), width in widths.items():
         begin = starts[name, position]
-        masks.setdefault(name, {})[position] = moved[begin : begin + members * size].view(members, size)
+        masks.setdefault(name, {})[position] = moved[begin : begin + members * width].view(members, width)
     return masks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,23 @@ class MemberPlan:
     def size(self) -> int:
         """M."""
         return len(self.members)
+
+    def keys_for(self, inputs: int, layer: str) -> RowKeys:
+        """Row keys for a layer that receives `inputs` vectors per member.
+
+        One vector per row (a pooled state) counts as the row's first token.
+
+        Raises:
+            MemberAxisError: the plan has no row keys, or they are of other tokens.
+        """
+        if self.row_keys is None:
+            raise MemberAxisError(f"{layer} drops entries of its input: the plan needs row keys (`with_row_keys`)")
+        tokens = self.row_keys.position.shape[1]
+        if inputs == self.rows * tokens:
+            return self.row_keys
+        if inputs == self.rows:
+            return replace(self.row_keys, position=self.row_keys.position[:, :1])
+        raise MemberAxisError(f"{layer} received {inputs} vectors per member; its rows are {self.rows} × {tokens} tokens")
 
 
 class MemberAxis:

@@ -143,7 +143,7 @@ def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int
     alphas = {name: spec.alpha_of(name) * factors[name] for name in layers}
     if len(set(alphas.values())) == 1:
         return replace(spec, sites=sites, alpha=next(iter(alphas.values())), alpha_pattern={})
-    return replace(spec, sites=sites, alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()})
+    return replace(spec, sites=sites, alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in alphas.items()})
 
 
 def masked_matrices(matrices: Matrices, masks: Mapping[str, Mapping[str, Tensor]], member: int) -> Matrices:

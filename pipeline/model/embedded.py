@@ -56,15 +56,6 @@ EMBEDDED_MODELS = {
 }
 
 
-def check_embedded_name(name: str) -> EmbeddedModel:
-    """What `embedded:NAME` stands for, without fetching it. Raises `ConfigError` where there is no such model."""
-    short = name.removeprefix(EMBEDDED_PREFIX)
-    if short not in EMBEDDED_MODELS:
-        known = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED_MODELS)
-        raise ConfigError("model.path", name, "is not an embedded model", f"Known: {known}.")
-    return EMBEDDED_MODELS[short]
-
-
 def prepare_embedded_model(name: str) -> Path:
     """The folder (safetensors and tokenizer) of `embedded:NAME`; made on the first call, milliseconds afterwards.
 
