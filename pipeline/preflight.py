@@ -32,8 +32,9 @@ def check_inputs(config: RunConfig) -> None:
     }
     fill_ds_config(read_json(ds_file), decided, ds_file.name)
     from pipeline.data import check_data
+    from pipeline.model.kind import local_kind
 
-    check_data(config.data)
+    check_data(config.data, classifier=local_kind(config.model) == "classifier")
 
 
 def check_model_path(path: str) -> None:

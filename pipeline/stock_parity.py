@@ -36,6 +36,11 @@ def main(job_path: str) -> None:
     for k, folder in enumerate(job["adapters"][1:], start=1):
         model.load_adapter(folder, adapter_name=f"adapter{k}")
     model.eval()
+    for module in model.modules():
+        # An eval-mode 4-bit layer takes a bfloat16 kernel on CPUs with AVX512-BF16: another precision, not another
+        # adapter. In training mode it computes what it was trained with; no dropout is involved.
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train()
     with torch.no_grad():
         with model.disable_adapter():
             base_logits = last_logits(model, job["input_ids"], job["device"])

@@ -1,8 +1,14 @@
 """Activation masks as stateless, counter-based functions: nothing is stored, nothing has a state.
 
-An entry is kept or dropped by a 32-bit hash of (seed, step, branch, layer, example, token position, feature).
+An entry is kept or dropped by a 32-bit hash of (seed, step, branch, layer, example, token position, feature);
+an attention logit by one of (…, layer, head, example, key position) or of (…, head, example, query and key position).
 So padding side, packing, batch order, number of processes, accumulation and recomputation do not change it.
 All arithmetic is int32 with wrap-around, the same on every device.
+
+*Spans*: positions are cut into blocks of `span_length` consecutive ones, with an offset drawn per line of positions
+(per example and layer; in attention per head and query too), and a block is dropped as a whole with probability
+`rate`. So every entry is dropped with probability `rate` exactly, a block never depends on the length of the row, and
+all but the first and last block of a line have `span_length` entries.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.members import RowKeys
+from pipeline.config.method import Site
 from pipeline.randomness import key64
 
 _TWO_31 = 2147483648
@@ -30,16 +37,75 @@ def element_mask(keys: RowKeys, rows: slice, layer_key: int, features: int, rate
     return (bits >= threshold(rate)).to(torch.float32) / (1.0 - rate)
 
 
-def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
-    """(B, T) int32 hash of everything but the feature."""
+def dropped_hidden(keys: RowKeys, rows: slice, layer_key: int, features: int, site: Site) -> Tensor:
+    """Where hidden vectors (B, T, F) are dropped: bool, broadcastable to that shape.
+
+    `element`: every entry on its own, (B, T, F). `column`: a feature for all tokens of an example, (B, 1, F), or
+    (B, T, F) where rows are packed. `span`: whole vectors of consecutive tokens, (B, T, 1).
+    """
+    if site.pattern == "span":
+        line = row_hash(keys, rows, layer_key)
+        return _drop(_pair(line, _block(line, keys.position[rows], site.span_length)), site).unsqueeze(-1)
+    lines = token_hash(keys, rows, layer_key) if site.pattern == "element" else row_hash(keys, rows, layer_key)
+    feature = torch.arange(features, dtype=torch.int32, device=lines.device)
+    return _drop(mix32(lines.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27)), site)
+
+
+def dropped_keys(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: Site) -> Tensor:
+    """Pattern `column`: (B, H, T) bool, where a key is dropped for all queries of a head."""
+    token_BT = token_hash(keys, rows, layer_key)
+    return _drop(_per_head(token_BT, heads), site)
+
+
+def dropped_pairs(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: Site) -> Tensor:
+    """Patterns `element` and `span`: (B, H, Tq, Tk) bool, where a (query, key) pair of a head is dropped.
+
+    `span`: consecutive keys of a query are dropped together.
+    """
+    query_BHT = _per_head(token_hash(keys, rows, layer_key), heads)
+    line = query_BHT.unsqueeze(-1)
+    key_B11T = keys.position[rows].unsqueeze(1).unsqueeze(1)
+    if site.pattern == "span":
+        return _drop(_pair(line, _block(line, key_B11T, site.span_length)), site)
+    return _drop(_pair(line, key_B11T.to(torch.int32)), site)
+
+
+def row_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
+    """(B, 1) int32 hash of (seed, step, layer, branch, example); (B, T) where rows are packed."""
     key = key64(keys.seed, layer_key)  # both halves count: no two (step, layer) pairs of a run share masks
-    branch, example = keys.branch[rows].to(torch.int32), keys.example[rows]
+    example = keys.example[rows]
+    example = example.unsqueeze(-1) if example.dim() == 1 else example
+    branch = keys.branch[rows].to(torch.int32).unsqueeze(-1)
     low, high = (example & 0xFFFFFFFF), (example >> 32) & 0xFFFFFFFF
     row = mix32(_to_int32(low) ^ _signed(key))
     row = mix32(row ^ _to_int32(high) * _signed(0x85EBCA6B) ^ _signed(key >> 32))
-    row = mix32(row + branch * _signed(0xC2B2AE35))
-    position = keys.position[rows].to(torch.int32)
-    return mix32(row.unsqueeze(-1) ^ mix32(position * _signed(0x27D4EB2F) + 0x165667))
+    return mix32(row + branch * _signed(0xC2B2AE35))
+
+
+def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
+    """(B, T) int32 hash of everything but the feature."""
+    return _pair(row_hash(keys, rows, layer_key), keys.position[rows].to(torch.int32))
+
+
+def _pair(line: Tensor, position: Tensor) -> Tensor:
+    """Hash of a line's hash and an int32 position or block on it."""
+    return mix32(line ^ mix32(position * _signed(0x27D4EB2F) + 0x165667))
+
+
+def _per_head(token_BT: Tensor, heads: int) -> Tensor:
+    """(B, H, T): a hash of its own for every head."""
+    head = torch.arange(heads, dtype=torch.int32, device=token_BT.device).view(-1, 1)
+    return mix32(token_BT.unsqueeze(1) ^ mix32(head * _signed(0x9E3779B1) + 0x3C6EF3))
+
+
+def _block(line: Tensor, position: Tensor, length: int) -> Tensor:
+    """int32 index of the block that a position falls into; blocks start at an offset that the line decides."""
+    offset = (mix32(line + 0x2545F4) & 0x7FFFFFFF) % length
+    return (position.to(torch.int32) + offset) // length
+
+
+def _drop(bits: Tensor, site: Site) -> Tensor:
+    return bits < threshold(site.rate)
 
 
 def threshold(rate: float) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.attention import install_attention_sites
+from pipeline.adapters.anatomy import check_sites, is_causal
+from pipeline.adapters.ffn import install_ffn_sites
+from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
 from pipeline.adapters.members import Member, MemberAxis, MemberPlan, RowKeys
@@ -18,7 +22,6 @@ from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.errors import ConfigError
 from pipeline.randomness import key64
 
-SUPPORTED_POSITIONS = (*WEIGHT_POSITIONS, "lora_input")
 EXPERTS = re.compile(r"(^|\.)experts\.")
 
 
@@ -34,7 +37,9 @@ class Adapters:
     layer_count: int
     """Transformer layers of the model."""
     suffixes: dict[str, int]
-    """Last name part -> how many linears of the base end in it."""
+    """Last name part -> how many linears of the base, trained heads left out, end in it."""
+    heads: dict[str, TrainedHead] = field(default_factory=dict)
+    """Modules that each adapter trains whole, by name; none in a causal model."""
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +62,7 @@ def with_row_keys(
     """`plan` plus the keys of its rows; every row is a (member, example) pair, member-major.
 
     Args:
-        example: (M·B,) int64 example identities.
+        example: (M·B,) int64 example identities; (M·B, T), one per token, where rows pack several examples.
         position: (M·B, T) int64 token positions within the example.
     """
     draws = torch.tensor([-1 if m.draw is None else m.draw for m in plan.members], dtype=torch.int64)
@@ -65,23 +70,35 @@ def with_row_keys(
     return replace(plan, row_keys=RowKeys(key64(seed, phase, "activation"), branch, example, position))
 
 
-def attach(model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str | Sequence[str], seed: int) -> Adapters:
+def attach(
+    model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str | Sequence[str], seed: int,
+    heads: Mapping[str, Collection[str]] | None = None,
+) -> Adapters:
     """Wrap every targeted linear of `model` that some adapter has, in place; freeze everything but the adapters.
 
     A fresh adapter is the identity (B = 0). A's start depends on (seed, adapter, layer name) only.
 
+    Args:
+        heads: modules that every adapter trains whole, with their parameters that are new: a model's `BaseModel.heads`.
+
     Raises:
         ConfigError: nothing matches `target_modules` or the layers of an adapter, a match is no linear layer or is
-            an MoE expert, or a site is not available at this position.
+            an MoE expert, or the model cannot honour a site.
     """
-    _refuse_unsupported_sites(specs)
-    targeted = match_targets(model, target_modules)
+    _refuse_consistency(specs)
+    specs = [spec.resolved_for(is_causal(model)) for spec in specs]
+    check_sites(model, specs)
+    heads = heads or {}
+    targeted = match_targets(model, target_modules, heads)
     names = [name for name in targeted if any(spec.adapts(name) for spec in specs)]
     _refuse_empty_adapters(specs, targeted, target_modules)
     axis = MemberAxis()
     model.requires_grad_(False)
     layer_count = count_layers([name for name, _ in model.named_modules()])
-    suffixes = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module))
+    suffixes = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules() if is_linear(module) and not _is_within(name, heads)
+    )
     layers: dict[str, LoRALinear] = {}
     sites: dict[str, LayerSites] = {}
     for name in names:
@@ -91,22 +108,24 @@ def attach(model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str |
         setattr(model.get_submodule(parent), leaf, layer)
         layers[name] = layer
         sites[name] = _layer_sites(layer, specs, name, layer_count)
-    return Adapters(model, axis, layers, tuple(specs), sites, layer_count, dict(suffixes))
+    install_attention_sites(model, axis, specs, layer_count)
+    install_ffn_sites(model, axis, specs, layer_count)
+    trained = {name: _wrap_head(model, name, fresh, axis, len(specs), seed) for name, fresh in heads.items()}
+    return Adapters(model, axis, layers, tuple(specs), sites, layer_count, dict(suffixes), trained)
 
 
-def match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """Names of the linears to wrap: `all-linear` (without the output head), suffixes, or one regular expression."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+def match_targets(model: nn.Module, target_modules: str | Sequence[str], heads: Collection[str] = ()) -> list[str]:
+    """Names of the linears to wrap: `all-linear` (without the output head), suffixes, or one regular expression.
+
+    What lies in `heads`, the modules that are trained whole, is passed over (as PEFT does).
+    """
+    named = {name: module for name, module in model.named_modules() if not _is_within(name, heads)}
+    linears = {name: module for name, module in named.items() if is_linear(module)}
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = _trained_heads(model)
-        matched = [
-            name
-            for name, module in linears.items()
-            if module is not head and not EXPERTS.search(name) and name.split(".")[0] not in heads
-        ]
+        matched = [name for name, module in linears.items() if module is not head and not EXPERTS.search(name)]
     else:
-        matched = [name for name, _ in model.named_modules() if name and _matches(name, target_modules)]
+        matched = [name for name in named if name and _matches(name, target_modules)]
         _refuse_bad_matches(matched, linears, target_modules)
     if not matched:
         leaves = sorted({name.rpartition(".")[2] for name in linears})
@@ -193,19 +212,22 @@ def _refuse_empty_adapters(specs: Sequence[AdapterSpec], targeted: Sequence[str]
             )
 
 
-def _trained_heads(model: nn.Module) -> tuple[str, ...]:
-    """Names of classification heads, which are trained whole rather than adapted."""
-    return tuple(name for name in ("score", "classifier", "pre_classifier") if hasattr(model, name))
+def _is_within(name: str, heads: Collection[str]) -> bool:
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def _refuse_unsupported_sites(specs: Sequence[AdapterSpec]) -> None:
+def _wrap_head(
+    model: nn.Module, name: str, fresh: Collection[str], axis: MemberAxis, adapters: int, seed: int
+) -> TrainedHead:
+    head = TrainedHead(model.get_submodule(name), name, axis, adapters)
+    head.reset(fresh, seed, getattr(model.config, "initializer_range", 0.02))
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, head)
+    return head
+
+
+def _refuse_consistency(specs: Sequence[AdapterSpec]) -> None:
     for spec in specs:
-        for site in spec.sites:
-            if site.position not in SUPPORTED_POSITIONS:
-                raise ConfigError(
-                    "adapter.method", site.position, "is not available in this version",
-                    f"Sites that are: {', '.join(SUPPORTED_POSITIONS)}.",
-                )
         if spec.consistency.kind != "none":
             raise ConfigError(
                 "adapter.method", spec.consistency.kind, "consistency terms are not available in this version",

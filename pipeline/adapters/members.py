@@ -34,7 +34,7 @@ class RowKeys:
     branch: Tensor
     """(M·B,) int64: the draw of each row; -1 = no activation mask for this row."""
     example: Tensor
-    """(M·B,) int64: identity of the row's example in the data set."""
+    """(M·B,) int64: identity of the row's example in the data set; (M·B, T) where rows pack several examples."""
     position: Tensor
     """(M·B, T) int64: token position within the example (padding has any value)."""
 
@@ -69,7 +69,9 @@ class MemberPlan:
         if inputs == self.rows * tokens:
             return self.row_keys
         if inputs == self.rows:
-            return replace(self.row_keys, position=self.row_keys.position[:, :1])
+            example = self.row_keys.example
+            first = example if example.dim() == 1 else example[:, :1]
+            return replace(self.row_keys, example=first, position=self.row_keys.position[:, :1])
         raise MemberAxisError(f"{layer} received {inputs} vectors per member; its rows are {self.rows} × {tokens} tokens")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.method import Consistency, Method, Site
@@ -39,6 +39,12 @@ class AdapterSpec:
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
         )
+
+    def resolved_for(self, causal: bool) -> AdapterSpec:
+        """The spec with `layers: auto` replaced: the latter half of a causal decoder, all layers of an encoder."""
+        layers = (0.5, 1.0) if causal else (0.0, 1.0)
+        sites = (s.model_copy(update={"layers": layers}) if s.layers == "auto" else s for s in self.sites)
+        return replace(self, sites=tuple(sites))
 
     def adapts(self, layer: str) -> bool:
         """Whether the adapter has matrices in a layer."""
@@ -88,7 +94,7 @@ def covers(site: Site, layer: str, layer_count: int) -> bool:
     number = layer_number(layer)
     if number is None:
         return True
-    start, end = site.layers
+    start, end = site.layer_range
     return start * layer_count <= number < end * layer_count
 
 

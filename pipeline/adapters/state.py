@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.adapters.heads import HeadState
 from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency, Site
@@ -38,6 +39,8 @@ class StoredAdapter:
     matrices: Matrices
     sha256: str
     base: str | None
+    head: HeadState = HeadState()
+    """What a classifier's adapter trained whole; empty for a causal model's."""
 
 
 def adapter_matrices(
@@ -55,7 +58,8 @@ def adapter_matrices(
 
 
 def write_adapter(
-    folder: Path, matrices: Matrices, spec: AdapterSpec, layer_count: int, base: str, suffixes: Mapping[str, int]
+    folder: Path, matrices: Matrices, spec: AdapterSpec, layer_count: int, base: str, suffixes: Mapping[str, int],
+    head: HeadState = HeadState(),
 ) -> None:
     """Write a PEFT LoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
 
@@ -63,6 +67,7 @@ def write_adapter(
         layer_count: transformer layers of the model, to resolve sites that cover a part of them.
         base: name or path of the base model, as PEFT's base_model_name_or_path.
         suffixes: last name part -> how many linears of the model end in it, to shorten target_modules.
+        head: modules trained whole; with them the adapter is a classifier's (SEQ_CLS, modules_to_save).
     """
     from peft import LoraConfig
 
@@ -70,14 +75,15 @@ def write_adapter(
     config = LoraConfig(
         r=stored.rank, lora_alpha=stored.alpha, use_rslora=stored.rslora, lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
         target_modules=_shorten(list(matrices), suffixes), rank_pattern=dict(stored.rank_pattern),
-        alpha_pattern=dict(stored.alpha_pattern), task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=base,
+        alpha_pattern=dict(stored.alpha_pattern), inference_mode=True, base_model_name_or_path=base,
+        task_type="SEQ_CLS" if head.modules else "CAUSAL_LM", modules_to_save=list(head.modules) or None,
     )
     config.save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in matrices.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    tensors.update({f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in head.tensors.items()})
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     sites = [site.model_dump(mode="json") for site in stored.sites]
     write_json(folder / METHOD_FILE, {"sites": sites, "consistency": stored.consistency.model_dump(mode="json")})
@@ -96,15 +102,23 @@ def read_adapter(folder: Path) -> StoredAdapter:
     if not weights.is_file():
         raise RunFolderError(str(weights), None, "does not exist", "Save the adapter as safetensors.")
     found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    modules = tuple(config.get("modules_to_save") or ())
     for key, tensor in load_file(weights).items():
         match = _KEY.fullmatch(key)
+        name = key.removeprefix(_PREFIX)
+        if match is None and tensor.numel() and any(module in name for module in modules):
+            whole[name] = tensor.to(torch.float32)
+            continue
         if match is None or tensor.dim() != 2 or tensor.numel() == 0:
             raise RunFolderError(str(weights), key, "is not a LoRA matrix", "Only plain LoRA adapters are read.")
         found.setdefault(match["layer"], {})[match["side"]] = tensor.to(torch.float32)
     matrices = {name: (pair["A"], pair["B"]) for name, pair in found.items() if len(pair) == 2}
     if len(matrices) != len(found) or not found:
         raise RunFolderError(str(weights), None, "lacks lora_A or lora_B of some layer", "Save the adapter again.")
-    return StoredAdapter(_spec_of(folder, config, matrices), matrices, sha256_file(weights), config.get("base_model_name_or_path"))
+    base = config.get("base_model_name_or_path")
+    head = HeadState(modules if whole else (), whole)
+    return StoredAdapter(_spec_of(folder, config, matrices), matrices, sha256_file(weights), base, head)
 
 
 def load_matrices(layers: Mapping[str, LoRALinear], adapter: int, matrices: Matrices, field: str) -> None:
@@ -173,7 +187,8 @@ def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     where = str(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise RunFolderError(where, config.get("peft_type"), "is not a LoRA adapter", "Convert it to LoRA first.")
-    for key in ("use_dora", "modules_to_save", "layer_replication", "use_qalora", "lora_bias"):
+    whole = () if config.get("task_type") == "SEQ_CLS" else ("modules_to_save",)
+    for key in ("use_dora", *whole, "layer_replication", "use_qalora", "lora_bias"):
         if config.get(key):
             raise RunFolderError(f"{where}: {key}", config[key], "is not plain LoRA", "Only plain LoRA adapters are read.")
     if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "lora_ga")):

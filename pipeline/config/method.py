@@ -24,6 +24,8 @@ Compensation = Literal["inverse", "none", "normalized"]
 
 WEIGHT_POSITIONS = ("lora_A", "lora_B", "lora_rank")
 """Masks on the adapter's own matrices: one vector per member, shared by all tokens of its rows."""
+ATTENTION_POSITIONS = ("attention_logits", "attention_weights")
+"""Masks inside the base model's attention."""
 
 LEGAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora_A": (("column",), ("inverse", "none")),
@@ -47,9 +49,23 @@ class Site(Section):
     pattern: Pattern = Field(default=None, validate_default=False)  # type: ignore[assignment]
     """Structure of the mask; defaults to the position's first legal one."""
     compensation: Compensation = Field(default=None, validate_default=False)  # type: ignore[assignment]
-    """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610."""
-    layers: tuple[float, float] = (0.0, 1.0)
-    """Fraction range [from, to) of the decoder or encoder layers, 0 = first, 1 = past the last."""
+    """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610. A read-out without
+    masks multiplies the weight sites by (1-rate) where they have `none`; `ffn_hidden` never: it is not masked at
+    inference (arXiv 2403.00812), and a factor there would change the base model, which no adapter can carry."""
+    layers: tuple[float, float] | Literal["auto"] = (0.0, 1.0)
+    """Fraction range [from, to) of the decoder or encoder layers, 0 = first, 1 = past the last. `auto` (what the
+    presets hiddenkey and hiddenkey_minus have): all layers of an encoder, the latter half of a causal decoder's
+    (arXiv 2403.00812); resolved when the adapter is attached, and stored with it as a range."""
+    heads: Literal["query", "kv"] = "query"
+    """Attention sites: masks of their own per query head, or shared by the query heads of a key-value head (which
+    saves the copy of keys and values per query head under grouped-query attention)."""
+    span_length: Annotated[int, Field(ge=1)] = 4
+    """Pattern `span`: consecutive tokens dropped together (keys of a query, or hidden vectors of a row). The paper
+    names spans and gives neither length nor how they are drawn: blocks of this length at a random offset, each
+    dropped with probability `rate`, are our choice."""
+    stop_gradient: bool = True
+    """`attention_weights`: no gradient through the normalizer Σ_j m_j w_j, as the paper has DropAttention. Without it
+    DropAttention is DropKey, and keeps the fast kernels."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,10 +86,27 @@ class Site(Section):
             raise ValueError(
                 f"{self.position} has the compensations {', '.join(compensations)}, not {self.compensation}"
             )
-        start, end = self.layers
+        start, end = self.layer_range
         if not 0.0 <= start < end <= 1.0:
-            raise ValueError(f"layers must satisfy 0 <= from < to <= 1, got {list(self.layers)}")
+            raise ValueError(f"layers must satisfy 0 <= from < to <= 1, got {[start, end]}")
+        self._refuse_idle_options()
         return self
+
+    def _refuse_idle_options(self) -> None:
+        fields = type(self).model_fields
+        idle = {
+            "heads": self.position not in ATTENTION_POSITIONS,
+            "span_length": self.pattern != "span",
+            "stop_gradient": self.position != "attention_weights",
+        }
+        for name, is_idle in idle.items():
+            if is_idle and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} says nothing about {self.position} with the pattern {self.pattern}: leave it out")
+
+    @property
+    def layer_range(self) -> tuple[float, float]:
+        """[from, to); the whole stack where it is `auto` and not yet resolved."""
+        return (0.0, 1.0) if self.layers == "auto" else self.layers
 
 
 class Consistency(Section):
@@ -92,6 +125,15 @@ class Method(Section):
 
     sites: tuple[Site, ...] = ()
     consistency: Consistency = Consistency()
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Method:
+        for i, site in enumerate(self.sites):
+            for other in self.sites[:i]:
+                (start, end), (from_, to) = site.layer_range, other.layer_range
+                if site.position == other.position and start < to and from_ < end:
+                    raise ValueError(f"{site.position} has two sites on the same layers: keep one, or divide the layers")
+        return self
 
     def rate_of(self, position: str) -> float:
         """The dropping rate at `position`, 0.0 where the method has no such site."""
@@ -122,8 +164,8 @@ ONE_RATE_PRESETS: dict[str, tuple[float, Callable[..., tuple[Site, ...]]]] = {
 """name -> (default rate, builder): the presets whose strength is one number."""
 
 _HIDDENKEY_SITES = (
-    Site.model_validate({"position": "attention_logits", "pattern": "column", "rate": 0.1}),
-    Site.model_validate({"position": "ffn_hidden", "pattern": "element", "rate": 0.1}),
+    Site.model_validate({"position": "attention_logits", "pattern": "column", "rate": 0.1, "layers": "auto"}),
+    Site.model_validate({"position": "ffn_hidden", "pattern": "element", "rate": 0.1, "layers": "auto"}),
 )
 FIXED_PRESETS: dict[str, Method] = {
     "none": Method(),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.data.batches import Batch, collate, filler
     from pipeline.data.check import check_data
+    from pipeline.data.classes import encode_classification, encode_text, shared_choices
     from pipeline.data.encode import (
         IGNORE_INDEX,
         Encoded,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "batches": ("Batch", "collate", "filler"),
     "check": ("check_data",),
+    "classes": ("encode_classification", "encode_text", "shared_choices"),
     "encode": (
         "IGNORE_INDEX", "Encoded", "encode_candidates", "encode_training", "encode_training_rows", "supervised_share",
     ),
@@ -44,6 +46,8 @@ __all__ = [
     "check_data",
     "collate",
     "encode_candidates",
+    "encode_classification",
+    "encode_text",
     "encode_training",
     "encode_training_rows",
     "filler",
@@ -51,6 +55,7 @@ __all__ = [
     "length_sorted_chunks",
     "load_splits",
     "process_share",
+    "shared_choices",
     "supervised_share",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import DataConfig
+from pipeline.data.classes import shared_choices
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.sources import check_name, is_local, local_files, parse
@@ -11,10 +12,13 @@ from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
 
-def check_data(config: DataConfig, limit: int = 1000) -> None:
+def check_data(config: DataConfig, limit: int = 1000, classifier: bool = False) -> None:
     """Read the first `limit` rows of each local file; files that end within it also tell whether they suffice.
 
     Hub and embedded data are checked by name only; their rows are checked when they are loaded.
+
+    Args:
+        classifier: all rows must have the same choices.
 
     Raises:
         DataError: the fault (an `ErrorList` of up to five where there are several).
@@ -27,6 +31,8 @@ def check_data(config: DataConfig, limit: int = 1000) -> None:
     whole: dict[str, bool] = {}
     for split, path in local_files(config.path).items():
         files[split], whole[split] = parse(read_file(path), config.template, str(path), limit)
+    if classifier:
+        shared_choices(row for rows in files.values() for row in rows)
     if all(whole.values()):
         divide(files, config)
         return

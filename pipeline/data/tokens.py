@@ -16,12 +16,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
 
     What it would put behind (EOS, SEP) is left off: the answer follows.
     """
-    body = _ids(tokenizer, prompt)
-    marked = list(tokenizer(prompt)["input_ids"])
+    lead, body, _ = framed_ids(tokenizer, prompt)
+    return lead, body
+
+
+def framed_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    """(special tokens before a text, tokens of the text, special tokens behind it), as the tokenizer frames one text."""
+    body = _ids(tokenizer, text)
+    marked = list(tokenizer(text)["input_ids"])
     for start in range(len(marked) - len(body) + 1):
         if marked[start : start + len(body)] == body:
-            return marked[:start], body
-    return [], body
+            return marked[:start], body, marked[start + len(body) :]
+    return [], body, []
 
 
 def following_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import types
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from pipeline.config.sections import ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +32,10 @@ class BaseIdentity:
     compute_dtype: str
     quantized_modules: int
     parameters: int
+    classes: int | None = None
+    """Outputs of the classification head; None for a causal model."""
+    unquantized: tuple[str, ...] = ()
+    """What a stock tool gives as llm_int8_skip_modules to load the same base."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -42,6 +49,8 @@ class BaseModel:
     model: nn.Module
     tokenizer: Any
     identity: BaseIdentity
+    heads: Heads = field(default_factory=dict)
+    """Modules that are trained whole beside the adapter; none in a causal model."""
 
 
 def resolve_model_path(config: ModelConfig) -> str:
@@ -64,54 +73,108 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_base(config: ModelConfig, device: torch.device) -> BaseModel:
-    """Model and tokenizer, frozen, every quantized layer pinned to training mode.
+def load_base(config: ModelConfig, device: torch.device, classes: int | None = None) -> BaseModel:
+    """Model and tokenizer, frozen, without dropout of its own, every quantized layer pinned to training mode.
+
+    Args:
+        classes: outputs of a classification head; None loads a causal language model.
 
     Raises:
-        ConfigError: the folder or hub name cannot be loaded.
+        ConfigError: the folder or hub name cannot be loaded, or lacks weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoTokenizer
 
-    transformers_logging.disable_progress_bar()
     resolved = resolve_model_path(config)
     dtype = compute_dtype(config, device)
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
+    unquantized = () if classes is None else UNQUANTIZED
+    weights: dict[str, Any] = {
+        "dtype": dtype, "attn_implementation": config.attention, "device_map": {"": device},
+        "quantization_config": quantization_config(config, dtype, unquantized),
+    }
+    with _transformers_errors(config.path):
         tokenizer = AutoTokenizer.from_pretrained(resolved, **common)
-        model = AutoModelForCausalLM.from_pretrained(
-            resolved, dtype=dtype, attn_implementation=config.attention, device_map={"": device},
-            quantization_config=quantization_config(config, dtype), **common,
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            "model.path", config.path, f"cannot be loaded ({first})", "Give a model folder or a hub name you can reach."
-        ) from error
+        model, absent = _load_weights(resolved, classes, {**weights, **common})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # rows are masked by position, never by token id
     model.requires_grad_(False)
     model.config.use_cache = False
+    if classes is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoders with a head look for the last token before it
+    switch_off_dropout(model)
     quantized = pin_training_mode(model)
     identity = BaseIdentity(
         path=config.path, resolved=resolved, revision=config.revision, quantization=config.quantization,
         double_quantization=config.double_quantization, compute_dtype=str(dtype).removeprefix("torch."),
-        quantized_modules=quantized, parameters=model.num_parameters(),
+        quantized_modules=quantized, parameters=model.num_parameters(), classes=classes, unquantized=unquantized,
     )
-    return BaseModel(model, tokenizer, identity)
+    heads = {} if classes is None else find_heads(model, absent, config.path)
+    return BaseModel(model, tokenizer, identity, heads)
 
 
-def quantization_config(config: ModelConfig, dtype: torch.dtype) -> Any:
+def _load_weights(resolved: str, classes: int | None, settings: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model, and (of a classifier) the names of parameters that the checkpoint lacks or has in another shape."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if classes is None:
+        return AutoModelForCausalLM.from_pretrained(resolved, **settings), set()
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        resolved, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+    )
+    return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+@contextmanager
+def _transformers_errors(path: str) -> Iterator[None]:
+    """What transformers raises becomes a `ConfigError`; its progress bars and its report of absent weights are ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            "model.path", path, f"cannot be loaded ({first})", "Give a model folder or a hub name you can reach."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of the base, attention's included, to 0.
+
+    Encoders (and GPT-2) come with rates of 0.1. Their masks would depend on the state of a generator, thus on the
+    number of processes and on a resume, and would be a second method beside the one that is configured.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _zero_rates(module)
+    if hasattr(model, "config"):
+        _zero_rates(model.config)  # some attention code reads its rate there
+
+
+def _zero_rates(owner: Any) -> None:
+    for name, value in vars(owner).items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(owner, name, 0.0)
+
+
+def quantization_config(config: ModelConfig, dtype: torch.dtype, unquantized: tuple[str, ...] = ()) -> Any:
     """The transformers quantization configuration, or None."""
     from transformers import BitsAndBytesConfig
 
+    skip = list(unquantized) or None
     if config.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=config.double_quantization,
+            bnb_4bit_use_double_quant=config.double_quantization, llm_int8_skip_modules=skip,
         )
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)
     return None
 
 

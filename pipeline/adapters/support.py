@@ -1,0 +1,212 @@
+"""`python -m pipeline.adapters.support`: the table of what every model family honours.
+
+family × position × pattern × compensation × backend (weights, attention). Each cell is found out on a tiny random model
+of the family, never looked up: the site is attached, trained for one step, and held against what a site must keep
+(`try_cell`). A cell is `tested`, or `refused` with the error that a user would see, or `FAILED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.attach import Adapters, attach, with_row_keys
+from pipeline.adapters.members import Member
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config.method import LEGAL, Site
+from pipeline.config.sections import ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.load import pin_training_mode, quantization_config, switch_off_dropout
+
+BACKENDS = (("none", "sdpa"), ("none", "eager"), ("nf4", "sdpa"), ("nf4", "eager"))
+"""(model.quantization, model.attention)."""
+RATE = 0.4
+LENGTHS = (9, 5)
+"""Tokens of the two test rows; the second is padded."""
+
+_SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 2}
+_DECODER = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": {**_DECODER, "head_dim": 16},
+    "mistral": {**_DECODER, "sliding_window": 4},
+    "gpt2": {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
+             "bos_token_id": 1, "eos_token_id": 2},
+    "bert": _SMALL,
+    "roberta": _SMALL,
+    "deberta-v2": {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    "gemma2": {**_DECODER, "head_dim": 16, "sliding_window": 4},
+    "mixtral": {**_DECODER, "num_local_experts": 2},
+}
+"""model type -> configuration of its tiny random model."""
+ENCODERS = ("bert", "roberta", "deberta-v2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table."""
+
+    family: str
+    site: Site
+    quantization: str
+    attention: str
+    status: str
+    """`tested`, `refused` or `FAILED`."""
+    detail: str = ""
+    """The error, where it is not `tested`."""
+
+
+def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa") -> nn.Module:
+    """A random model with a language-modelling head, loaded as the product loads a base (fp32 compute)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    torch.manual_seed(0)
+    loader = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = loader.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        settings = ModelConfig(quantization=quantization)  # type: ignore[arg-type]
+        if family == "deberta-v2":
+            attention = "eager"  # it has no other
+        model = loader.from_pretrained(
+            folder, attn_implementation=attention, dtype=torch.float32,
+            quantization_config=quantization_config(settings, torch.float32),
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    switch_off_dropout(model)
+    pin_training_mode(model)
+    return model
+
+
+def legal_sites(rate: float = RATE) -> Iterator[Site]:
+    """Every position × pattern × compensation, DropAttention with and without its stop-gradient."""
+    for position, (patterns, compensations) in LEGAL.items():
+        for pattern in patterns:
+            for compensation in compensations:
+                for stop in (True, False) if position == "attention_weights" else (True,):
+                    yield Site(position=position, pattern=pattern, compensation=compensation, rate=rate, stop_gradient=stop)  # type: ignore[arg-type]
+
+
+def try_cell(model: nn.Module, site: Site) -> None:
+    """Attach `site` to a copy of `model` and train one step under two masks beside a row without.
+
+    Raises:
+        ConfigError: the family refuses the site.
+        AssertionError: a value is not finite, the masks do nothing, rows without a mask change, the padding side or
+            padding itself changes a result, or a causal model looks ahead.
+    """
+    causal = model.config.model_type not in ENCODERS  # type: ignore[union-attr]
+    ids, mask = _batch()
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+    adapters = attach(copy.deepcopy(model), [AdapterSpec(rank=4, alpha=8.0, sites=(site,))], "all-linear", seed=0)
+    with torch.no_grad():
+        for layer in adapters.layers.values():
+            for bucket in layer.buckets:
+                bucket.lora_B.copy_(torch.randn(bucket.lora_B.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    adapters.model.train()
+    logits = _forward(adapters, ids, mask)
+    logits[:, mask.bool()].square().mean().backward()
+    gradients = [p.grad for p in adapters.model.parameters() if p.grad is not None]
+    assert gradients and all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite"
+    assert bool(logits.isfinite().all()), "a logit is not finite"
+    seen = logits[:, mask.bool()].detach()
+    _assert_close(seen[0], before[mask.bool()], "a row without adapter or mask is not the base model's")
+    assert not torch.allclose(seen[2], seen[3], atol=1e-3), "two draws give the same result"
+    assert not torch.allclose(seen[1], seen[2], atol=1e-3), "a mask does nothing"
+    with torch.no_grad():
+        other = torch.where(mask.bool(), ids, torch.full_like(ids, 7))
+        _assert_close(_forward(adapters, other, mask)[:, mask.bool()], seen, "padding has weight")
+        if causal:
+            ahead = ids.clone()
+            ahead[:, 3:] = (ahead[:, 3:] + 11) % 60 + 3
+            _assert_close(_forward(adapters, ahead, mask)[:, :, :3], logits.detach()[:, :, :3], "it looks ahead")
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    """Two rows of token ids, the second padded on the right, and their mask."""
+    ids = torch.randint(3, 60, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    return torch.where(mask.bool(), ids, torch.full_like(ids, 5)), mask
+
+
+def _forward(adapters: Adapters, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits (M, B, T, V) of the base, the adapter without a mask, and two draws of it."""
+    members = [Member(None), Member(0), Member(0, 0), Member(0, 1)]
+    size, (rows, tokens) = len(members), ids.shape
+    plan = adapters.plan(members, rows, 0, 0)
+    positions = torch.arange(tokens).repeat(size * rows, 1)
+    plan = with_row_keys(plan, 0, 0, torch.arange(100, 100 + rows).repeat(size), positions)
+    with adapters.axis.active(plan):
+        logits: Tensor = adapters.model(input_ids=ids.repeat(size, 1), attention_mask=mask.repeat(size, 1)).logits
+    return logits.view(size, rows, tokens, -1)
+
+
+def _assert_close(ours: Tensor, wanted: Tensor, what: str) -> None:
+    scale = max(float(wanted.abs().max()), 1.0)
+    assert float((ours - wanted).abs().max()) <= 1e-4 * scale, what
+
+
+def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cell], None] | None = None) -> list[Cell]:
+    """Every cell of the given families; `each` is told as they come."""
+    cells: list[Cell] = []
+    for family in families:
+        for quantization, attention in BACKENDS:
+            model = tiny_model(family, quantization, attention)
+            for site in legal_sites():
+                status, detail = "tested", ""
+                try:
+                    try_cell(model, site)
+                except UserError as error:
+                    status, detail = "refused", str(error)
+                except (AssertionError, RuntimeError) as error:
+                    status, detail = "FAILED", str(error)
+                cells.append(Cell(family, site, quantization, attention, status, detail))
+                if each is not None:
+                    each(cells[-1])
+    return cells
+
+
+def format_table(cells: Sequence[Cell]) -> str:
+    """Rows family × position × pattern × compensation, a column per backend; then each refusal once."""
+    titles = [f"{'plain' if q == 'none' else q}/{a}" for q, a in BACKENDS]
+    lines = [f"{'family':<11}{'position':<19}{'pattern':<9}{'compensation':<25}" + "".join(f"{t:<13}" for t in titles)]
+    by_row: dict[tuple[str, Site], dict[tuple[str, str], Cell]] = {}
+    for cell in cells:
+        by_row.setdefault((cell.family, cell.site), {})[cell.quantization, cell.attention] = cell
+    for (family, site), found in by_row.items():
+        free = site.position == "attention_weights" and not site.stop_gradient
+        compensation = site.compensation + (", free gradient" if free else "")
+        lines.append(f"{family:<11}{site.position:<19}{site.pattern:<9}{compensation:<25}"
+                     + "".join(f"{found[backend].status:<13}" for backend in BACKENDS))
+    reasons = dict.fromkeys(cell.detail for cell in cells if cell.status != "tested")
+    counts = ", ".join(f"{sum(c.status == s for c in cells)} {s}" for s in ("tested", "refused", "FAILED"))
+    return "\n".join([*lines, "", counts, *(f"- {reason}" for reason in reasons)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where a cell failed."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.adapters.support", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only these model types")
+    chosen = parser.parse_args(argv).family or list(FAMILIES)
+    cells: list[Cell] = []
+    for family in chosen:
+        print(f"trying {family} …", file=sys.stderr, flush=True)
+        cells += support_table([family])
+    print(format_table(cells))
+    return int(any(cell.status == "FAILED" for cell in cells))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

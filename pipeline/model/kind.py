@@ -1,0 +1,77 @@
+"""Causal model or classifier: decided from the model's configuration alone, before any weight is read. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config.sections import ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, is_embedded
+
+Kind = Literal["causal", "classifier"]
+
+ENCODER_TYPES = frozenset({
+    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
+    "electra", "ernie", "esm", "eurobert", "fnet", "funnel", "ibert", "jina_embeddings_v3", "longformer", "luke",
+    "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer", "rembert", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+})  # fmt: skip
+"""`model_type` of families whose tokens attend to both sides: some can be loaded as causal models, to no use."""
+
+
+def model_kind(config: ModelConfig) -> Kind:
+    """`model.kind`; `auto` is a classifier for encoders and for whatever was saved with a classification head.
+
+    Raises:
+        ConfigError: the configuration cannot be read, or an encoder is asked for as a causal model.
+    """
+    known = local_kind(config)
+    return known if known is not None else _kind_of(config, _hub_description(config))
+
+
+def local_kind(config: ModelConfig) -> Kind | None:
+    """The same without transformers and without network: None for a hub name whose kind is not given.
+
+    Raises:
+        ConfigError: as `model_kind`.
+    """
+    if is_embedded(config.path):
+        return _kind_of(config, {"model_type": EMBEDDED_MODELS[check_embedded_name(config.path)].family})
+    file = Path(config.path).expanduser() / "config.json"
+    if file.is_file():
+        try:
+            return _kind_of(config, json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ConfigError("model.path", config.path, f"has a config.json that cannot be read ({error})") from error
+    return config.kind if config.kind == "classifier" else None
+
+
+def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:
+    family = description.get("model_type")
+    encoder = family in ENCODER_TYPES and not description.get("is_decoder")
+    if config.kind == "causal" and encoder:
+        raise ConfigError(
+            "model.kind", "causal", f"{config.path} is an encoder ({family}): its tokens attend to both sides",
+            "Set model.kind=auto, or give a causal language model.",
+        )
+    if config.kind != "auto":
+        return config.kind
+    saved = description.get("architectures") or []
+    return "classifier" if encoder or any("ForSequenceClassification" in name for name in saved) else "causal"
+
+
+def _hub_description(config: ModelConfig) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            "model.path", config.path, f"cannot be loaded ({first})", "Give a model folder or a hub name you can reach."
+        ) from error
+    return dict(found.to_dict())

@@ -1,0 +1,168 @@
+"""How rows are read by the base model: the one place that tells causal language models from classifiers.
+
+Stages hold a `Reader` and never ask which one it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.members import Member
+from pipeline.config import RunConfig
+from pipeline.data.classes import encode_classification, encode_text, shared_choices
+from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
+from pipeline.data.rows import Row
+from pipeline.data.splits import Splits
+from pipeline.model.classifier import position_limit
+from pipeline.model.head import check_halves, head_of, hidden_states
+from pipeline.model.kind import model_kind
+from pipeline.model.load import BaseModel, load_base
+from pipeline.objective import SupervisedClassifier, SupervisedLM
+from pipeline.predict import predict_choices, predict_classes, predict_completions
+from pipeline.predictions import ChoicePredictions, CompletionPredictions
+
+Predictions = ChoicePredictions | CompletionPredictions
+OnChunk = Callable[[int, int], None]
+
+
+class Reader(Protocol):
+    """A base model and the way its inputs are made of rows, and answers of its outputs."""
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base."""
+
+    @property
+    def padding(self) -> Literal["left", "right"]:
+        """The side on which rows are padded while training."""
+
+    def examples(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Training rows as tokens. Raises `DataError` on rows that the model cannot learn from."""
+
+    def supervision(self, examples: Sequence[Encoded]) -> str:
+        """For people: how much of the training rows carries loss."""
+
+    def objective(self) -> nn.Module:
+        """The base as a module whose forward is the weighted loss of a pass (see `pipeline.objective`)."""
+
+    def predict(
+        self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
+    ) -> Predictions:
+        """Log-probabilities of every answer of `rows` under every member, in this process alone."""
+
+    def probe(self, row: Row) -> list[int]:
+        """Token ids of one row as a stock tool is given them, to compare logits."""
+
+    def probe_logits(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids without padding -> (B, V or C): the logits that answer them."""
+
+
+@dataclass(frozen=True)
+class CausalReader:
+    """Answers are tokens behind the prompt; all three kinds of rows."""
+
+    base: BaseModel
+    config: RunConfig
+    padding: Literal["left", "right"] = "left"
+
+    def examples(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Prompts with their right answers."""
+        return encode_training_rows(rows, self.base.tokenizer, self.config.data.max_tokens)
+
+    def supervision(self, examples: Sequence[Encoded]) -> str:
+        """The share of supervised tokens."""
+        return f"{supervised_share(examples):.1%} supervised"
+
+    def objective(self) -> nn.Module:
+        """Next-token loss."""
+        return SupervisedLM(self.base.model)
+
+    def predict(
+        self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
+    ) -> Predictions:
+        """Choices by the probability of their tokens; completions token by token."""
+        tokenizer, config = self.base.tokenizer, self.config
+        candidates = [encode_candidates(row, tokenizer, config.data.max_tokens) for row in rows]
+        settings = (members, tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk)
+        ids = tuple(row.id for row in rows)
+        if rows[0].kind == "choice":
+            return ChoicePredictions(ids, predict_choices(adapters, candidates, *settings))
+        flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], *settings)
+        return CompletionPredictions(ids, flat, offsets)
+
+    def probe(self, row: Row) -> list[int]:
+        """The prompt, without its last token's successor."""
+        return list(encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens)[0].input_ids[:-1])
+
+    def probe_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of the next token."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        hidden = hidden_states(self.base.model, input_ids, torch.ones_like(input_ids), positions)
+        return head_of(self.base.model)(hidden[:, -1])
+
+
+@dataclass(frozen=True)
+class ClassifierReader:
+    """The prompt alone is read; a trained head gives one logit per choice. Rows share their choices."""
+
+    base: BaseModel
+    config: RunConfig
+    choices: tuple[str, ...]
+    padding: Literal["left", "right"] = "right"
+
+    @property
+    def max_tokens(self) -> int:
+        """data.max_tokens, or the positions that the encoder has where they are fewer."""
+        return min(self.config.data.max_tokens, position_limit(self.base.model) or self.config.data.max_tokens)
+
+    def examples(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Texts with their class."""
+        return [encode_classification(row, self.base.tokenizer, self.max_tokens) for row in rows]
+
+    def supervision(self, examples: Sequence[Encoded]) -> str:
+        """One label per row."""
+        return f"supervised by one of {len(self.choices)} classes per row"
+
+    def objective(self) -> nn.Module:
+        """Cross-entropy over the classes."""
+        return SupervisedClassifier(self.base.model)
+
+    def predict(
+        self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
+    ) -> Predictions:
+        """Log-softmax over the classes."""
+        tokenizer, config = self.base.tokenizer, self.config
+        shared_choices([*rows, Row("of the classes", choices=self.choices)])
+        texts = [encode_text(row, tokenizer, self.max_tokens) for row in rows]
+        settings = (members, tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk)
+        return ChoicePredictions(tuple(row.id for row in rows), predict_classes(adapters, texts, *settings))
+
+    def probe(self, row: Row) -> list[int]:
+        """The text with its special tokens."""
+        return list(encode_text(row, self.base.tokenizer, self.max_tokens).input_ids)
+
+    def probe_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of the classes."""
+        return self.base.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+
+
+def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Reader:
+    """Load the base model as `model.kind` says.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or not as this kind.
+        DataError: a classifier, and rows that do not share their choices.
+    """
+    if model_kind(config.model) == "classifier":
+        rows = (row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split)
+        choices = shared_choices(rows)
+        return ClassifierReader(load_base(config.model, device, len(choices)), config, choices)
+    base = load_base(config.model, device)
+    check_halves(base.model, device)
+    return CausalReader(base, config)
