@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline import distributed
 from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.heads import load_head
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
@@ -17,32 +18,36 @@ from pipeline.distributed import World
 from pipeline.ds_config import fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError
 from pipeline.model.load import BaseModel
-from pipeline.objective import SupervisedLM
 from pipeline.runs import read_json
 
 
 def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
     """Attach the configured adapter: fresh, or from `adapter.init_from`.
 
+    A classifier's head starts from the stored one where there is one; a LoRA without a head is a start, too.
+
     Raises:
         ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
     """
     spec = AdapterSpec.from_config(config.adapter)
     if config.adapter.init_from is None:
-        return attach(base.model, [spec], config.adapter.target_modules, config.train.seed)
+        return attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
     stored = read_adapter(Path(config.adapter.init_from))
     _refuse_other_scaling(config.adapter, spec, stored)
-    adapters = attach(base.model, [spec], config.adapter.target_modules, config.train.seed)
+    adapters = attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
     load_matrices(adapters.layers, 0, stored.matrices, "adapter.init_from")
+    if stored.head.tensors:
+        load_head(adapters.heads, 0, stored.head, "adapter.init_from")
     return adapters
 
 
 def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Adapters:
     """K adapters from disk on one base, ranks and layers mixed as they come."""
     names = sorted({name for adapter in stored for name in adapter.matrices})
-    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed)
+    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed, base.heads)
     for k, adapter in enumerate(stored):
         load_matrices(adapters.layers, k, adapter.matrices, f"adapter {k}")
+        load_head(adapters.heads, k, adapter.head, f"adapter {k}")
     return adapters
 
 
@@ -51,8 +56,11 @@ def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in adapters.model.named_parameters() if parameter.requires_grad}
 
 
-def build_engine(config: RunConfig, adapters: Adapters, world: World, micro_steps: int) -> Any:
-    """DeepSpeed around the model, configured from ds_configs/ with every "auto" filled.
+def build_engine(config: RunConfig, adapters: Adapters, objective: nn.Module, micro_steps: int) -> Any:
+    """DeepSpeed around the objective, configured from ds_configs/ with every "auto" filled.
+
+    Args:
+        objective: the model as a module whose forward is the loss.
 
     Raises:
         ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
@@ -69,7 +77,7 @@ def build_engine(config: RunConfig, adapters: Adapters, world: World, micro_step
     if train.activation_checkpointing:
         adapters.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()
-    return distributed.build_engine(SupervisedLM(adapters.model), parameter_groups(adapters, train), ds_config, train.weight_decay)
+    return distributed.build_engine(objective, parameter_groups(adapters, train), ds_config, train.weight_decay)
 
 
 def parameter_groups(adapters: Adapters, train: TrainConfig) -> list[dict[str, Any]]:

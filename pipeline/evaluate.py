@@ -16,13 +16,13 @@ from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
-from pipeline.distributed import World, stop
+from pipeline.distributed import stop
 from pipeline.distributed import start as start_world
 from pipeline.errors import RunFolderError
-from pipeline.model.load import load_base
 from pipeline.predictions import Member as PredictedMember
-from pipeline.predictions import read_members, read_predictions, write_members, write_predictions
-from pipeline.readout import Predictions, predict_shared
+from pipeline.predictions import Predictions, read_members, read_predictions, write_members, write_predictions
+from pipeline.reader import open_reader
+from pipeline.readout import predict_shared
 from pipeline.runs import RunPaths, read_json, update_status
 from pipeline.stage import stage_main
 from pipeline.tracking import Progress, say
@@ -47,8 +47,8 @@ def evaluate_run(run_dir: Path) -> None:
         say("predictions are complete")
         return
     world = start_world()
-    base = load_base(config.model, world.device)
-    adapters = attach_stored(base, stored, config.train.seed)
+    reader = open_reader(config, splits, world.device)
+    adapters = attach_stored(reader.base, stored, config.train.seed)
     update_status(paths, "evaluate", "running")
     rows = sum(len(getattr(splits, name)) for name in missing)
     say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
@@ -60,7 +60,7 @@ def evaluate_run(run_dir: Path) -> None:
     for name in missing:
         chosen = getattr(splits, name)
         started = time.monotonic()
-        predictions = predict_shared(config, base, adapters, chosen, members, world, _counter(progress, done, name))
+        predictions = predict_shared(reader, adapters, chosen, members, world, _counter(progress, done, name))
         done += len(chosen)
         if world.is_main:
             write_predictions(paths.predictions, name, replace(predictions, seconds=time.monotonic() - started))
@@ -89,9 +89,12 @@ def compared_adapters(paths: RunPaths, config: RunConfig) -> list[tuple[str, str
 def member_list(
     config: RunConfig, folders: list[tuple[str, str, Path]], stored: list[StoredAdapter]
 ) -> tuple[list[Member], list[PredictedMember]]:
-    """The members of the pass and their descriptions: base, every adapter mask-free, the first one's draws."""
+    """The members of the pass and their descriptions: base, every adapter mask-free, the first one's draws.
+
+    The base of a classifier has an untrained head: its scores say what chance is.
+    """
     members = [Member(None)]
-    described = [PredictedMember("base", "base")]
+    described = [PredictedMember("base", "base", extra={"head": "untrained"} if stored[0].head.modules else {})]
     for k, ((group, name, folder), adapter) in enumerate(zip(folders, stored, strict=True)):
         rates = {site.position: site.rate for site in adapter.spec.sites if site.rate > 0}
         extra: dict[str, Any] = {"rank": adapter.spec.rank, "alpha": adapter.spec.alpha, "rates": rates}

@@ -24,10 +24,10 @@ from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.data import load_splits
-from pipeline.data.encode import encode_candidates
+from pipeline.data.rows import Row
 from pipeline.errors import LoradropError, RunFolderError
-from pipeline.model.head import head_of, hidden_states
-from pipeline.model.load import BaseModel, load_base
+from pipeline.model.load import BaseIdentity
+from pipeline.reader import Reader, open_reader
 from pipeline.runs import MANIFEST, RunPaths, publish_folder, read_json, update_status, write_json
 from pipeline.stage import stage_main
 from pipeline.tracking import say
@@ -60,18 +60,20 @@ def export_run(run_dir: Path) -> None:
     config = load_config(paths.config)
     stored = read_adapter(paths.adapter)
     update_status(paths, "export", "running")
+    splits = load_splits(config.data)
     world = distributed.start()
-    base = load_base(config.model, world.device)
-    adapters = attach_stored(base, [stored], config.train.seed)
+    reader = open_reader(config, splits, world.device)
+    identity = reader.base.identity
+    adapters = attach_stored(reader.base, [stored], config.train.seed)
     exported = planned_exports(config, paths, stored)
     result = read_json(paths.result) if paths.result.exists() else {}
 
     def fill(folder: Path) -> None:
-        write_exports(folder, exported, adapters, stored, config, base.identity.resolved)
+        write_exports(folder, exported, adapters, stored, config, identity.resolved)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, base, adapters, config)
+        parity = measure_parity(folder, exported, reader, adapters, config, splits.calibration[:PROBE_PROMPTS])
         manifest = {
-            "base": base.identity.as_dict(), "adapter_sha256": stored.sha256,
+            "base": identity.as_dict(), "adapter_sha256": stored.sha256,
             "exports": [{"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)],
             "ensemble": _ensemble_entry(config, exported, result), "tolerance": TOLERANCE,
             "note": "scores and temperature hold for the base named here, quantized as stated",
@@ -117,20 +119,22 @@ def write_exports(
         is_draw = export.member.draw is not None
         matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
         spec = plain if is_draw else stored.spec
-        write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes)
+        write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
 
 
 def measure_parity(
-    folder: Path, exported: list[Exported], base: BaseModel, adapters: Adapters, config: RunConfig
+    folder: Path, exported: list[Exported], reader: Reader, adapters: Adapters, config: RunConfig, rows: list[Row]
 ) -> list[dict[str, float]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
 
     Raises:
         ParityError: beyond the tolerance, or an export without effect.
     """
-    prompts = _probe_prompts(config, base)
-    ours = np.stack([_our_logits(base, adapters, ids, [Member(None), *(e.member for e in exported)], config) for ids in prompts], 1)
-    stock = _stock_logits([folder / e.folder for e in exported], base, prompts, str(adapters.device))
+    prompts = [reader.probe(row) for row in rows]
+    members = [Member(None), *(e.member for e in exported)]
+    ours = np.stack([_our_logits(reader, adapters, ids, members, config.ensemble.seed) for ids in prompts], 1)
+    folders = [folder / e.folder for e in exported]
+    stock = _stock_logits(folders, reader.base.identity, prompts, str(adapters.device))
     parity = []
     for k, export in enumerate(exported):
         effect = float(np.abs(ours[k + 1] - ours[0]).max())
@@ -147,31 +151,23 @@ def measure_parity(
     return parity
 
 
-def _probe_prompts(config: RunConfig, base: BaseModel) -> list[list[int]]:
-    rows = load_splits(config.data).calibration[:PROBE_PROMPTS]
-    return [list(encode_candidates(row, base.tokenizer, config.data.max_tokens)[0].input_ids[:-1]) for row in rows]
-
-
-def _our_logits(
-    base: BaseModel, adapters: Adapters, ids: list[int], members: list[Member], config: RunConfig
-) -> np.ndarray:
-    """(M, V) logits behind one prompt."""
+def _our_logits(reader: Reader, adapters: Adapters, ids: list[int], members: list[Member], seed: int) -> np.ndarray:
+    """(M, V) logits behind one prompt; (M, C) of a classifier."""
     adapters.model.eval()
     rows = torch.tensor([ids] * len(members), device=adapters.device)
-    positions = torch.arange(len(ids), device=adapters.device).repeat(len(members), 1)
-    plan = adapters.plan(members, 1, config.ensemble.seed, "test")
-    with torch.no_grad(), adapters.axis.active(plan):
-        hidden = hidden_states(base.model, rows, torch.ones_like(rows), positions)
-        return head_of(base.model)(hidden[:, -1]).float().cpu().numpy()
+    with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, seed, "test")):
+        return reader.probe_logits(rows).float().cpu().numpy()
 
 
-def _stock_logits(folders: list[Path], base: BaseModel, prompts: list[list[int]], device: str) -> dict[str, np.ndarray]:
-    identity = base.identity
+def _stock_logits(
+    folders: list[Path], identity: BaseIdentity, prompts: list[list[int]], device: str
+) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
         job: dict[str, Any] = {
             "base": identity.resolved, "quantization": identity.quantization, "compute_dtype": identity.compute_dtype,
-            "double_quantization": identity.double_quantization, "device": device,
+            "double_quantization": identity.double_quantization, "device": device, "classes": identity.classes,
+            "unquantized": identity.unquantized,
             "adapters": [str(folder) for folder in folders], "input_ids": prompts, "out": str(out),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))

@@ -1,11 +1,13 @@
-"""Start the processes of a stage, keep their log, pass signals on as stop requests, derive the exit code.
+"""Start the processes of a stage, keep their log, pass signals on, derive the exit code.
 
-Signals are caught here, in the parent: it writes a stop request that all ranks agree on at the next step
-boundary, because DeepSpeed's own launcher kills or orphans ranks in the middle of a save.
+Signals are caught here, in the parent. For training it writes a stop request that all ranks agree on at the next
+step boundary, because DeepSpeed's own launcher kills or orphans ranks in the middle of a save. Other stages are told
+to end: what they have published stays, the rest is made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,13 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.config.sections import LaunchConfig
-from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from pipeline.runs import RunPaths, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOISE = re.compile(
-    r"^\[\d{4}-|^\[rank|Loading weights|Writing model shards|Warning|warnings?\.warn|kernels-community|built successfully"
-    r"|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load|^Emitting ninja|^ninja"
+    r"^\[\d{4}-|^\[rank|Loading weights|Writing model shards|Warning|warnings?\.warn|kernels-community"
+    r"|built successfully|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load|^Emitting ninja|^ninja"
 )
 _TAIL_LINES = 25
 
@@ -37,7 +39,8 @@ def training_command(run_dir: Path, launch: LaunchConfig) -> list[str]:
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
     honoured; on CPU the launcher has to be told.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(launch.master_port or free_port())]
+    port = str(launch.master_port or free_port())
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     if launch.hostfile:
         command += ["--hostfile", launch.hostfile]
     if launch.processes or not has_accelerator():
@@ -69,10 +72,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_stage(command: list[str], log: Path, run_dir: Path, stage: str, environment: Mapping[str, str] | None = None) -> int:
+def run_stage(
+    command: list[str], log: Path, run_dir: Path, stage: str, environment: Mapping[str, str] | None = None
+) -> int:
     """Run a stage's process group; show its lines without the libraries' chatter; return our exit code.
 
-    The whole output goes to `log`. The first signal writes a stop request, the second ends the process group.
+    The whole output goes to `log`. The first signal asks the stage to stop, the second ends its process group.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
@@ -85,7 +90,8 @@ def run_stage(command: list[str], log: Path, run_dir: Path, stage: str, environm
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True, text=True,
             errors="replace",
         )
-        restore = _catch_signals(process, paths)
+        asked: list[int] = []
+        restore = _catch_signals(process, paths, stage, asked)
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         try:
             assert process.stdout is not None
@@ -98,33 +104,36 @@ def run_stage(command: list[str], log: Path, run_dir: Path, stage: str, environm
         finally:
             restore()
             _end_group(process)
-    return _exit_code(code, paths, stage, tail, log)
+    return EXIT_STOPPED if asked and code != 0 else _exit_code(code, paths, stage, tail, log)
 
 
 def _exit_code(code: int, paths: RunPaths, stage: str, tail: deque[str], log: Path) -> int:
     status = read_json(paths.status).get(stage, {}) if paths.status.exists() else {}
     if status.get("state") == "stopped":
         return EXIT_STOPPED
-    if code == 0 or code == EXIT_USER or code == EXIT_STOPPED:
+    if code in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
         return code
     print(f"\n{stage} failed (exit code {code}). The last lines of {log}:\n{''.join(tail)}", file=sys.stderr)
     return EXIT_FAILED
 
 
-def _catch_signals(process: subprocess.Popen[str], paths: RunPaths) -> Callable[[], None]:
-    """Install the handlers; returns the function that puts the old ones back."""
+def _catch_signals(
+    process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]
+) -> Callable[[], None]:
+    """Install the handlers, which note signals in `asked`; returns the function that puts the old ones back."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    asked = False
 
     def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        asked.append(number)
+        if len(asked) > 1:
             _end_group(process)
-            return
-        asked = True
-        write_json(paths.stop_request, {"signal": signal.Signals(number).name})
-        print("\nstopping at the next step boundary; everything is saved. Once more to end at once.", file=sys.stderr)
+        elif stage == "train":
+            write_json(paths.stop_request, {"signal": signal.Signals(number).name})
+            print("\nstopping at the next step; everything is saved. Once more to end at once.", file=sys.stderr)
+        else:
+            process.send_signal(signal.SIGTERM)
+            print(f"\nending {stage}; the same command continues.", file=sys.stderr)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -136,10 +145,8 @@ def _catch_signals(process: subprocess.Popen[str], paths: RunPaths) -> Callable[
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _show(line: str) -> None:

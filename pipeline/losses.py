@@ -50,5 +50,16 @@ def weighted_nll(
     return -(log_probs.float() * weights).sum(), int((weights > 0).sum())
 
 
+def weighted_class_nll(logits: Tensor, classes: Tensor, row_weights: Tensor) -> Tensor:
+    """Σ over rows of weight(row) · -log softmax(logits)[class], in nats.
+
+    Args:
+        logits: (B, C).
+        classes: (B,) index of the right class.
+        row_weights: (B,) as in `weighted_nll`.
+    """
+    return (torch.nn.functional.cross_entropy(logits.float(), classes, reduction="none") * row_weights).sum()
+
+
 def _chunk_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     return -torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")

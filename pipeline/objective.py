@@ -13,7 +13,7 @@ from pipeline.adapters.layout import RowLayout
 from pipeline.adapters.members import MemberPlan
 from pipeline.data.batches import collate
 from pipeline.data.encode import Encoded
-from pipeline.losses import weighted_nll
+from pipeline.losses import weighted_class_nll, weighted_nll
 from pipeline.model.head import head_of, hidden_states
 from pipeline.randomness import key64
 
@@ -31,6 +31,25 @@ class SupervisedLM(nn.Module):
         """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,)."""
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return weighted_nll(hidden, labels, head_of(self.model), row_weights)[0]
+
+
+class SupervisedClassifier(nn.Module):
+    """A model with a classification head whose forward is the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor
+    ) -> Tensor:
+        """Σ weight(row) · nll of the row's class, in nats. All arguments (M·B, T) but row_weights (M·B,).
+
+        `labels` holds one class per row, anywhere in it. Position ids are the model's own affair: RoBERTa's do not
+        start at 0.
+        """
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return weighted_class_nll(logits, labels.amax(dim=1), row_weights)
 
 
 @dataclass(frozen=True)

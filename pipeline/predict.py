@@ -1,4 +1,4 @@
-"""Scores of answers under M members at once, without touching any state of the model.
+"""Scores of answers, or of classes, under M members at once, without touching any state of the model.
 
 Logits are computed at the scored positions only; a row whose answers are one token each costs one sequence.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import Adapters, with_row_keys
-from pipeline.adapters.members import Member, MemberPlan, replicate_rows
+from pipeline.adapters.members import Member, replicate_rows
 from pipeline.data.batches import collate
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.schedule import length_sorted_chunks
@@ -92,43 +93,71 @@ def predict_completions(
     return flat, offsets
 
 
+def predict_classes(
+    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], pad_id: int,
+    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """log p(class | row, member) of a model with a classification head: (M, N, C). Arguments as `predict_choices`."""
+
+    def logits(tensors: dict[str, Tensor]) -> Tensor:
+        return adapters.model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+
+    log_probs: dict[int, np.ndarray] = {}
+    passes = _passes(adapters, texts, members, pad_id, budget_tokens, seed, phase, on_chunk, logits, "right")
+    for chunk, logits_MBC in passes:
+        values = torch.log_softmax(logits_MBC.float(), dim=-1).cpu().numpy()
+        log_probs.update({row: values[:, b] for b, row in enumerate(chunk)})
+    return np.stack([log_probs[row] for row in range(len(texts))], axis=1)
+
+
 def _score(
     adapters: Adapters, sequences: list[Scored], members: Sequence[Member], pad_id: int, budget_tokens: int,
     seed: int, phase: object, on_chunk: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Scored, np.ndarray]]:
     """Yield each sequence with its (M, targets) log-probabilities."""
+
+    def hidden(tensors: dict[str, Tensor]) -> Tensor:
+        return hidden_states(adapters.model, tensors["input_ids"], tensors["attention_mask"], tensors["position_ids"])
+
+    texts = [Encoded(s.example, s.input_ids, (IGNORE_INDEX,) * len(s.input_ids)) for s in sequences]
+    passes = _passes(adapters, texts, members, pad_id, budget_tokens, seed, phase, on_chunk, hidden)
+    for chunk, hidden_MBTD in passes:
+        chosen = [sequences[i] for i in chunk]
+        yield from zip(chosen, _gather(hidden_MBTD, chosen, hidden_MBTD.shape[2], head_of(adapters.model)), strict=True)
+
+
+def _passes(
+    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], pad_id: int, budget_tokens: int,
+    seed: int, phase: object, on_chunk: Callable[[int, int], None] | None,
+    forward: Callable[[dict[str, Tensor]], Tensor], side: Literal["left", "right"] = "left",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Run all texts under all members, chunk by chunk: yield (indices of the texts, (M, B, …) outputs).
+
+    Args:
+        forward: (M·B, T) tensors -> (M·B, …); called with gradients off, evaluation mode on and the plan active.
+        side: where rows are padded.
+    """
     was_training = adapters.model.training
     adapters.model.eval()
     try:
         with torch.no_grad():
             masks = adapters.plan(members, 1, seed, phase)
             done = 0
-            for chunk in length_sorted_chunks([len(s.input_ids) for s in sequences], budget_tokens, len(members)):
-                chosen = [sequences[i] for i in chunk]
-                yield from zip(chosen, _score_chunk(adapters, chosen, masks, pad_id, seed, phase), strict=True)
-                done += len(chosen)
+            for chunk in length_sorted_chunks([len(text.input_ids) for text in texts], budget_tokens, len(members)):
+                batch = collate([texts[i] for i in chunk], pad_id, side)
+                tensors = {name: replicate_rows(t, masks.size) for name, t in batch.tensors(adapters.device).items()}
+                plan = replace(masks, rows=len(chunk))
+                if adapters.needs_row_keys():
+                    keys = example_keys(batch.example_ids).to(adapters.device).repeat(masks.size)
+                    plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
+                with adapters.axis.active(plan):
+                    output = forward(tensors)
+                yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
+                done += len(chunk)
                 if on_chunk is not None:
-                    on_chunk(done, len(sequences))
+                    on_chunk(done, len(texts))
     finally:
         adapters.model.train(was_training)
-
-
-def _score_chunk(
-    adapters: Adapters, chosen: list[Scored], masks: MemberPlan, pad_id: int, seed: int, phase: object
-) -> list[np.ndarray]:
-    unsupervised = [Encoded(s.example, s.input_ids, (IGNORE_INDEX,) * len(s.input_ids)) for s in chosen]
-    batch = collate(unsupervised, pad_id)
-    size, rows = masks.size, len(chosen)
-    plan = replace(masks, rows=rows)
-    tensors = {name: replicate_rows(tensor, size) for name, tensor in batch.tensors(adapters.device).items()}
-    ids, positions = tensors["input_ids"], tensors["position_ids"]
-    if adapters.needs_row_keys():
-        keys = example_keys(batch.example_ids).to(adapters.device).repeat(size)
-        plan = with_row_keys(plan, seed, phase, keys, positions)
-    with adapters.axis.active(plan):
-        hidden = hidden_states(adapters.model, ids, tensors["attention_mask"], positions)
-    length = ids.shape[1]
-    return _gather(hidden.view(size, rows, length, -1), chosen, length, head_of(adapters.model))
 
 
 def _gather(hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callable[[Tensor], Tensor]) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,8 @@ from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
 from pipeline.objective import SupervisedClassifier, SupervisedLM
 from pipeline.predict import predict_choices, predict_classes, predict_completions
-from pipeline.predictions import ChoicePredictions, CompletionPredictions
+from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions
 
-Predictions = ChoicePredictions | CompletionPredictions
 OnChunk = Callable[[int, int], None]
 
 
@@ -87,9 +86,8 @@ class CausalReader:
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
     ) -> Predictions:
         """Choices by the probability of their tokens; completions token by token."""
-        tokenizer, config = self.base.tokenizer, self.config
-        candidates = [encode_candidates(row, tokenizer, config.data.max_tokens) for row in rows]
-        settings = (members, tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk)
+        candidates = [encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens) for row in rows]
+        settings = _settings(self.base, self.config, members, on_chunk)
         ids = tuple(row.id for row in rows)
         if rows[0].kind == "choice":
             return ChoicePredictions(ids, predict_choices(adapters, candidates, *settings))
@@ -97,7 +95,7 @@ class CausalReader:
         return CompletionPredictions(ids, flat, offsets)
 
     def probe(self, row: Row) -> list[int]:
-        """The prompt, without its last token's successor."""
+        """The prompt (and what precedes the last token of the first answer)."""
         return list(encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens)[0].input_ids[:-1])
 
     def probe_logits(self, input_ids: Tensor) -> Tensor:
@@ -113,13 +111,9 @@ class ClassifierReader:
 
     base: BaseModel
     config: RunConfig
-    choices: tuple[str, ...]
+    max_tokens: int
+    """data.max_tokens, or the positions that the encoder has where they are fewer."""
     padding: Literal["left", "right"] = "right"
-
-    @property
-    def max_tokens(self) -> int:
-        """data.max_tokens, or the positions that the encoder has where they are fewer."""
-        return min(self.config.data.max_tokens, position_limit(self.base.model) or self.config.data.max_tokens)
 
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
         """Texts with their class."""
@@ -127,7 +121,7 @@ class ClassifierReader:
 
     def supervision(self, examples: Sequence[Encoded]) -> str:
         """One label per row."""
-        return f"supervised by one of {len(self.choices)} classes per row"
+        return f"supervised by one of {self.base.identity.classes} classes per row"
 
     def objective(self) -> nn.Module:
         """Cross-entropy over the classes."""
@@ -137,10 +131,8 @@ class ClassifierReader:
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
     ) -> Predictions:
         """Log-softmax over the classes."""
-        tokenizer, config = self.base.tokenizer, self.config
-        shared_choices([*rows, Row("of the classes", choices=self.choices)])
-        texts = [encode_text(row, tokenizer, self.max_tokens) for row in rows]
-        settings = (members, tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk)
+        texts = [encode_text(row, self.base.tokenizer, self.max_tokens) for row in rows]
+        settings = _settings(self.base, self.config, members, on_chunk)
         return ChoicePredictions(tuple(row.id for row in rows), predict_classes(adapters, texts, *settings))
 
     def probe(self, row: Row) -> list[int]:
@@ -161,8 +153,17 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
     """
     if model_kind(config.model) == "classifier":
         rows = (row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split)
-        choices = shared_choices(rows)
-        return ClassifierReader(load_base(config.model, device, len(choices)), config, choices)
+        base = load_base(config.model, device, len(shared_choices(rows)))
+        longest = config.data.max_tokens
+        return ClassifierReader(base, config, min(longest, position_limit(base.model) or longest))
     base = load_base(config.model, device)
     check_halves(base.model, device)
     return CausalReader(base, config)
+
+
+def _settings(
+    base: BaseModel, config: RunConfig, members: Sequence[Member], on_chunk: OnChunk | None
+) -> tuple[Any, ...]:
+    """What every function of `pipeline.predict` is told after its rows."""
+    pad_id = base.tokenizer.pad_token_id
+    return members, pad_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline import distributed
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.config import RunConfig
-from pipeline.data.encode import encode_candidates
 from pipeline.data.rows import Row
 from pipeline.distributed import World
-from pipeline.model.load import BaseModel
-from pipeline.predict import predict_choices, predict_completions
-from pipeline.predictions import ChoicePredictions, CompletionPredictions
+from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions
+from pipeline.reader import OnChunk, Reader
 from pipeline.scores import accuracy, nll
-
-Predictions = ChoicePredictions | CompletionPredictions
-
-
-def predict_rows(
-    config: RunConfig, base: BaseModel, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member],
-    on_chunk: Callable[[int, int], None] | None = None,
-) -> Predictions:
-    """Log-probabilities of every answer of `rows` under every member, in this process alone."""
-    tokenizer = base.tokenizer
-    candidates = [encode_candidates(row, tokenizer, config.data.max_tokens) for row in rows]
-    settings = (members, tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk)
-    ids = tuple(row.id for row in rows)
-    if rows[0].kind == "choice":
-        return ChoicePredictions(ids, predict_choices(adapters, candidates, *settings))
-    flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], *settings)
-    return CompletionPredictions(ids, flat, offsets)
 
 
 def predict_shared(
-    config: RunConfig, base: BaseModel, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
-    on_chunk: Callable[[int, int], None] | None = None,
+    reader: Reader, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
+    on_chunk: OnChunk | None = None,
 ) -> Predictions:
-    """The same, rows divided among all processes; every process returns the whole."""
+    """Log-probabilities of every answer of `rows` under every member.
+
+    Rows are divided among all processes; every process returns the whole.
+    """
     own = rows[world.process_rank :: world.world_size]
-    mine = predict_rows(config, base, adapters, own, members, on_chunk) if own else None
+    mine = reader.predict(adapters, own, members, on_chunk) if own else None
     parts = [part for part in distributed.gather_objects(mine) if part is not None]
     return merge_predictions(parts, [row.id for row in rows])
 

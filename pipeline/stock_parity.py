@@ -3,8 +3,10 @@
     python -I stock_parity.py JOB.json
 
 JOB: {"base": path, "quantization": "nf4"|"int8"|"none", "double_quantization": bool, "compute_dtype": str,
-"device": str, "adapters": [folders], "input_ids": [[...], ...], "out": FILE.npz}
-Writes `base` (N, V) and `adapters` (K, N, V): logits behind the last token of each prompt.
+"device": str, "classes": int|None, "unquantized": [patterns], "adapters": [folders], "input_ids": [[...], ...],
+"out": FILE.npz}
+Writes `base` (N, V) and `adapters` (K, N, V): logits behind the last token of each prompt; with `classes`, those of the
+classification head (the base's own is then untrained).
 """
 
 import json
@@ -13,25 +15,31 @@ import sys
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 
 def main(job_path: str) -> None:
     """Load the base and every adapter with stock tools, and write their logits."""
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
+    torch.manual_seed(0)  # an untrained head
     dtype = getattr(torch, job["compute_dtype"])
     quantization = None
+    skip = job["unquantized"] or None
     if job["quantization"] == "nf4":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=job["double_quantization"],
+            bnb_4bit_use_double_quant=job["double_quantization"], llm_int8_skip_modules=skip,
         )
     elif job["quantization"] == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    base = AutoModelForCausalLM.from_pretrained(
-        job["base"], dtype=dtype, quantization_config=quantization, device_map={"": job["device"]}
-    )
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)
+    settings = {"dtype": dtype, "quantization_config": quantization, "device_map": {"": job["device"]}}
+    if job["classes"] is None:
+        base = AutoModelForCausalLM.from_pretrained(job["base"], **settings)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(
+            job["base"], num_labels=job["classes"], ignore_mismatched_sizes=True, **settings
+        )
     model = PeftModel.from_pretrained(base, job["adapters"][0], adapter_name="adapter0")
     for k, folder in enumerate(job["adapters"][1:], start=1):
         model.load_adapter(folder, adapter_name=f"adapter{k}")
@@ -43,17 +51,18 @@ def main(job_path: str) -> None:
             module.train()
     with torch.no_grad():
         with model.disable_adapter():
-            base_logits = last_logits(model, job["input_ids"], job["device"])
+            base_logits = prompt_logits(model, job["input_ids"], job["device"])
         adapter_logits = []
         for k in range(len(job["adapters"])):
             model.set_adapter(f"adapter{k}")
-            adapter_logits.append(last_logits(model, job["input_ids"], job["device"]))
+            adapter_logits.append(prompt_logits(model, job["input_ids"], job["device"]))
     np.savez(job["out"], base=base_logits, adapters=np.stack(adapter_logits))
 
 
-def last_logits(model: torch.nn.Module, prompts: list, device: str) -> np.ndarray:
-    """(N, V) logits behind each prompt; one prompt at a time, so that padding plays no part."""
-    return np.stack([model(torch.tensor([ids], device=device)).logits[0, -1].float().cpu().numpy() for ids in prompts])
+def prompt_logits(model: torch.nn.Module, prompts: list, device: str) -> np.ndarray:
+    """(N, V) logits behind each prompt, or (N, C); one prompt at a time, so that padding plays no part."""
+    rows = [model(torch.tensor([ids], device=device)).logits[0].float().cpu().numpy() for ids in prompts]
+    return np.stack([row[-1] if row.ndim == 2 else row for row in rows])
 
 
 if __name__ == "__main__":

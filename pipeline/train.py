@@ -14,6 +14,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.adapters.attach import Adapters
+from pipeline.adapters.heads import head_state
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import adapter_matrices, write_adapter
@@ -21,19 +22,27 @@ from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, sche
 from pipeline.checkpoint import Counters, collect_state, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.data import load_splits
-from pipeline.data.encode import Encoded, encode_training_rows, supervised_share
+from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.data.schedule import global_batch_indices, process_share
 from pipeline.distributed import World
 from pipeline.environment import describe_environment
 from pipeline.errors import EXIT_STOPPED, LoradropError
-from pipeline.model.head import check_halves
-from pipeline.model.load import BaseModel, load_base
 from pipeline.objective import build_rows
 from pipeline.predictions import Member as PredictedMember
-from pipeline.predictions import write_members, write_predictions
-from pipeline.readout import Predictions, predict_shared, validation_scores
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, publish_folder, read_json_lines, sha256_file, update_status, write_json, write_text
+from pipeline.predictions import Predictions, write_members, write_predictions
+from pipeline.reader import Reader, open_reader
+from pipeline.readout import predict_shared, validation_scores
+from pipeline.runs import (
+    ADAPTER_WEIGHTS,
+    RunPaths,
+    publish_folder,
+    read_json_lines,
+    sha256_file,
+    update_status,
+    write_json,
+    write_text,
+)
 from pipeline.stage import stage_main
 from pipeline.tracking import Metrics, Progress, say
 
@@ -61,16 +70,16 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     micro_steps = micro_steps_of(config.train, world)
     splits = load_splits(config.data)
     say(f"loading the base model {config.model.path}", world.is_main)
-    base = load_base(config.model, world.device)
-    check_halves(base.model, world.device)
-    examples = encode_training_rows(splits.train, base.tokenizer, config.data.max_tokens)
-    adapters = attach_adapter(config, base)
-    run = Run(config, paths, world, base, adapters, examples, splits.validation, on_validation)
-    run.engine = build_engine(config, adapters, world, micro_steps)
+    reader = open_reader(config, splits, world.device)
+    examples = reader.examples(splits.train)
+    adapters = attach_adapter(config, reader.base)
+    run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
+    run.engine = build_engine(config, adapters, reader.objective(), micro_steps)
     if world.is_main:
         if not paths.config.exists():
             write_text(paths.config, dump_config(config))
-        write_json(paths.environment, describe_environment(base.identity.as_dict(), splits.fingerprint, world.world_size))
+        identity = reader.base.identity.as_dict()
+        write_json(paths.environment, describe_environment(identity, splits.fingerprint, world.world_size))
         update_status(paths, "train", "running")
         describe(run, micro_steps)
     run.resume()
@@ -85,7 +94,7 @@ class Run:
     config: RunConfig
     paths: RunPaths
     world: World
-    base: BaseModel
+    reader: Reader
     adapters: Adapters
     examples: list[Encoded]
     validation_rows: list[Row]
@@ -105,9 +114,7 @@ class Run:
 
     def validate(self) -> None:
         """Mean-field scores on the validation split; publishes the adapter if it is the best so far."""
-        predictions = predict_shared(
-            self.config, self.base, self.adapters, self.validation_rows, [Member(0)], self.world
-        )
+        predictions = predict_shared(self.reader, self.adapters, self.validation_rows, [Member(0)], self.world)
         self.scores = validation_scores(predictions, self.validation_rows)
         self.metrics.write("validation", step=self.counters.step, **self.scores)
         best = self.counters.best_validation_nll
@@ -123,12 +130,13 @@ class Run:
         """adapter/ in PEFT format, and the validation predictions that go with it."""
         adapters = self.adapters
         matrices = adapter_matrices(adapters.layers, 0, distributed.full_fp32)  # a collective
+        head = head_state(adapters.heads, 0, distributed.full_fp32)  # another one
         if not self.world.is_main:
             return
-        spec, base = adapters.specs[0], self.base.identity.resolved
+        spec, base = adapters.specs[0], self.reader.base.identity.resolved
         publish_folder(
             self.paths.adapter,
-            lambda folder: write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes),
+            lambda folder: write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head),
         )
         sha256 = sha256_file(self.paths.adapter / ADAPTER_WEIGHTS)
         member = PredictedMember("mean-field", "mean_field", str(self.paths.adapter), sha256)
@@ -184,7 +192,7 @@ class Run:
 def training_loop(run: Run, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
-    pad_id = run.base.tokenizer.pad_token_id
+    pad_id, side = run.reader.base.tokenizer.pad_token_id, run.reader.padding
     masked = any(site.rate > 0 for site in adapters.specs[0].sites)
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
     for step in range(run.counters.step, train.max_steps):
@@ -200,7 +208,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
         for micro in range(micro_steps):
             part = share[micro * train.micro_batch : (micro + 1) * train.micro_batch]
             layout = training_layout([position for position, _ in part], train.draws, train.draw_layout, masked)
-            rows = build_rows(adapters, [run.examples[row] for _, row in part], layout, pad_id, train.seed, step)
+            rows = build_rows(adapters, [run.examples[row] for _, row in part], layout, pad_id, train.seed, step, side)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 loss = engine(**rows.tensors, row_weights=rows.weights)
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
@@ -251,18 +259,18 @@ def progress_parts(loss: float, tokens_per_second: float, scores: dict[str, floa
 
 def describe(run: Run, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
-    train, identity = run.config.train, run.base.identity
+    train, identity = run.config.train, run.reader.base.identity
     trained = sum(parameter.numel() for parameter in run.trained.values())
     total = sum(len(example.input_ids) for example in run.examples)
-    share = supervised_share(run.examples)
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
     stage = run.engine.zero_optimization_stage()
     say(f"processes    {run.world.world_size} (DeepSpeed ZeRO-{stage}, {torch.get_num_threads()} threads each)")
     say(f"base         {identity.path}: {identity.parameters:,} parameters, {identity.quantized_modules}"
         f" {identity.quantization.upper()} modules, compute {identity.compute_dtype}")
-    say(f"adapter      {len(run.adapters.layers)} layers, {trained:,} trainable parameters (fp32)")
+    head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
+    say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters (fp32)")
     say(f"dropout      {sites}; {train.draws} draws per step, layout {train.draw_layout}")
-    say(f"data         {len(run.examples)} rows, {total:,} tokens, {share:.1%} supervised")
+    say(f"data         {len(run.examples)} rows, {total:,} tokens, {run.reader.supervision(run.examples)}")
     say(f"batch        {train.global_batch} = {train.micro_batch} × {micro_steps} accumulation × {run.world.world_size}")
 
 

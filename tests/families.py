@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -25,7 +25,6 @@ from pipeline.config.method import Site
 from pipeline.config.sections import ModelConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import load_base
-from tiny import tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": ("none", "float32"), "bf16": ("none", "bfloat16"), "nf4": ("nf4", "float32")}
@@ -115,7 +114,9 @@ def gradients(adapters: Adapters) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_close_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_close_gradients(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
     """Every gradient within `tolerance` of the largest entry of its tensor."""
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():

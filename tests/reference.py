@@ -89,6 +89,26 @@ def reference_mask(key_parts: Sequence[object], size: int, rate: float, kept: fl
     return torch.tensor([0.0 if u < rate else kept for u in reference_uniforms(reference_key(*key_parts), size)])
 
 
+def lowbias32(x: int) -> int:
+    """C. Wellons' 32-bit mixer, in plain integers."""
+    limit = 2**32
+    x = (x ^ (x >> 16)) * 0x7FEB352D % limit
+    x = (x ^ (x >> 15)) * 0x846CA68B % limit
+    return x ^ (x >> 16)
+
+
+def reference_bits(seed: int, layer_key: int, branch: int, example: int, position: int, feature: int) -> int:
+    """The 32 hashed bits of one activation entry, as a signed integer."""
+    limit = 2**32
+    key = reference_key(seed, layer_key)
+    row = lowbias32((example % limit) ^ (key % limit))
+    row = lowbias32(row ^ ((example >> 32) * 0x85EBCA6B % limit) ^ (key >> 32))
+    row = lowbias32((row + branch * 0xC2B2AE35) % limit)
+    token = lowbias32(row ^ lowbias32((position * 0x27D4EB2F + 0x165667) % limit))
+    bits = lowbias32(token ^ lowbias32((feature * 0x9E3779B1 + 0x51ED27) % limit))
+    return bits - limit if bits >= limit // 2 else bits
+
+
 def z_score(successes: float, trials: float, probability: float) -> float:
     """Standardized binomial count."""
     return (successes - trials * probability) / (trials * probability * (1.0 - probability)) ** 0.5

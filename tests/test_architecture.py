@@ -13,7 +13,7 @@ LAYERS = {
     0: ["errors", "config", "runs", "launch", "bootstrap", "installation", "ds_config"],
     1: ["distributed", "randomness", "tracking", "fetch", "scores", "ensemble", "calibrate", "predictions", "environment", "stage"],
     2: ["adapters", "model", "data", "losses"],
-    3: ["adapters.attach", "assembly", "objective", "checkpoint", "predict", "readout", "preflight"],
+    3: ["adapters.attach", "assembly", "objective", "checkpoint", "predict", "reader", "readout", "preflight"],
     4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity"],
     5: ["tune"],
 }

@@ -39,6 +39,11 @@ class Case:
     seed: int
 
 
+SQUARE = Case(  # I = O = R = B = T = M
+    4, 4, "plain", (AdapterSpec(rank=4, sites=LORA_DROPOUT),) * 2, tuple(Member(k % 2, k) for k in range(4)), 4, 4, 0
+)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     inputs, outputs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
@@ -105,7 +110,9 @@ def expected_scaling(spec: AdapterSpec, member: Member) -> float:
     return scaling
 
 
-def dense_output(case: Case, adapters: Adapters, plan: MemberPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dense_output(
+    case: Case, adapters: Adapters, plan: MemberPlan, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     parts = []
     for m, member in enumerate(case.members):
         update = torch.zeros(case.outputs, case.inputs, dtype=torch.float64)
@@ -124,15 +131,17 @@ def sensitivities(output: Tensor, leaves: list[Tensor], direction: Tensor) -> li
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 
-def assert_matches_reference(case: Case, plan: MemberPlan, adapters: Adapters, weight: Tensor, bias: Tensor | None) -> None:
+def assert_matches_reference(
+    case: Case, plan: MemberPlan, adapters: Adapters, weight: Tensor, bias: Tensor | None
+) -> None:
     shape = (len(case.members) * case.rows, *(() if case.tokens is None else (case.tokens,)), case.inputs)
     x = torch.randn(shape, requires_grad=True)
     with adapters.axis.active(plan):
         ours = adapters.model(x)
     theirs = dense_output(case, adapters, plan, x, weight, bias)
-    size = max(1.0, float(theirs.abs().max()))
+    size = max(1.0, float(theirs.detach().abs().max()))
     assert ours.shape == theirs.shape and ours.dtype == torch.float32
-    assert float((ours.double() - theirs).abs().max()) <= 1e-5 * size
+    assert float((ours - theirs).detach().abs().max()) <= 1e-5 * size
     leaves = [x, *(p for p in adapters.model.parameters() if p.requires_grad)]
     direction = torch.randn(theirs.shape)
     pairs = zip(sensitivities(ours, leaves, direction), sensitivities(theirs, leaves, direction), strict=True)
@@ -141,16 +150,16 @@ def assert_matches_reference(case: Case, plan: MemberPlan, adapters: Adapters, w
         assert float((got.double() - wanted.double()).abs().max()) <= 1e-5 * size
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(cases())
-@example(Case(4, 4, "plain", (AdapterSpec(rank=4, sites=LORA_DROPOUT),) * 2, tuple(Member(k % 2, k) for k in range(4)), 4, 4, 0))
+@example(SQUARE)
 def test_drawn_masks_equal_the_dense_reference(case: Case) -> None:
     adapters, weight, bias = attached(case)
     plan = adapters.plan(case.members, case.rows, seed=case.seed, phase=0)
     assert_matches_reference(case, plan, adapters, weight, bias)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(cases(), st.sets(st.sampled_from(WEIGHT_AXES), min_size=1))
 def test_given_masks_equal_the_dense_reference(case: Case, masked: set[str]) -> None:
     """Any real vector as a mask: a transposed or repeated axis cannot hide behind zeros and ones."""
@@ -192,12 +201,13 @@ def test_a_model_with_mixed_adapters_equals_the_dense_model() -> None:
     ones, positions = torch.ones_like(ids), torch.arange(6).repeat(2, 1)
     plan = adapters.plan(members, rows=2, seed=11, phase=3)
     with adapters.axis.active(plan):
-        ours = adapters.model(ids.repeat(5, 1), attention_mask=ones.repeat(5, 1), position_ids=positions.repeat(5, 1)).logits
+        ours = adapters.model(ids.repeat(5, 1), position_ids=positions.repeat(5, 1)).logits
     theirs = torch.cat([dense_model(dense, member_updates(adapters, plan, m), ids, ones, positions) for m in range(5)])
-    assert float((ours.double() - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    assert float((ours - theirs).detach().abs().max()) <= 1e-5 * float(theirs.detach().abs().max())
     leaves = [p for p in adapters.model.parameters() if p.requires_grad]
     direction = torch.randn_like(ours)
-    for got, wanted in zip(sensitivities(ours, leaves, direction), sensitivities(theirs, leaves, direction), strict=True):
+    pairs = zip(sensitivities(ours, leaves, direction), sensitivities(theirs, leaves, direction), strict=True)
+    for got, wanted in pairs:
         assert float((got.double() - wanted.double()).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
@@ -278,7 +288,8 @@ def test_the_plan_is_restored_on_exit_and_after_an_exception() -> None:
 def test_an_input_without_the_declared_rows_is_refused(shape: tuple[int, ...]) -> None:
     adapters = attach(Host(8, 3), [AdapterSpec(rank=2)], ["linear"], seed=0)
     plan = adapters.plan([Member(0), Member(None)], rows=3, seed=0, phase=0)
-    with adapters.axis.active(plan), pytest.raises(MemberAxisError, match=rf"{NAME} received .* {shape[0]}; .* 2 members"):
+    told = rf"{NAME} received .* {shape[0]}; .* 2 members"
+    with adapters.axis.active(plan), pytest.raises(MemberAxisError, match=told):
         adapters.model(torch.zeros(shape))
 
 
@@ -300,19 +311,21 @@ def test_layers_that_no_adapter_has_are_left_alone() -> None:
 
 
 def test_an_adapter_without_any_targeted_layer_is_refused() -> None:
+    elsewhere = AdapterSpec(layers=frozenset({"model.layers.7.mlp.up_proj"}))
     with pytest.raises(ConfigError, match="adapter 1"):
-        attach(tiny_llama(), [AdapterSpec(), AdapterSpec(layers=frozenset({"model.layers.7.mlp.up_proj"}))], "all-linear", seed=0)
+        attach(tiny_llama(), [AdapterSpec(), elsewhere], "all-linear", seed=0)
 
 
 def test_the_start_of_an_adapter_does_not_depend_on_its_neighbours() -> None:
     """A is drawn by (seed, adapter, layer) alone, and is bounded as PEFT's kaiming start: |A| <= 1/sqrt(I)."""
     alone = attach(tiny_llama(), [AdapterSpec(rank=4)], ["q_proj"], seed=3)
-    beside = attach(tiny_llama(), [AdapterSpec(rank=4), AdapterSpec(rank=4), AdapterSpec(rank=2)], ["q_proj", "up_proj"], seed=3)
+    specs = [AdapterSpec(rank=4), AdapterSpec(rank=4), AdapterSpec(rank=2)]
+    beside = attach(tiny_llama(), specs, ["q_proj", "up_proj"], seed=3)
     for name, layer in alone.layers.items():
         A = layer.buckets[0].lora_A[0]
         assert torch.equal(A, beside.layers[name].buckets[0].lora_A[0])
         assert not torch.equal(A, beside.layers[name].buckets[0].lora_A[1])
-        assert 0.95 / 8 < float(A.abs().max()) <= 1 / 8
+        assert 0.95 / 8 < float(A.detach().abs().max()) <= 1 / 8
         assert not layer.buckets[0].lora_B.any()
     other = attach(tiny_llama(), [AdapterSpec(rank=4)], ["q_proj"], seed=4)
     assert not torch.equal(A, other.layers[name].buckets[0].lora_A[0])

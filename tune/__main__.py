@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline import EXIT_OK, LoradropError, load_config
+from pipeline import EXIT_OK, EXIT_STOPPED, LoradropError, load_config
 from tune.progress import print_summary, say
 from tune.space import load_space
 
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     except LoradropError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # a second Ctrl-C: the ledger has all that had finished
+        return EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -135,3 +135,14 @@ class Ledger:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
+
+
+def pending(ledger: Ledger, trials: int) -> list[int]:
+    """Indices still to run: those begun and not ended, those that failed, those never begun."""
+    ended = {record.index for record in ledger.trials.values() if record.ended}
+    return [index for index in range(trials) if index not in ended]
+
+
+def trial_name(index: int) -> str:
+    """trial_000, trial_001, ..."""
+    return f"trial_{index:03d}"

@@ -72,7 +72,7 @@ def shown(value: Any) -> str:
 def print_summary(result: dict[str, Any]) -> None:
     """The trials, best first, and what was chosen."""
     trials = sorted(result["trials"], key=lambda t: (t["state"] != "done", t["validation_nll"] or float("inf")))
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     keys = list(trials[0]["config"])
     for heading in ("trial", *(key.rpartition(".")[2] for key in keys), "steps", "NLL", "accuracy", "state"):
         table.add_column(heading, no_wrap=True, justify="left" if heading in ("trial", "state") else "right")

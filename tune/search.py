@@ -14,12 +14,10 @@ import fcntl
 import hashlib
 import json
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline import (
@@ -34,10 +32,11 @@ from pipeline import (
 )
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
-from tune.ledger import LEDGER, Ledger, TrialRecord
+from tune.ledger import LEDGER, Ledger, TrialRecord, pending
 from tune.members import choose_ensemble
 from tune.progress import Progress, say
 from tune.space import load_space
+from tune.stopping import Stopping, stop_on_signal
 from tune.trial import TRIALS, TrainFunction
 
 RESULT = "search.json"
@@ -63,13 +62,13 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
     """
     folder = folder.resolve()
     space = load_space(config)
-    with _only_search_in(folder), _stop_on_signal() as stopping:
+    with _only_search_in(folder), stop_on_signal() as stopping:
         ledger = Ledger(folder / LEDGER)
         ledger.open_search(identity(config, space), space.describe())
         _forget_lost(ledger, folder)
-        if any(not r.ended for r in ledger.in_order()) or len(ledger.trials) < config.search.trials:
+        if pending(ledger, config.search.trials):
             _run_trials(config, space, ledger, folder, stopping, train)
-        if stopping:
+        if stopping.requested:
             raise SearchStopped("search stopped; finished trials are kept and the same command continues")
         result = conclude(config, space, ledger, folder)
         write_json(folder / RESULT, result)
@@ -110,24 +109,32 @@ def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> d
 
 
 def _run_trials(
-    config: RunConfig, space: Space, ledger: Ledger, folder: Path, stopping: list[int], train: TrainFunction | None
+    config: RunConfig,
+    space: Space,
+    ledger: Ledger,
+    folder: Path,
+    stopping: Stopping,
+    train: TrainFunction | None,
 ) -> None:
     wanted = config.search.trials
-    left = wanted - sum(record.ended for record in ledger.trials.values())
+    left = len(pending(ledger, wanted))
     if left < wanted:
         say(f"Continuing: {wanted - left} of {wanted} trials have ended.")
-    with cluster(folder / RAY_FOLDER) as resources:
-        capacity = plan(config, resources, left)
-        say(
-            f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
-            f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
-            f"{' with a GPU' if capacity.gpus else ''}."
-        )
-        from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
+    try:
+        with cluster(folder / RAY_FOLDER) as resources:
+            stopping.listen()
+            capacity = plan(config, resources, left)
+            say(
+                f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
+                f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
+                f"{' with a GPU' if capacity.gpus else ''}."
+            )
+            from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
 
-        progress = Progress(ledger, wanted, config.search.max_steps, capacity.concurrent)
-        run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
-    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
+            progress = Progress(ledger, wanted, config.search.max_steps, capacity.concurrent)
+            run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
+    finally:
+        shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
 
 def _forget_lost(ledger: Ledger, folder: Path) -> None:
@@ -193,24 +200,3 @@ def _only_search_in(folder: Path) -> Iterator[None]:
             remedy = "Wait for it, or give another folder."
             raise ConfigError(str(folder), None, "is in use by a search that is running", remedy) from error
         yield
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; a second signal acts at once."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        say("Stopping: finished trials are kept (again to stop at once).")
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

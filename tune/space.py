@@ -12,11 +12,12 @@ A range over `adapter.rank` means the ranks within it that vLLM serves; a `choic
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, RootModel, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from pipeline import ConfigError, RunConfig, UserError, build_config, config_keys, read_yaml, validate
 from tune.dimensions import Dimension, Options, Range, Space, Values
@@ -73,10 +74,6 @@ class DimensionFile(BaseModel):
         return self
 
 
-class SpaceFile(RootModel[dict[str, DimensionFile]]):
-    """A whole space file."""
-
-
 def load_space(config: RunConfig) -> Space:
     """Read `config.search.space` and try its extremes on `config`, before anything starts.
 
@@ -88,13 +85,7 @@ def load_space(config: RunConfig) -> Space:
     tree = read_yaml(path)
     if not tree:
         raise ConfigError(str(path), None, "has no dimension", "Example: `adapter.rate: {uniform: [0.1, 0.6]}`.")
-    for key in tree:
-        _check_key(str(key), path)
-    try:
-        file = validate(SpaceFile, tree)
-    except UserError as error:
-        raise ConfigError(str(path), None, str(error)) from error
-    space = Space(str(path), {key: _resolve(key, entry, config) for key, entry in file.root.items()})
+    space = Space(str(path), {key: _read_dimension(str(key), entry, path, config) for key, entry in tree.items()})
     _check_corners(space, config)
     _check_trials(space, config.search.trials)
     return space
@@ -124,12 +115,21 @@ def _find(source: str) -> Path:
     raise ConfigError("search.space", source, "is neither a file nor a known space", f"Known: {names}.")
 
 
-def _check_key(key: str, path: Path) -> None:
+def _read_dimension(key: str, entry: object, path: Path, config: RunConfig) -> Dimension:
+    where = f"{path}: {key}"
     if key in FIXED:
-        raise ConfigError(f"{path}: {key}", None, "cannot be searched", FIXED[key])
+        raise ConfigError(where, None, "cannot be searched", FIXED[key])
     keys = [k for k in config_keys() if k.startswith(SEARCHABLE) and k not in FIXED]
     if key not in keys:
-        raise ConfigError(f"{path}: {key}", None, "is not a key a search can vary", f"It can vary: {', '.join(keys)}.")
+        near = difflib.get_close_matches(key, keys, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"It can vary: {', '.join(keys)}."
+        raise ConfigError(where, None, "is not a key a search can vary", remedy)
+    if not isinstance(entry, dict):
+        raise ConfigError(where, entry, "must be a mapping", f"Example: `{key}: {{choice: [...]}}`.")
+    try:
+        return _resolve(key, validate(DimensionFile, entry), config)
+    except UserError as error:
+        raise ConfigError(where, None, str(error)) from error
 
 
 def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:

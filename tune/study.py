@@ -17,13 +17,14 @@ import ray.tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline import RunConfig, RunPaths, dump_config
+from pipeline import RunConfig, RunPaths, dump_config, write_json
 from tune.cluster import Capacity
 from tune.dimensions import Space, Values, point_key
-from tune.ledger import Ledger
+from tune.ledger import Ledger, pending, trial_name
 from tune.progress import Progress
 from tune.sampling import suggest
 from tune.space import trial_config
+from tune.stopping import Stopping
 from tune.trial import TRIALS, Assignment, TrainFunction, run_trial
 
 REDUCTION = 2
@@ -61,17 +62,6 @@ class Study:
         return suggest(self.space, search.seed, index, search.trials, self.ledger.observations(), taken)
 
 
-def pending(ledger: Ledger, trials: int) -> list[int]:
-    """Indices still to run: those begun and not ended, those that failed, those never begun."""
-    ended = {record.index for record in ledger.trials.values() if record.ended}
-    return [index for index in range(trials) if index not in ended]
-
-
-def trial_name(index: int) -> str:
-    """trial_000, trial_001, ..."""
-    return f"trial_{index:03d}"
-
-
 class StudySearcher(Searcher):
     """Hands the study's assignments to Tune."""
 
@@ -92,14 +82,18 @@ class EnsembleASHA(ASHAScheduler):
     """ASHA on validation NLL that leaves enough finished trials for the adapter ensemble.
 
     Rungs are met at min_steps · 2^k. A trial is stopped only while more than `keep` others can still finish.
+    Stopping is a request that all processes of the trial agree on at their next step. Tune's own way, killing
+    the trial function, would leave a nested TorchTrainer's workers and their reservation behind.
     """
 
-    def __init__(self, min_steps: int, max_steps: int, trials: int, keep: int) -> None:
+    def __init__(self, steps: tuple[int, int], trials: int, keep: int, request_stop: Callable[[str], None]) -> None:
+        """`steps`: those of the first rung, those of a whole trial."""
         super().__init__(
             time_attr="step", metric="nll", mode="min",
-            max_t=max_steps, grace_period=min(min_steps, max_steps), reduction_factor=REDUCTION,
+            max_t=steps[1], grace_period=min(steps), reduction_factor=REDUCTION,
         )  # fmt: skip
-        self.can_finish, self.keep = trials, keep
+        self.can_finish, self.keep, self.request_stop = trials, keep, request_stop
+        self.asked: set[str] = set()
 
     def replay(self, ledger: Ledger) -> None:
         """Meet the rungs with what an interrupted search already saw."""
@@ -113,14 +107,15 @@ class EnsembleASHA(ASHAScheduler):
             self.can_finish -= record.state == "stopped"
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """STOP or CONTINUE."""
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        if result.get("finished") or decision != TrialScheduler.STOP:
-            return decision
-        if self.can_finish <= self.keep:
-            return str(TrialScheduler.CONTINUE)
-        self.can_finish -= 1
-        return decision
+        """Always CONTINUE; a trial that lags behind is asked to end itself."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        name = trial.config["name"]
+        lags = decision == TrialScheduler.STOP and not result["finished"]
+        if lags and name not in self.asked and self.can_finish > self.keep:
+            self.can_finish -= 1
+            self.asked.add(name)
+            self.request_stop(name)
+        return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A failed trial cannot finish either."""
@@ -131,7 +126,7 @@ class EnsembleASHA(ASHAScheduler):
 class StudyCallback(ray_tune.Callback):
     """Writes what happens into the ledger and shows it."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, folder: Path, stopping: Callable[[], bool]) -> None:
+    def __init__(self, ledger: Ledger, progress: Progress, folder: Path, stopping: Stopping) -> None:
         self.ledger, self.progress, self.folder, self.stopping = ledger, progress, folder, stopping
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -140,28 +135,29 @@ class StudyCallback(ray_tune.Callback):
         row = {"step": result["step"], "nll": result["nll"], "accuracy": result["accuracy"]}
         self.ledger.append("report", trial=name, **row)
         if result["finished"]:
-            self.ledger.append("end", trial=name, state="done", adapter_sha256=result["adapter_sha256"])
-            self.progress.ended(self.ledger.trials[name])
+            self._end(name, state="done", adapter_sha256=result["adapter_sha256"])
         else:
             self.progress.validated(self.ledger.trials[name])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Ended: by itself (then its result has been recorded) or stopped early by the scheduler."""
         record = self.ledger.trials[trial.config["name"]]
-        if record.state != "running" or self.stopping():
+        if record.state != "running" or self.stopping.requested:
             return
-        self.ledger.append("end", trial=record.name, state="stopped")
-        # What a loser leaves on the disk beside its metrics is of no more use.
-        shutil.rmtree(RunPaths(self.folder / TRIALS / record.name).checkpoints, ignore_errors=True)
-        self.progress.ended(record)
+        self._end(record.name, state="stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Failed: its error is kept, the others go on."""
         record = self.ledger.trials[trial.config["name"]]
-        if record.state != "running" or self.stopping():
+        if record.state != "running" or self.stopping.requested:
             return
-        self.ledger.append("end", trial=record.name, state="failed", error=_error_text(trial))
-        self.progress.ended(record)
+        self._end(record.name, state="failed", error=_error_text(trial))
+
+    def _end(self, name: str, **outcome: Any) -> None:
+        self.ledger.append("end", trial=name, **outcome)
+        # A trial is never resumed: what its adapter and predictions do not hold would only fill the disk.
+        shutil.rmtree(RunPaths(self.folder / TRIALS / name).checkpoints, ignore_errors=True)
+        self.progress.ended(self.ledger.trials[name])
 
 
 def _error_text(trial: Any) -> str:
@@ -176,11 +172,14 @@ def _error_text(trial: Any) -> str:
 
 
 def run_study(
-    study: Study, progress: Progress, storage: Path, stopping: list[int], train: TrainFunction | None
+    study: Study, progress: Progress, storage: Path, stopping: Stopping, train: TrainFunction | None
 ) -> None:
-    """Run all open trials under Ray Tune; returns early when a signal has arrived in `stopping`."""
+    """Run all open trials under Ray Tune; returns early when a stop is requested."""
     search = study.config.search
-    scheduler = EnsembleASHA(study.config.train.validate_every_steps, search.max_steps, search.trials, search.adapters)
+    scheduler = EnsembleASHA(
+        (study.config.train.validate_every_steps, search.max_steps), search.trials, search.adapters,
+        lambda name: write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"}),
+    )  # fmt: skip
     scheduler.replay(study.ledger)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(functools.partial(run_trial, train=train), study.capacity.trial_resources()),
@@ -196,16 +195,16 @@ def run_study(
             storage_path=str(storage),
             verbose=0,
             stop=StopOnSignal(stopping),
-            callbacks=[StudyCallback(study.ledger, progress, study.folder, lambda: bool(stopping))],
+            callbacks=[StudyCallback(study.ledger, progress, study.folder, stopping)],
         ),
     )
     tuner.fit()
 
 
 class StopOnSignal(ray_tune.Stopper):
-    """Asks Tune to end once a signal has arrived."""
+    """Asks Tune to end once a stop is requested."""
 
-    def __init__(self, stopping: list[int]) -> None:
+    def __init__(self, stopping: Stopping) -> None:
         self.stopping = stopping
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -214,4 +213,4 @@ class StopOnSignal(ray_tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to stop everything."""
-        return bool(self.stopping)
+        return self.stopping.requested

@@ -23,10 +23,14 @@ from typing import IO, Any
 
 import yaml
 
-from pipeline import LoradropError, RunConfig, RunPaths, StageFailed, build_config, load_config
+from pipeline import EXIT_STOPPED, LoradropError, RunConfig, RunPaths, StageFailed, build_config, load_config
 from tune.cluster import CONTROLLER_CPUS
 
 TRIALS = "trials"
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+START_ATTEMPTS = 3
+"""Times a TorchTrainer may wait in vain (a minute each) for the workers it was promised."""
 
 TrainFunction = Callable[[RunConfig, Path, Callable[[dict[str, Any]], None]], dict[str, Any]]
 """`pipeline.train_run`: (config, run folder, on_validation) -> final scores."""
@@ -100,6 +104,7 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
             name=assignment.name,
             storage_path=str(Path(assignment.folder) / ".ray" / "train"),
             callbacks=[TuneReportCallback()],
+            failure_config=ray.train.FailureConfig(controller_failure_limit=START_ATTEMPTS),
         ),
     )
     try:
@@ -111,7 +116,10 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
 
 def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Report) -> None:
     """One process of a trial: prepare the folder, train, check, report."""
-    process_rank = int(os.environ.get("RANK", "0")) if assignment.workers > 1 else 0
+    if assignment.workers == 1:
+        for name in LAUNCHER_VARIABLES:  # of a launcher that the driver was started under
+            os.environ.pop(name, None)
+    process_rank = int(os.environ.get("RANK", "0"))
     os.chdir(assignment.working_folder)
     _print_to(assignment.run.with_name(f"{assignment.name}{f'.rank{process_rank}' if process_rank else ''}.log"))
     try:
@@ -119,25 +127,32 @@ def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Rep
             _check_devices(assignment)
             final = _train(assignment, train, report)
     except Exception as error:
+        if isinstance(error, LoradropError) and error.exit_code == EXIT_STOPPED:
+            return  # the scheduler asked for it
         traceback.print_exc()
         sys.stderr.flush()
         raise TrialFailed(_message(error)) from None
     report(final)
 
 
-def _train(assignment: Assignment, train: TrainFunction | None, report: Report) -> dict[str, Any]:
-    if train is None:
-        from pipeline import train_run as train  # imports torch
+def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Report) -> dict[str, Any]:
+    if stand_in is None:
+        from pipeline import train_run  # imports torch
+    train: TrainFunction = stand_in or train_run
     config = build_config(yaml.safe_load(assignment.config))
     _require_hash(assignment, config, "reached the trial")
 
+    standing: dict[str, Any] = {}
+
     def on_validation(row: dict[str, Any]) -> None:
+        """Report what the trial would deliver if it ended now: with `keep_best` its best validation so far."""
         if not math.isfinite(row["nll"]):
             raise StageFailed(f"validation NLL is {row['nll']} at step {row['step']}")
-        # The last validation is reported with the result: a scheduler that stops a trial for being
-        # complete must not stop it before its adapter is written.
+        if not standing or row["nll"] < standing["nll"] or not config.train.keep_best:
+            standing.update(nll=row["nll"], accuracy=row.get("accuracy"))
+        # The last validation is reported with the result, once the adapter is written.
         if row["step"] < config.train.max_steps:
-            report({"step": int(row["step"]), "nll": row["nll"], "accuracy": row.get("accuracy"), "finished": False})
+            report({"step": int(row["step"]), **standing, "finished": False})
 
     result = train(config, assignment.run, on_validation)
     _require_hash(assignment, load_config(RunPaths(assignment.run).config), "was trained")

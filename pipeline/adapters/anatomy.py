@@ -67,7 +67,7 @@ def check_attention(model: nn.Module, site: Site) -> None:
     """
     config = getattr(model, "config", None)
     can_set = getattr(type(model), "_can_set_attn_implementation", lambda: False)
-    if config is None or not can_set() or not getattr(model, "_supports_sdpa", False):
+    if config is None or not can_set():
         raise refusal(model, site, "its attention does not go through transformers' attention interface")
     if config._attn_implementation not in BACKENDS:
         raise ConfigError(
@@ -101,7 +101,7 @@ def refusal(model: nn.Module, site: Site, reason: str) -> ConfigError:
     if site.position != "ffn_hidden" and not _problem(model, down_projections(model)):
         others.append("ffn_hidden")
     return ConfigError(
-        "adapter.method", f"{site.position} ({site.pattern})", f"cannot be honoured by the model type {model_type}: {reason}",
+        "adapter.method", site.position, f"cannot be honoured by the model type {model_type}: {reason}",
         f"Positions that work there: {', '.join(others)}.",
     )
 

@@ -98,8 +98,8 @@ def pair_attention(heads: Heads, dropped: Tensor) -> Tensor:
 def plain_attention(heads: Heads, dropped_logits: Tensor | None = None, dropped_weights: Tensor | None = None) -> Tensor:
     """Written out in fp32 (float64 stays), T² memory: DropAttention with its stop-gradient, and the reference of the rest.
 
-    The normalizer is taken in log space, so that kept weights which all underflow still sum to 1:
-    w'_j = exp(log w_j - NoGrad(log Σ_i m_i w_i)).
+    A constant normalizer means dw'_j = w'_j d(log w_j). So w' is computed as the softmax over kept keys, which no
+    underflow of kept weights can turn into 0/0, and only its gradient goes through log w.
     """
     q, k, v = heads.query, heads.key, heads.value
     groups = q.shape[1] // k.shape[1]
@@ -113,13 +113,14 @@ def plain_attention(heads: Heads, dropped_logits: Tensor | None = None, dropped_
         scores = scores + heads.mask.masked_fill(~visible, 0.0)
     if dropped_logits is not None:
         visible = kept_pairs(visible, dropped_logits)
+    scores = torch.where(visible, scores, lowest)
     if dropped_weights is None:
-        weights = torch.softmax(torch.where(visible, scores, lowest), -1) * visible
+        weights = torch.softmax(scores, -1) * visible
     else:
         keep = kept_pairs(visible, dropped_weights)
-        log_weights = torch.log_softmax(torch.where(visible, scores, lowest), -1)
-        normalizer = torch.logsumexp(torch.where(keep, log_weights, lowest), -1, keepdim=True).detach()
-        weights = torch.exp(torch.where(keep, log_weights - normalizer, lowest))
+        value = torch.softmax(torch.where(keep, scores.detach(), lowest), -1) * keep
+        log_weights = torch.log_softmax(scores, -1)
+        weights = value * torch.exp(log_weights - log_weights.detach())
     weights = F.dropout(weights, heads.dropout)
     return weights.to(v.dtype) @ v
 

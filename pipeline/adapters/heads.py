@@ -102,7 +102,9 @@ def load_head(heads: Mapping[str, TrainedHead], adapter: int, stored: HeadState,
         ConfigError: the model trains other modules than the adapter holds, or a shape differs (other classes).
     """
     own = {
-        f"{name}.{leaf}": parameter for name, head in heads.items() for leaf, parameter in head.copies[adapter].named_parameters()
+        f"{name}.{leaf}": parameter
+        for name, head in heads.items()
+        for leaf, parameter in head.copies[adapter].named_parameters()
     }
     if own.keys() != stored.tensors.keys():
         odd = ", ".join(sorted(own.keys() ^ stored.tensors.keys())[:3])
@@ -111,9 +113,10 @@ def load_head(heads: Mapping[str, TrainedHead], adapter: int, stored: HeadState,
             "Use its own base model: an adapter with a head belongs to a classifier, one without to a causal model.",
         )
     for name, parameter in own.items():
-        if parameter.shape != stored.tensors[name].shape:
+        theirs = stored.tensors[name].shape
+        if parameter.shape != theirs:
             raise ConfigError(
-                field, None, f"has {name} of shape {tuple(stored.tensors[name].shape)}, the model {tuple(parameter.shape)}",
+                field, None, f"has {name} of shape {tuple(theirs)}, the model {tuple(parameter.shape)}",
                 "The data must have as many choices as the adapter has classes.",
             )
         with torch.no_grad():

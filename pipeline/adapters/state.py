@@ -27,6 +27,8 @@ METHOD_FILE = "loradrop.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
+NO_HEAD = HeadState()
+
 Matrices = dict[str, tuple[Tensor, Tensor]]
 """layer name -> (A (R, I), B (O, R)), fp32 on the CPU."""
 
@@ -39,7 +41,7 @@ class StoredAdapter:
     matrices: Matrices
     sha256: str
     base: str | None
-    head: HeadState = HeadState()
+    head: HeadState = NO_HEAD
     """What a classifier's adapter trained whole; empty for a causal model's."""
 
 
@@ -59,7 +61,7 @@ def adapter_matrices(
 
 def write_adapter(
     folder: Path, matrices: Matrices, spec: AdapterSpec, layer_count: int, base: str, suffixes: Mapping[str, int],
-    head: HeadState = HeadState(),
+    head: HeadState = NO_HEAD,
 ) -> None:
     """Write a PEFT LoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
 

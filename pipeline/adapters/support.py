@@ -23,7 +23,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import LEGAL, Site
 from pipeline.config.sections import ModelConfig
-from pipeline.errors import UserError
+from pipeline.errors import ConfigError, LoradropError, UserError
 from pipeline.model.load import pin_training_mode, quantization_config, switch_off_dropout
 
 BACKENDS = (("none", "sdpa"), ("none", "eager"), ("nf4", "sdpa"), ("nf4", "eager"))
@@ -44,11 +44,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
              "bos_token_id": 1, "eos_token_id": 2},
     "bert": _SMALL,
     "roberta": _SMALL,
-    "deberta-v2": {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    "deberta-v2": {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16,
+                   "share_att_key": True},
     "gemma2": {**_DECODER, "head_dim": 16, "sliding_window": 4},
     "mixtral": {**_DECODER, "num_local_experts": 2},
 }
 """model type -> configuration of its tiny random model."""
+TARGETS: dict[str, tuple[str, ...]] = {"deberta-v2": ("value_proj", "dense")}
+"""model type -> target_modules, where `all-linear` does not fit: DeBERTa's query_proj and key_proj also project the
+relative positions, which belong to no row."""
 ENCODERS = ("bert", "roberta", "deberta-v2")
 
 
@@ -67,21 +71,30 @@ class Cell:
 
 
 def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa") -> nn.Module:
-    """A random model with a language-modelling head, loaded as the product loads a base (fp32 compute)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    """A random model with a language-modelling head, loaded as the product loads a base (fp32 compute).
 
+    Raises:
+        ConfigError: the family does not have this attention implementation.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     loader = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
     model = loader.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         settings = ModelConfig(quantization=quantization)  # type: ignore[arg-type]
-        if family == "deberta-v2":
-            attention = "eager"  # it has no other
-        model = loader.from_pretrained(
-            folder, attn_implementation=attention, dtype=torch.float32,
-            quantization_config=quantization_config(settings, torch.float32),
-        )
+        try:
+            model = loader.from_pretrained(
+                folder, attn_implementation=attention, dtype=torch.float32,
+                quantization_config=quantization_config(settings, torch.float32),
+            )
+        except ValueError as error:
+            raise ConfigError(
+                "model.attention", attention, f"is not supported by the model type {family}", "Set model.attention=eager."
+            ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
     switch_off_dropout(model)
@@ -106,11 +119,12 @@ def try_cell(model: nn.Module, site: Site) -> None:
         AssertionError: a value is not finite, the masks do nothing, rows without a mask change, the padding side or
             padding itself changes a result, or a causal model looks ahead.
     """
-    causal = model.config.model_type not in ENCODERS  # type: ignore[union-attr]
+    family: str = model.config.model_type  # type: ignore[union-attr, assignment]
+    causal, targets = family not in ENCODERS, TARGETS.get(family, "all-linear")
     ids, mask = _batch()
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
-    adapters = attach(copy.deepcopy(model), [AdapterSpec(rank=4, alpha=8.0, sites=(site,))], "all-linear", seed=0)
+    adapters = attach(copy.deepcopy(model), [AdapterSpec(rank=4, alpha=8.0, sites=(site,))], targets, seed=0)
     with torch.no_grad():
         for layer in adapters.layers.values():
             for bucket in layer.buckets:
@@ -163,14 +177,15 @@ def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cel
     cells: list[Cell] = []
     for family in families:
         for quantization, attention in BACKENDS:
-            model = tiny_model(family, quantization, attention)
+            model: nn.Module | None = None
             for site in legal_sites():
                 status, detail = "tested", ""
                 try:
+                    model = model or tiny_model(family, quantization, attention)
                     try_cell(model, site)
                 except UserError as error:
                     status, detail = "refused", str(error)
-                except (AssertionError, RuntimeError) as error:
+                except (AssertionError, RuntimeError, LoradropError) as error:
                     status, detail = "FAILED", str(error)
                 cells.append(Cell(family, site, quantization, attention, status, detail))
                 if each is not None:
@@ -181,18 +196,19 @@ def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cel
 def format_table(cells: Sequence[Cell]) -> str:
     """Rows family × position × pattern × compensation, a column per backend; then each refusal once."""
     titles = [f"{'plain' if q == 'none' else q}/{a}" for q, a in BACKENDS]
-    lines = [f"{'family':<11}{'position':<19}{'pattern':<9}{'compensation':<25}" + "".join(f"{t:<13}" for t in titles)]
+    lines = [f"{'family':<12}{'position':<19}{'pattern':<9}{'compensation':<30}" + "".join(f"{t:<13}" for t in titles)]
     by_row: dict[tuple[str, Site], dict[tuple[str, str], Cell]] = {}
     for cell in cells:
         by_row.setdefault((cell.family, cell.site), {})[cell.quantization, cell.attention] = cell
     for (family, site), found in by_row.items():
         free = site.position == "attention_weights" and not site.stop_gradient
-        compensation = site.compensation + (", free gradient" if free else "")
-        lines.append(f"{family:<11}{site.position:<19}{site.pattern:<9}{compensation:<25}"
+        compensation = site.compensation + (", no stop-gradient" if free else "")
+        lines.append(f"{family:<12}{site.position:<19}{site.pattern:<9}{compensation:<30}"
                      + "".join(f"{found[backend].status:<13}" for backend in BACKENDS))
+    targets = [f"{f}: target_modules = {', '.join(TARGETS[f])}" for f in dict.fromkeys(c.family for c in cells) if f in TARGETS]
     reasons = dict.fromkeys(cell.detail for cell in cells if cell.status != "tested")
     counts = ", ".join(f"{sum(c.status == s for c in cells)} {s}" for s in ("tested", "refused", "FAILED"))
-    return "\n".join([*lines, "", counts, *(f"- {reason}" for reason in reasons)])
+    return "\n".join([*lines, "", counts, *targets, *(f"- {reason}" for reason in reasons)])
 
 
 def main(argv: list[str] | None = None) -> int:

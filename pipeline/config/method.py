@@ -46,9 +46,9 @@ class Site(Section):
     """What is masked."""
     rate: Rate
     """Probability of dropping, in [0, 1)."""
-    pattern: Pattern = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    pattern: Pattern = "column"
     """Structure of the mask; defaults to the position's first legal one."""
-    compensation: Compensation = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    compensation: Compensation = "inverse"
     """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610. A read-out without
     masks multiplies the weight sites by (1-rate) where they have `none`; `ffn_hidden` never: it is not masked at
     inference (arXiv 2403.00812), and a factor there would change the base model, which no adapter can carry."""

@@ -53,7 +53,8 @@ def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
     room = max_tokens - len(lead) - len(tail)
     if room < 1:
         least = len(lead) + len(tail) + 1
-        raise DataError("data.max_tokens", max_tokens, "leaves no room for a text", f"Set data.max_tokens={least} or more.")
+        remedy = f"Set data.max_tokens={least} or more."
+        raise DataError("data.max_tokens", max_tokens, "leaves no room for a text", remedy)
     ids = (*lead, *body[-room:], *tail)
     return Encoded(row.id, ids, (IGNORE_INDEX,) * len(ids))
 

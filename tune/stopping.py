@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a search in order: what has finished is kept, and the same command continues."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from tune.progress import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Stopping:
+    """Whether a stop was asked for. Plain, because Ray pickles what its callbacks hold."""
+
+    requested: bool = False
+
+    def listen(self) -> None:
+        """Take the signals over (again: `ray.init` puts a SIGTERM handler of its own in place)."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        say("Stopping: finished trials are kept (again to stop at once).")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stopping]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second one interrupts at once."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stopping = Stopping()
+    stopping.listen()
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
