@@ -30,6 +30,7 @@ from transformers import (
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.sections import ModelConfig
+from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import BaseModel, load_base
 
 PAD, POSITIONS = 1, 64
@@ -105,3 +106,13 @@ def trained_encoder(base: BaseModel, *specs: AdapterSpec, seed: int = 1) -> Adap
             if parameter.requires_grad and not name.endswith("lora_A"):
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
     return adapters
+
+
+def texts(lengths: list[int], seed: int = 3) -> list[Encoded]:
+    """Random rows between [CLS] and [SEP], of three classes in turn."""
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for i, length in enumerate(lengths):
+        body = torch.randint(4, 60, (length,), generator=random).tolist()
+        rows.append(Encoded(f"row-{i}", (2, *body, 3), (i % 3, *[IGNORE_INDEX] * (length + 1))))
+    return rows

@@ -25,7 +25,9 @@ ATTENTION = {"bert": "attention.self", "roberta": "attention.self", "gpt2": "att
 DOWN = {"bert": "output.dense", "roberta": "output.dense", "gpt2": "mlp.c_proj"}
 
 
-def adapted(family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa") -> tuple[Adapters, nn.Module]:
+def adapted(
+    family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa"
+) -> tuple[Adapters, nn.Module]:
     """A tiny model with one trained-looking adapter that has `sites`, and its stock float64 twin."""
     model = tiny_model(family, quantization, attention)
     stock = dequantized(model)
@@ -76,7 +78,12 @@ def model_positions(model: nn.Module, positions: Tensor) -> Tensor:
 
 
 def plan_for(
-    adapters: Adapters, members: Sequence[Member], rows: dict[str, Tensor], examples: Tensor, seed: int = 7, phase: object = 3
+    adapters: Adapters,
+    members: Sequence[Member],
+    rows: dict[str, Tensor],
+    examples: Tensor,
+    seed: int = 7,
+    phase: object = 3,
 ) -> MemberPlan:
     """The plan of `rows` under every member; `examples` (B,) or (B, T)."""
     size = len(members)
@@ -143,14 +150,33 @@ class Reference:
             if site.position in positions and site.layers[0] * count <= number < site.layers[1] * count
         ]
 
-    def _keyed(self, site: Site, name: str, row: int, member: Member, plan: MemberPlan, rows: dict[str, Tensor], examples: Tensor) -> Keyed:
+    def _keyed(
+        self,
+        site: Site,
+        name: str,
+        row: int,
+        member: Member,
+        plan: MemberPlan,
+        rows: dict[str, Tensor],
+        examples: Tensor,
+    ) -> Keyed:
         positions = rows["position_ids"][row].tolist()
         of_token = examples[row].tolist() if examples.dim() == 2 else [int(examples[row])] * len(positions)
         assert plan.row_keys is not None
-        return Keyed(plan.row_keys.seed, reference_key(name, site.position), member.draw, of_token, positions, site.rate,
-                     site.pattern, site.span_length)
+        return Keyed(
+            plan.row_keys.seed,
+            reference_key(name, site.position),
+            member.draw,
+            of_token,
+            positions,
+            site.rate,
+            site.pattern,
+            site.span_length,
+        )
 
-    def _attention_drops(self, name: str, member: Member, plan: MemberPlan, rows: dict[str, Tensor], examples: Tensor) -> dict[str, Any]:
+    def _attention_drops(
+        self, name: str, member: Member, plan: MemberPlan, rows: dict[str, Tensor], examples: Tensor
+    ) -> dict[str, Any]:
         config = self.stock.config
         heads = config.num_attention_heads
         groups = heads // getattr(config, "num_key_value_heads", heads)
@@ -166,7 +192,9 @@ class Reference:
                 drops["stop_gradient"] = site.stop_gradient
         return drops
 
-    def _hidden_factor(self, name: str, member: Member, plan: MemberPlan, rows: dict[str, Tensor], examples: Tensor) -> Tensor | None:
+    def _hidden_factor(
+        self, name: str, member: Member, plan: MemberPlan, rows: dict[str, Tensor], examples: Tensor
+    ) -> Tensor | None:
         for site in self._sites(name, "ffn_hidden"):
             module = self.stock.get_submodule(name)
             features = module.in_features if isinstance(module, nn.Linear) else module.nx
@@ -183,7 +211,13 @@ def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _dense_interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
     visible = visible.expand(query.shape[0], query.shape[1], -1, -1)
@@ -196,7 +230,11 @@ def compare_with_reference(
 ) -> None:
     """Logits of four members and the gradients of the adapter, within `tolerance` of the largest entry."""
     adapters, stock = adapted(family, *sites, quantization=quantization, attention=attention)
-    members, rows, examples = [Member(None), Member(0), Member(0, 0), Member(0, 3)], batch(), torch.tensor([11, 2**40 + 5])
+    members, rows, examples = (
+        [Member(None), Member(0), Member(0, 0), Member(0, 3)],
+        batch(),
+        torch.tensor([11, 2**40 + 5]),
+    )
     plan = plan_for(adapters, members, rows, examples)
     real = rows["attention_mask"].bool()
     adapters.model.train()

@@ -14,7 +14,7 @@ LAYERS = {
     1: ["distributed", "randomness", "tracking", "fetch", "scores", "ensemble", "calibrate", "predictions", "environment", "stage"],
     2: ["adapters", "model", "data", "losses"],
     3: ["adapters.attach", "assembly", "objective", "checkpoint", "predict", "reader", "readout", "preflight"],
-    4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity"],
+    4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support"],
     5: ["tune"],
 }
 STAGES = {"train", "evaluate", "report", "export"}

@@ -57,7 +57,9 @@ def heads_of(
 def some_drops(heads: Heads, rate: float = 0.5, columns: bool = False) -> Tensor:
     """bool (B, H, T, T); with `columns` equal for all queries. The first key of head 0 is always dropped."""
     rows, count, tokens = heads.query.shape[:3]
-    dropped = torch.rand(rows, count, 1 if columns else tokens, tokens, generator=torch.Generator().manual_seed(3)) < rate
+    dropped = (
+        torch.rand(rows, count, 1 if columns else tokens, tokens, generator=torch.Generator().manual_seed(3)) < rate
+    )
     dropped[:, 0, :, 0] = True
     return dropped.expand(-1, -1, tokens, -1)
 
@@ -127,7 +129,9 @@ def test_dropkey_is_dropattention_without_stop_gradient_and_differs_with_it_as_t
     Stop-gradient:                dL/ds_i = p_i g_i - w_i Σ_j g_j p_j, so dropped logits get -w_i Σ_j g_j p_j.
     """
     tokens = 6
-    q = torch.randn(1, 1, tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    q = torch.randn(
+        1, 1, tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     v = torch.randn(1, 1, tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     heads = Heads(q, torch.eye(tokens, dtype=torch.float64)[None, None], v, None, 1.0, False)
     dropped = torch.rand(1, 1, tokens, tokens, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -188,7 +192,7 @@ def test_the_extra_dimension_costs_no_precision(dtype: torch.dtype, size: int, s
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_hidden_keys_have_no_weight_and_no_gradient(form: str, mask: str, rate: float) -> None:
-    """Future, padded and foreign keys take any value, also where all visible ones are dropped: same bits, gradient 0."""
+    """Future, padded, foreign keys take any value, also where all visible ones are dropped: same bits, gradient 0."""
     heads = heads_of(mask=model_masks()[mask], groups=1)
     seen = visible_to(heads)
     dropped = some_drops(heads, rate, columns=form == "column")
@@ -304,7 +308,9 @@ def test_spans_are_whole_blocks_at_offsets_that_vary() -> None:
 # --- which rows are masked -------------------------------------------------------------------------------------------
 
 
-def attention_module(axis: MemberAxis, sites: dict[int, tuple[tuple[Site, int], ...]], plain: bool = False) -> nn.Module:
+def attention_module(
+    axis: MemberAxis, sites: dict[int, tuple[tuple[Site, int], ...]], plain: bool = False
+) -> nn.Module:
     """A stand-in for a model's attention module."""
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, 2  # type: ignore[assignment]
@@ -428,6 +434,11 @@ CELLS = [
 ]
 
 
+def tolerance_of(site: Site) -> float:
+    """Column masks round the logits of a query that lost all its keys at 1e4: 1e-3 in the result."""
+    return 2e-4 if site.pattern != "column" or (site.position == "attention_weights" and site.stop_gradient) else 1e-3
+
+
 def cell_name(site: Site) -> str:
     return f"{site.position}-{site.pattern}" + ("" if site.stop_gradient else "-free")
 
@@ -436,11 +447,13 @@ def cell_name(site: Site) -> str:
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_models_equal_the_dense_reference(family: str, site: Site) -> None:
     """Logits and adapter gradients of four members on left-padded rows."""
-    compare_with_reference(family, site)
+    compare_with_reference(family, site, tolerance=tolerance_of(site))
 
 
 def test_masks_per_key_value_head_and_per_layer_equal_the_dense_reference() -> None:
-    compare_with_reference("llama", Site(position="attention_logits", rate=0.4, heads="kv", layers=(0.5, 1.0)))
+    compare_with_reference(
+        "llama", Site(position="attention_logits", rate=0.4, heads="kv", layers=(0.5, 1.0)), tolerance=1e-3
+    )
 
 
 @pytest.mark.slow
@@ -449,4 +462,4 @@ def test_masks_per_key_value_head_and_per_layer_equal_the_dense_reference() -> N
 @pytest.mark.parametrize("site", CELLS, ids=cell_name)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "bert", "roberta"])
 def test_every_family_equals_the_dense_reference(family: str, site: Site, quantization: str, attention: str) -> None:
-    compare_with_reference(family, site, quantization=quantization, attention=attention)
+    compare_with_reference(family, site, quantization=quantization, attention=attention, tolerance=tolerance_of(site))

@@ -15,10 +15,11 @@ from encoders import (
     attach_encoder,
     encoder_tokenizer,
     load_encoder,
+    texts,
     trained_encoder,
     write_encoder,
 )
-from families import LORA_DROPOUT, SITES
+from families import LORA_DROPOUT
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import dense_update
 from safetensors.torch import load_file
@@ -29,7 +30,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import head_state, load_head
-from pipeline.adapters.layout import replicate_layout, split_layout
+from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec, count_layers, layer_number
 from pipeline.adapters.state import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
@@ -37,7 +38,6 @@ from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.config.sections import ModelConfig
 from pipeline.data.classes import encode_classification, encode_text, shared_choices
-from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.model.classifier import position_limit
@@ -60,14 +60,6 @@ def logits(adapters: Adapters, members: list[Member], ids: Tensor = IDS) -> Tens
     with adapters.axis.active(adapters.plan(members, len(ids), seed=11, phase="test")):
         found = adapters.model(input_ids=ids.repeat(len(members), 1)).logits
     return found.view(len(members), len(ids), -1)
-
-
-def texts(lengths: list[int], seed: int = 3) -> list[Encoded]:
-    random = torch.Generator().manual_seed(seed)
-    return [
-        Encoded(f"row-{i}", (2, *torch.randint(4, 60, (n,), generator=random).tolist(), 3), (i % 3, *[-100] * (n + 1)))
-        for i, n in enumerate(lengths)
-    ]
 
 
 def weights_of(adapters: Adapters, stock: nn.Module, member: Member, masks: dict, m: int) -> dict[str, Tensor]:
@@ -456,37 +448,3 @@ def test_rows_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     config = load_config(None, [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'rows.jsonl'}", *sizes])
     with pytest.raises(DataError, match="a classifier has one set of classes"):
         check_inputs(config)
-
-
-# --- every cell, and the whole line -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4", "int8"])
-@pytest.mark.parametrize("site", list(SITES))
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_every_site_trains_in_every_precision(family: str, site: str, precision: str, tmp_path: Path) -> None:
-    base = load_encoder(tmp_path, family, precision)
-    adapters = trained_encoder(base, AdapterSpec(rank=4, alpha=8.0, sites=SITES[site]))
-    rows = texts([5, 9, 3, 7])
-    plain = predict_classes(adapters, rows, [Member(0)], 1, 10**6, 0)
-    optimizer = torch.optim.Adam([p for p in adapters.model.parameters() if p.requires_grad], lr=0.01)
-    frozen = {n: p.detach().clone() for n, p in adapters.model.named_parameters() if not p.requires_grad}
-    losses = []
-    for step in range(8):
-        built = build_rows(adapters, rows, split_layout(range(4), 2), 1, 0, step, "right")
-        with adapters.axis.active(built.plan):
-            loss = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
-            loss.backward()
-        losses.append(float(loss))
-        for name, parameter in adapters.model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] and all(torch.equal(p, frozen[n]) for n, p in adapters.model.named_parameters() if n in frozen)
-    members = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
-    together = predict_classes(adapters, rows, members, 1, 10**6, 0)
-    alone = np.stack([predict_classes(adapters, rows, [member], 1, 1, 0)[0] for member in members])
-    assert np.abs(together - alone).max() <= (1e-4 if precision in ("fp32", "nf4") else 0.02)
-    assert np.abs(together[2] - together[0]).max() > 1e-3 and np.abs(plain - together[:1]).max() > 1e-3

@@ -48,7 +48,7 @@ def loss_and_gradients(
     with adapters.axis.active(built.plan):
         loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
         loss.backward()
-    return float(loss), gradients(adapters)
+    return float(loss.detach()), gradients(adapters)
 
 
 def add(parts: list[tuple[float, Gradients]], weight: float = 1.0) -> tuple[float, Gradients]:

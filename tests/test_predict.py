@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import LORA_DROPOUT, adapted_llama, examples, load_tiny, stock_double, trained_start
+from families import LORA_DROPOUT, adapted_llama, examples, load_tiny, stock_double, tiny_gpt2, trained_start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense_model, dense_update
@@ -171,6 +171,19 @@ def test_predictions_do_not_depend_on_the_mode(adapters: Adapters) -> None:
         adapters.model.train(training)
         outputs.append(predict_choices(adapters, candidates(), MEMBERS, PAD, 100, seed=4))
     assert np.array_equal(*outputs)
+
+
+def test_a_base_with_dropout_of_its_own_predicts_without_it() -> None:
+    model = tiny_gpt2()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    owner = trained_start(attach(model, [SPECS[0]], "all-linear", seed=0))
+    model.train()
+    first, again = (predict_choices(owner, candidates(), [Member(0)], PAD, 100, seed=4) for _ in range(2))
+    assert np.array_equal(first, again)
+    ids = torch.full((1, 4), 9)
+    assert not torch.equal(model(ids).logits, model(ids).logits)  # it has dropout where it trains
 
 
 def test_draws_are_those_of_seed_and_phase(adapters: Adapters) -> None:

@@ -27,8 +27,11 @@ DOWN_PROJECTION = re.compile(
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The self-attention modules of the layers: those that call transformers' attention interface."""
     return {
-        name: module for name, module in model.named_modules()
-        if layer_number(name) is not None and isinstance(getattr(module, "is_causal", None), bool) and hasattr(module, "config")
+        name: module
+        for name, module in model.named_modules()
+        if layer_number(name) is not None
+        and isinstance(getattr(module, "is_causal", None), bool)
+        and hasattr(module, "config")
     }
 
 

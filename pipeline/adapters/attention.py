@@ -17,8 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.activation import dropped_keys, dropped_pairs
-from pipeline.adapters.attention_math import Heads, column_attention, pair_attention, plain_attention, scaled_dot_product
 from pipeline.adapters.anatomy import UNKNOWN_TERMS, attention_modules
+from pipeline.adapters.attention_math import (
+    Heads,
+    column_attention,
+    pair_attention,
+    plain_attention,
+    scaled_dot_product,
+)
 from pipeline.adapters.members import MemberAxis, MemberAxisError, RowKeys
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import ATTENTION_POSITIONS, Site

@@ -95,8 +95,10 @@ def pair_attention(heads: Heads, dropped: Tensor) -> Tensor:
     return scaled_dot_product(Heads(heads.query, heads.key, heads.value, mask, heads.scale, False, heads.dropout))
 
 
-def plain_attention(heads: Heads, dropped_logits: Tensor | None = None, dropped_weights: Tensor | None = None) -> Tensor:
-    """Written out in fp32 (float64 stays), T² memory: DropAttention with its stop-gradient, and the reference of the rest.
+def plain_attention(
+    heads: Heads, dropped_logits: Tensor | None = None, dropped_weights: Tensor | None = None
+) -> Tensor:
+    """Written out in fp32 (float64 stays), T² memory: DropAttention with its stop-gradient, and model.attention=eager.
 
     A constant normalizer means dw'_j = w'_j d(log w_j). So w' is computed as the softmax over kept keys, which no
     underflow of kept weights can turn into 0/0, and only its gradient goes through log w.

@@ -22,7 +22,9 @@ class RankBucket(nn.Module):
     A starts as kaiming-uniform with a = sqrt(5) (PEFT's choice), B as zero: attaching is the identity.
     """
 
-    def __init__(self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]) -> None:
+    def __init__(
+        self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]
+    ) -> None:
         super().__init__()
         self.adapters = tuple(adapters)
         self.slot = {adapter: slot for slot, adapter in enumerate(self.adapters)}
@@ -40,7 +42,9 @@ class RankBucket(nn.Module):
                 fresh = torch.rand(self.rank, self.inputs, generator=generator) * (2 * bound) - bound
                 self.lora_A[slot].copy_(fresh)
 
-    def forward(self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]) -> Tensor:
+    def forward(
+        self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
+    ) -> Tensor:
         """Updates of the members in `adapters`: s·(x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ, (M, N, O).
 
         Args:
@@ -92,7 +96,7 @@ class LoRALinear(nn.Module):
         self._axis = axis
         self.input_sites: dict[int, tuple[Site, int]] = {}
         """adapter -> (`lora_input` site, key of this layer)."""
-        self.mean_factors: dict[int, float] = {}
+        self.mean_factors: dict[int | None, float] = {}
         """adapter -> factor of its mask-free read-out, where it is not 1."""
         self.base.train(True)
 
@@ -131,7 +135,9 @@ class LoRALinear(nn.Module):
             y_MNO = y_MNO + update if index is None else y_MNO.index_add(0, index, update)
         return y_MNO.reshape(y.shape)
 
-    def _update(self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int], index: Tensor | None) -> Tensor:
+    def _update(
+        self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int], index: Tensor | None
+    ) -> Tensor:
         masks = {
             position: mask if index is None else mask.index_select(0, index)
             for position, mask in plan.masks.get(self.name, {}).items()

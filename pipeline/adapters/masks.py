@@ -45,14 +45,16 @@ def draw_weight_masks(
     for name, layer in layers.items():
         for position in WEIGHT_POSITIONS:
             for m, member in enumerate(members):
-                site = layer.sites.get(member.adapter, {}).get(position) if member.adapter is not None else None
-                if site is not None and member.draw is not None:
+                if member.adapter is None or member.draw is None:
+                    continue
+                site = layer.sites.get(member.adapter, {}).get(position)
+                if site is not None:
                     jobs.append((name, position, m, site, layer.sizes[member.adapter, position]))
                     keys.append(key64(seed, phase, member.draw, name, position))
     if not jobs:
         return {}
     flat = uniforms(keys, [job[-1] for job in jobs])
-    adapters = {member.adapter for member in members}
+    adapters = {member.adapter for member in members if member.adapter is not None}
     widths = {  # ranks differ among members: wide enough for those that are not masked, too
         (name, position): max(layers[name].sizes.get((adapter, position), 0) for adapter in adapters)
         for name, position, *_ in jobs

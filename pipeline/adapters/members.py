@@ -72,7 +72,9 @@ class MemberPlan:
             example = self.row_keys.example
             first = example if example.dim() == 1 else example[:, :1]
             return replace(self.row_keys, example=first, position=self.row_keys.position[:, :1])
-        raise MemberAxisError(f"{layer} received {inputs} vectors per member; its rows are {self.rows} × {tokens} tokens")
+        raise MemberAxisError(
+            f"{layer} received {inputs} vectors per member; its rows are {self.rows} × {tokens} tokens"
+        )
 
 
 class MemberAxis:

@@ -32,8 +32,16 @@ RATE = 0.4
 LENGTHS = (9, 5)
 """Tokens of the two test rows; the second is padded."""
 
-_SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 2}
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 2,
+}
 _DECODER = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _DECODER,
@@ -54,6 +62,10 @@ TARGETS: dict[str, tuple[str, ...]] = {"deberta-v2": ("value_proj", "dense")}
 """model type -> target_modules, where `all-linear` does not fit: DeBERTa's query_proj and key_proj also project the
 relative positions, which belong to no row."""
 ENCODERS = ("bert", "roberta", "deberta-v2")
+
+
+class CellFault(LoradropError):
+    """A site does not keep what a site must keep."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,10 @@ def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa")
             )
         except ValueError as error:
             raise ConfigError(
-                "model.attention", attention, f"is not supported by the model type {family}", "Set model.attention=eager."
+                "model.attention",
+                attention,
+                f"is not supported by the model type {family}",
+                "Set model.attention=eager.",
             ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -108,7 +123,8 @@ def legal_sites(rate: float = RATE) -> Iterator[Site]:
         for pattern in patterns:
             for compensation in compensations:
                 for stop in (True, False) if position == "attention_weights" else (True,):
-                    yield Site(position=position, pattern=pattern, compensation=compensation, rate=rate, stop_gradient=stop)  # type: ignore[arg-type]
+                    fields = {"position": position, "pattern": pattern, "compensation": compensation}
+                    yield Site.model_validate({**fields, "rate": rate, "stop_gradient": stop})
 
 
 def try_cell(model: nn.Module, site: Site) -> None:
@@ -116,8 +132,8 @@ def try_cell(model: nn.Module, site: Site) -> None:
 
     Raises:
         ConfigError: the family refuses the site.
-        AssertionError: a value is not finite, the masks do nothing, rows without a mask change, the padding side or
-            padding itself changes a result, or a causal model looks ahead.
+        CellFault: a value is not finite, the masks do nothing, rows without a mask change, padding has weight, or a
+            causal model looks ahead.
     """
     family: str = model.config.model_type  # type: ignore[union-attr, assignment]
     causal, targets = family not in ENCODERS, TARGETS.get(family, "all-linear")
@@ -133,19 +149,19 @@ def try_cell(model: nn.Module, site: Site) -> None:
     logits = _forward(adapters, ids, mask)
     logits[:, mask.bool()].square().mean().backward()
     gradients = [p.grad for p in adapters.model.parameters() if p.grad is not None]
-    assert gradients and all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite"
-    assert bool(logits.isfinite().all()), "a logit is not finite"
+    _require(bool(gradients) and all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite")
+    _require(bool(logits.isfinite().all()), "a logit is not finite")
     seen = logits[:, mask.bool()].detach()
-    _assert_close(seen[0], before[mask.bool()], "a row without adapter or mask is not the base model's")
-    assert not torch.allclose(seen[2], seen[3], atol=1e-3), "two draws give the same result"
-    assert not torch.allclose(seen[1], seen[2], atol=1e-3), "a mask does nothing"
+    _require_close(seen[0], before[mask.bool()], "a row without adapter or mask is not the base model's")
+    _require(not torch.allclose(seen[2], seen[3], atol=1e-3), "two draws give the same result")
+    _require(not torch.allclose(seen[1], seen[2], atol=1e-3), "a mask does nothing")
     with torch.no_grad():
         other = torch.where(mask.bool(), ids, torch.full_like(ids, 7))
-        _assert_close(_forward(adapters, other, mask)[:, mask.bool()], seen, "padding has weight")
+        _require_close(_forward(adapters, other, mask)[:, mask.bool()], seen, "padding has weight")
         if causal:
             ahead = ids.clone()
             ahead[:, 3:] = (ahead[:, 3:] + 11) % 60 + 3
-            _assert_close(_forward(adapters, ahead, mask)[:, :, :3], logits.detach()[:, :, :3], "it looks ahead")
+            _require_close(_forward(adapters, ahead, mask)[:, :, :3], logits.detach()[:, :, :3], "it looks ahead")
 
 
 def _batch() -> tuple[Tensor, Tensor]:
@@ -167,9 +183,14 @@ def _forward(adapters: Adapters, ids: Tensor, mask: Tensor) -> Tensor:
     return logits.view(size, rows, tokens, -1)
 
 
-def _assert_close(ours: Tensor, wanted: Tensor, what: str) -> None:
+def _require_close(ours: Tensor, wanted: Tensor, what: str) -> None:
     scale = max(float(wanted.abs().max()), 1.0)
-    assert float((ours - wanted).abs().max()) <= 1e-4 * scale, what
+    _require(float((ours - wanted).abs().max()) <= 1e-4 * scale, what)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise CellFault(what)
 
 
 def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cell], None] | None = None) -> list[Cell]:
@@ -185,7 +206,7 @@ def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cel
                     try_cell(model, site)
                 except UserError as error:
                     status, detail = "refused", str(error)
-                except (AssertionError, RuntimeError, LoradropError) as error:
+                except (RuntimeError, LoradropError) as error:
                     status, detail = "FAILED", str(error)
                 cells.append(Cell(family, site, quantization, attention, status, detail))
                 if each is not None:
@@ -205,7 +226,9 @@ def format_table(cells: Sequence[Cell]) -> str:
         compensation = site.compensation + (", no stop-gradient" if free else "")
         lines.append(f"{family:<12}{site.position:<19}{site.pattern:<9}{compensation:<30}"
                      + "".join(f"{found[backend].status:<13}" for backend in BACKENDS))
-    targets = [f"{f}: target_modules = {', '.join(TARGETS[f])}" for f in dict.fromkeys(c.family for c in cells) if f in TARGETS]
+    targets = [
+        f"{f}: target_modules = {', '.join(TARGETS[f])}" for f in dict.fromkeys(c.family for c in cells) if f in TARGETS
+    ]
     reasons = dict.fromkeys(cell.detail for cell in cells if cell.status != "tested")
     counts = ", ".join(f"{sum(c.status == s for c in cells)} {s}" for s in ("tested", "refused", "FAILED"))
     return "\n".join([*lines, "", counts, *targets, *(f"- {reason}" for reason in reasons)])
@@ -213,7 +236,9 @@ def format_table(cells: Sequence[Cell]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a cell failed."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.adapters.support", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.adapters.support", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only these model types")
     chosen = parser.parse_args(argv).family or list(FAMILIES)
     cells: list[Cell] = []

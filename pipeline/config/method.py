@@ -101,7 +101,9 @@ class Site(Section):
         }
         for name, is_idle in idle.items():
             if is_idle and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} says nothing about {self.position} with the pattern {self.pattern}: leave it out")
+                raise ValueError(
+                    f"{name} says nothing about {self.position} with the pattern {self.pattern}: leave it out"
+                )
 
     @property
     def layer_range(self) -> tuple[float, float]:
@@ -126,13 +128,22 @@ class Method(Section):
     sites: tuple[Site, ...] = ()
     consistency: Consistency = Consistency()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("sites"), list):
+            values = {**values, "sites": tuple(values["sites"])}
+        return values
+
     @model_validator(mode="after")
     def _check_overlap(self) -> Method:
         for i, site in enumerate(self.sites):
             for other in self.sites[:i]:
                 (start, end), (from_, to) = site.layer_range, other.layer_range
                 if site.position == other.position and start < to and from_ < end:
-                    raise ValueError(f"{site.position} has two sites on the same layers: keep one, or divide the layers")
+                    raise ValueError(
+                        f"{site.position} has two sites on the same layers: keep one, or divide the layers"
+                    )
         return self
 
     def rate_of(self, position: str) -> float:
