@@ -75,7 +75,7 @@ def build_engine(config: RunConfig, adapters: Adapters, objective: nn.Module, mi
     }
     ds_config = fill_ds_config(read_json(path), decided, path.name)
     if train.activation_checkpointing:
-        adapters.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()
     return distributed.build_engine(objective, parameter_groups(adapters, train), ds_config, train.weight_decay)
 
@@ -99,7 +99,8 @@ def micro_steps_of(train: TrainConfig, world: World) -> int:
     per_pass = train.micro_batch * world.world_size
     if train.global_batch % per_pass:
         raise ConfigError(
-            "train.global_batch", train.global_batch,
+            "train.global_batch",
+            train.global_batch,
             f"must be a multiple of micro_batch × processes = {train.micro_batch} × {world.world_size} = {per_pass}",
             "Change train.micro_batch or launch.processes.",
         )
@@ -122,7 +123,8 @@ def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: Stor
         ours, theirs = spec.scaling_of(name), stored.spec.scaling_of(name)
         if spec.rank_of(name) != stored.spec.rank_of(name) or not math.isclose(ours, theirs, rel_tol=1e-6):
             raise ConfigError(
-                "adapter.init_from", config.init_from,
+                "adapter.init_from",
+                config.init_from,
                 f"has rank {stored.spec.rank_of(name)} and scaling {theirs:g} at {name};"
                 f" the configuration has rank {spec.rank_of(name)} and scaling {ours:g}",
                 f"Set adapter.rank={stored.spec.rank} and adapter.alpha={stored.spec.alpha:g}.",

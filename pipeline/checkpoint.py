@@ -1,9 +1,9 @@
 """Resumable checkpoints: independent of ZeRO stage and process count, never half-written, nothing pickled.
 
-    checkpoints/step_000123/
-      state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq
-      counters.json         step, seed, configuration hash, best validation so far
-      manifest.json         sizes and hashes
+checkpoints/step_000123/
+  state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq
+  counters.json         step, seed, configuration hash, best validation so far
+  manifest.json         sizes and hashes
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -
     if held != set(trained):
         odd = sorted(held ^ set(trained))[:3]
         raise RunFolderError(
-            str(path), None, f"holds other parameters than this run trains ({', '.join(odd)})",
+            str(path),
+            None,
+            f"holds other parameters than this run trains ({', '.join(odd)})",
             "Use a new --run-dir, or the configuration the run was started with.",
         )
     counters = Counters(**read_json(path / COUNTERS))

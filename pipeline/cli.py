@@ -41,12 +41,17 @@ STAGES = ("run", "search", "train", "evaluate", "report", "export", "test")
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser."""
     parser = argparse.ArgumentParser(
-        prog="loradrop", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="loradrop",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="loradrop [STAGE] [--config FILE-or-NAME] [--run-dir DIR] [key=value ...]",
     )
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE-or-NAME", help="a YAML file, or a recipe of pipeline/recipes")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/ + the recipe's name)")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/ + the recipe's name)"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
     parser.add_argument("--fast", action="store_true", help="test: only the fast tier")

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.errors import LoradropError
 
+
 @dataclass(frozen=True)
 class World:
     """This process among all."""
@@ -147,7 +148,9 @@ def restore_moments(engine: Any, step: int, moments: dict[nn.Parameter, dict[str
     if inner is None or _is_plain(engine):  # ZeRO-0 keeps the plain torch optimizer
         for parameter, values in moments.items():
             state = {"step": torch.tensor(float(step))}
-            state.update({name: value.to(parameter.device).view_as(parameter).clone() for name, value in values.items()})
+            state.update(
+                {name: value.to(parameter.device).view_as(parameter).clone() for name, value in values.items()}
+            )
             engine.optimizer.state[parameter] = state
         return
     flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)

@@ -24,7 +24,9 @@ def find_ds_config(name: str) -> Path:
         if (named := folder / f"{name}.json").is_file():
             return named
     known = sorted(p.stem for folder in DS_CONFIG_FOLDERS for p in folder.glob("*.json"))
-    raise ConfigError("train.deepspeed", name, "is neither a file nor in ds_configs/", f"There are: {', '.join(known)}.")
+    raise ConfigError(
+        "train.deepspeed", name, "is neither a file nor in ds_configs/", f"There are: {', '.join(known)}."
+    )
 
 
 def fill_ds_config(source: dict[str, Any], decided: dict[str, Any], where: str) -> dict[str, Any]:
@@ -54,7 +56,9 @@ def fill_ds_config(source: dict[str, Any], decided: dict[str, Any], where: str) 
     for block in ("bf16", "fp16"):
         if filled.get(block, {}).get("enabled") and filled.get("zero_optimization", {}).get("stage", 0) < 3:
             raise ConfigError(
-                f"{where}: {block}.enabled", True, "would cast the fp32 adapters and accumulate in 16 bits",
+                f"{where}: {block}.enabled",
+                True,
+                "would cast the fp32 adapters and accumulate in 16 bits",
                 "Remove the block; model.compute_dtype sets the precision of the base.",
             )
     return filled

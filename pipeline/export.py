@@ -66,6 +66,8 @@ def export_run(run_dir: Path) -> None:
     identity = reader.base.identity
     adapters = attach_stored(reader.base, [stored], config.train.seed)
     exported = planned_exports(config, paths, stored)
+    if not exported:
+        raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
     result = read_json(paths.result) if paths.result.exists() else {}
 
     def fill(folder: Path) -> None:
@@ -73,9 +75,13 @@ def export_run(run_dir: Path) -> None:
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
         parity = measure_parity(folder, exported, reader, adapters, config, splits.calibration[:PROBE_PROMPTS])
         manifest = {
-            "base": identity.as_dict(), "adapter_sha256": stored.sha256,
-            "exports": [{"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)],
-            "ensemble": _ensemble_entry(config, exported, result), "tolerance": TOLERANCE,
+            "base": identity.as_dict(),
+            "adapter_sha256": stored.sha256,
+            "exports": [
+                {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
+            ],
+            "ensemble": _ensemble_entry(config, exported, result),
+            "tolerance": TOLERANCE,
             "note": "scores and temperature hold for the base named here, quantized as stated",
         }
         write_json(folder / MANIFEST, manifest)
@@ -93,11 +99,16 @@ def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -
         return exported
     active = [site for site in stored.spec.sites if site.rate > 0]
     odd = [site.position for site in active if site.position not in WEIGHT_POSITIONS]
-    if odd:
+    if odd and config.export.members:
         raise RunFolderError(
-            "export.forms", "members", f"a member with masks on {', '.join(odd)} is no plain LoRA",
-            "Set export.forms=[adapter].",
+            "export.members",
+            config.export.members,
+            f"a member with masks on {', '.join(odd)} is no plain LoRA",
+            "Leave it out: the adapter alone is exported.",
         )
+    if odd:
+        say(f"no members are exported: under masks on {', '.join(odd)} a member is no plain LoRA")
+        return exported
     if not active:
         return exported
     size = config.export.members
@@ -165,10 +176,16 @@ def _stock_logits(
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
         job: dict[str, Any] = {
-            "base": identity.resolved, "quantization": identity.quantization, "compute_dtype": identity.compute_dtype,
-            "double_quantization": identity.double_quantization, "device": device, "classes": identity.classes,
+            "base": identity.resolved,
+            "quantization": identity.quantization,
+            "compute_dtype": identity.compute_dtype,
+            "double_quantization": identity.double_quantization,
+            "device": device,
+            "classes": identity.classes,
             "unquantized": identity.unquantized,
-            "adapters": [str(folder) for folder in folders], "input_ids": prompts, "out": str(out),
+            "adapters": [str(folder) for folder in folders],
+            "input_ids": prompts,
+            "out": str(out),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
         script = Path(__file__).with_name("stock_parity.py")
@@ -185,7 +202,9 @@ def _ensemble_entry(config: RunConfig, exported: list[Exported], result: dict[st
     if not draws:
         return None
     return {
-        "members": draws, "weights": [1.0 / len(draws)] * len(draws), "average": config.ensemble.average,
+        "members": draws,
+        "weights": [1.0 / len(draws)] * len(draws),
+        "average": config.ensemble.average,
         "temperature": _temperature(result, len(draws)),
     }
 

@@ -82,12 +82,23 @@ def run_stage(
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
     paths.stop_request.unlink(missing_ok=True)
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
-           **(environment or {}), "PYTHONPATH": _python_path()}
+    env = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        **(environment or {}),
+        "PYTHONPATH": _python_path(),
+    }
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True, text=True,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            text=True,
             errors="replace",
         )
         asked: list[int] = []
@@ -117,9 +128,7 @@ def _exit_code(code: int, paths: RunPaths, stage: str, tail: deque[str], log: Pa
     return EXIT_FAILED
 
 
-def _catch_signals(
-    process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]
-) -> Callable[[], None]:
+def _catch_signals(process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]) -> Callable[[], None]:
     """Install the handlers, which note signals in `asked`; returns the function that puts the old ones back."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None

@@ -122,7 +122,10 @@ def run_training(config: RunConfig, folders: Folders) -> int:
         return EXIT_OK
     write_text(paths.config, dump_config(config))
     return run_stage(
-        training_command(folders.run, config.launch), folders.run / "logs" / "train.log", folders.run, "train",
+        training_command(folders.run, config.launch),
+        folders.run / "logs" / "train.log",
+        folders.run,
+        "train",
         training_environment(config.launch),
     )
 
@@ -143,7 +146,11 @@ def run_export(config: RunConfig, folders: Folders) -> int:
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[RunConfig, Folders], int]] = {
-    "run": run_line, "search": run_search, "train": run_training, "evaluate": run_evaluate, "report": run_report,
+    "run": run_line,
+    "search": run_search,
+    "train": run_training,
+    "evaluate": run_evaluate,
+    "report": run_report,
     "export": run_export,
 }
 
@@ -170,7 +177,10 @@ def plain_config(config: RunConfig) -> RunConfig:
 
 def write_related(folders: Folders) -> None:
     """members.json: what evaluation compares the run with, by place and hash."""
-    plain = {"run": f"../{folders.plain.name}", "adapter_sha256": sha256_file(folders.plain / "adapter" / ADAPTER_WEIGHTS)}
+    plain = {
+        "run": f"../{folders.plain.name}",
+        "adapter_sha256": sha256_file(folders.plain / "adapter" / ADAPTER_WEIGHTS),
+    }
     write_json(RunPaths(folders.run).members, {"plain": plain, "search": {"folder": f"../{folders.search.name}"}})
 
 
@@ -183,7 +193,11 @@ def claim(run: Path, config: RunConfig) -> None:
 
 def plan_text(stage: str, config: RunConfig, folders: Folders) -> str:
     """What --dry-run prints."""
-    processes = "one per visible accelerator" if has_accelerator() and not config.launch.processes else process_count(config.launch)
+    processes = (
+        "one per visible accelerator"
+        if has_accelerator() and not config.launch.processes
+        else process_count(config.launch)
+    )
     steps = {
         "search": f"{config.search.trials} trials of {config.search.max_steps} steps -> {folders.search}",
         "train": f"{config.train.max_steps} steps, processes: {processes}, {config.train.deepspeed} -> {folders.run}",
@@ -216,7 +230,9 @@ def _single_process(stage: str, folders: Folders) -> int:
 def _refuse_other(saved: Path, config: RunConfig) -> None:
     if saved.exists() and load_config(saved).sha256() != config.sha256():
         raise RunFolderError(
-            "--run-dir", str(saved.parent), "belongs to another configuration",
+            "--run-dir",
+            str(saved.parent),
+            "belongs to another configuration",
             "Give another --run-dir, or remove the folder.",
         )
 
@@ -227,5 +243,3 @@ def _is_done(paths: RunPaths, stage: str) -> bool:
 
 def _headline(text: str) -> None:
     print(f"\n── {text} " + "─" * max(2, 66 - len(text)), file=sys.stderr, flush=True)
-
-

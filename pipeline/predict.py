@@ -58,8 +58,14 @@ def plan_sequences(candidates: Sequence[Sequence[Encoded]]) -> list[Scored]:
 
 
 def predict_choices(
-    adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], pad_id: int,
-    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters,
+    candidates: Sequence[Sequence[Encoded]],
+    members: Sequence[Member],
+    pad_id: int,
+    budget_tokens: int,
+    seed: int,
+    phase: object = "test",
+    on_chunk: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """log p(choice | row, member), normalised over the row's choices: (M, N, C), -inf where a row has fewer.
 
@@ -73,7 +79,9 @@ def predict_choices(
     scores = np.full((len(members), len(candidates), width), -np.inf)
     for row, answers in enumerate(candidates):
         scores[:, row, : len(answers)] = 0.0
-    for sequence, log_probs in _score(adapters, plan_sequences(candidates), members, pad_id, budget_tokens, seed, phase, on_chunk):
+    for sequence, log_probs in _score(
+        adapters, plan_sequences(candidates), members, pad_id, budget_tokens, seed, phase, on_chunk
+    ):
         for j, choice in enumerate(sequence.choices):
             scores[:, sequence.row, choice] += log_probs[:, j]
     peak = scores.max(axis=-1, keepdims=True)
@@ -81,8 +89,14 @@ def predict_choices(
 
 
 def predict_completions(
-    adapters: Adapters, references: Sequence[Encoded], members: Sequence[Member], pad_id: int,
-    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters,
+    references: Sequence[Encoded],
+    members: Sequence[Member],
+    pad_id: int,
+    budget_tokens: int,
+    seed: int,
+    phase: object = "test",
+    on_chunk: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p of every supervised token of each row's reference: (M, total tokens) and offsets (N+1,)."""
     sequences = plan_sequences([[reference] for reference in references])
@@ -94,8 +108,14 @@ def predict_completions(
 
 
 def predict_classes(
-    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], pad_id: int,
-    budget_tokens: int, seed: int, phase: object = "test", on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters,
+    texts: Sequence[Encoded],
+    members: Sequence[Member],
+    pad_id: int,
+    budget_tokens: int,
+    seed: int,
+    phase: object = "test",
+    on_chunk: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """log p(class | row, member) of a model with a classification head: (M, N, C). Arguments as `predict_choices`."""
 
@@ -111,8 +131,14 @@ def predict_classes(
 
 
 def _score(
-    adapters: Adapters, sequences: list[Scored], members: Sequence[Member], pad_id: int, budget_tokens: int,
-    seed: int, phase: object, on_chunk: Callable[[int, int], None] | None,
+    adapters: Adapters,
+    sequences: list[Scored],
+    members: Sequence[Member],
+    pad_id: int,
+    budget_tokens: int,
+    seed: int,
+    phase: object,
+    on_chunk: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Scored, np.ndarray]]:
     """Yield each sequence with its (M, targets) log-probabilities."""
 
@@ -127,9 +153,16 @@ def _score(
 
 
 def _passes(
-    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], pad_id: int, budget_tokens: int,
-    seed: int, phase: object, on_chunk: Callable[[int, int], None] | None,
-    forward: Callable[[dict[str, Tensor]], Tensor], side: Literal["left", "right"] = "left",
+    adapters: Adapters,
+    texts: Sequence[Encoded],
+    members: Sequence[Member],
+    pad_id: int,
+    budget_tokens: int,
+    seed: int,
+    phase: object,
+    on_chunk: Callable[[int, int], None] | None,
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    side: Literal["left", "right"] = "left",
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Run all texts under all members, chunk by chunk: yield (indices of the texts, (M, B, …) outputs).
 
@@ -160,9 +193,15 @@ def _passes(
         adapters.model.train(was_training)
 
 
-def _gather(hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+def _gather(
+    hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callable[[Tensor], Tensor]
+) -> list[np.ndarray]:
     """log p(target) at each scored position; positions are left-padded into the batch."""
-    where = [(b, length - len(s.input_ids) + p, t) for b, s in enumerate(chosen) for p, t in zip(s.positions, s.targets, strict=True)]
+    where = [
+        (b, length - len(s.input_ids) + p, t)
+        for b, s in enumerate(chosen)
+        for p, t in zip(s.positions, s.targets, strict=True)
+    ]
     distinct = sorted({(b, p) for b, p, _ in where})
     slot = {place: i for i, place in enumerate(distinct)}
     device = hidden_MBTD.device
@@ -190,7 +229,8 @@ def _gather(hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callab
 def _share_one_prompt(answers: Sequence[Encoded]) -> bool:
     prompt = answers[0].input_ids[:-1]
     return len(prompt) > 0 and all(
-        answer.input_ids[:-1] == prompt and sum(label != IGNORE_INDEX for label in answer.labels) == 1
+        answer.input_ids[:-1] == prompt
+        and sum(label != IGNORE_INDEX for label in answer.labels) == 1
         and answer.labels[-1] != IGNORE_INDEX
         for answer in answers
     )

@@ -19,7 +19,10 @@ def check_inputs(config: RunConfig) -> None:
     check_model_path(config.model.path)
     if config.adapter.init_from is not None and not (Path(config.adapter.init_from) / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            "adapter.init_from", config.adapter.init_from, f"holds no {ADAPTER_CONFIG}", "Give the folder of a PEFT adapter."
+            "adapter.init_from",
+            config.adapter.init_from,
+            f"holds no {ADAPTER_CONFIG}",
+            "Give the folder of a PEFT adapter.",
         )
     if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
         raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")

@@ -31,19 +31,31 @@ def predict_shared(
 
 
 def merge_predictions(parts: Sequence[Predictions], row_ids: Sequence[str]) -> Predictions:
-    """One set of predictions in the order of `row_ids` from parts that cover it."""
-    place = {name: (part, i) for part in parts for i, name in enumerate(part.row_ids)}
-    where = [place[name] for name in row_ids]
-    if isinstance(parts[0], ChoicePredictions):
-        width = max(part.log_probs.shape[-1] for part in parts)  # type: ignore[union-attr]
-        table = np.full((parts[0].log_probs.shape[0], len(where), width), -np.inf, dtype=np.float32)
-        for n, (part, i) in enumerate(where):
-            values = part.log_probs[:, i]  # type: ignore[union-attr]
-            table[:, n, : values.shape[-1]] = values
-        return ChoicePredictions(tuple(row_ids), table)
-    pieces = [part.token_log_probs[:, part.offsets[i] : part.offsets[i + 1]] for part, i in where]  # type: ignore[union-attr]
-    offsets = np.concatenate([[0], np.cumsum([piece.shape[1] for piece in pieces])]).astype(np.int64)
-    return CompletionPredictions(tuple(row_ids), np.concatenate(pieces, axis=1), offsets)
+    """One set of predictions in the order of `row_ids` from parts of one kind that cover it."""
+    choices = [part for part in parts if isinstance(part, ChoicePredictions)]
+    if choices:
+        return _merge_choices(choices, row_ids)
+    return _merge_completions([part for part in parts if isinstance(part, CompletionPredictions)], row_ids)
+
+
+def _merge_choices(parts: Sequence[ChoicePredictions], row_ids: Sequence[str]) -> ChoicePredictions:
+    width = max(part.log_probs.shape[-1] for part in parts)
+    table = np.full((parts[0].members, len(row_ids), width), -np.inf, dtype=np.float32)
+    place = {name: n for n, name in enumerate(row_ids)}
+    for part in parts:
+        where = [place[name] for name in part.row_ids]
+        table[:, where, : part.log_probs.shape[-1]] = part.log_probs
+    return ChoicePredictions(tuple(row_ids), table)
+
+
+def _merge_completions(parts: Sequence[CompletionPredictions], row_ids: Sequence[str]) -> CompletionPredictions:
+    pieces = {}
+    for part in parts:
+        for name, piece in zip(part.row_ids, np.split(part.token_log_probs, part.offsets[1:-1], axis=1), strict=True):
+            pieces[name] = piece
+    ordered = [pieces[name] for name in row_ids]
+    offsets = np.concatenate([[0], np.cumsum([piece.shape[1] for piece in ordered])]).astype(np.int64)
+    return CompletionPredictions(tuple(row_ids), np.concatenate(ordered, axis=1), offsets)
 
 
 def validation_scores(predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:

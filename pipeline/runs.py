@@ -1,13 +1,13 @@
 """The run folder: the interface between stages. Nothing in it is ever half-written.
 
-    runs/NAME/
-      config.yaml  environment.json  status.json  metrics.jsonl
-      checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
-      adapter/                    the result, PEFT format
-      members.json                other adapters that evaluation compares with, by name, path and hash
-      predictions/SPLIT.npz       per-member log-probabilities, no test labels
-      result.json  report.html
-      export/                     what is deployed: manifest.json with measured parity
+runs/NAME/
+  config.yaml  environment.json  status.json  metrics.jsonl
+  checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
+  adapter/                    the result, PEFT format
+  members.json                other adapters that evaluation compares with, by name, path and hash
+  predictions/SPLIT.npz       per-member log-probabilities, no test labels
+  result.json  report.html
+  export/                     what is deployed: manifest.json with measured parity
 """
 
 from __future__ import annotations

@@ -119,9 +119,7 @@ class Run:
         self.metrics.write("validation", step=self.counters.step, **self.scores)
         best = self.counters.best_validation_nll
         if best is None or self.scores["nll"] < best or not self.config.train.keep_best:
-            self.counters = replace(
-                self.counters, best_step=self.counters.step, best_validation_nll=self.scores["nll"]
-            )
+            self.counters = replace(self.counters, best_step=self.counters.step, best_validation_nll=self.scores["nll"])
             self.publish_adapter(predictions)
         if self.on_validation is not None:
             self.on_validation({"step": float(self.counters.step), **self.scores})
@@ -175,7 +173,8 @@ class Run:
         """Record the end; the best validation and the hash of the adapter that goes with it."""
         distributed.barrier()
         best = [
-            row for row in read_json_lines(self.paths.metrics)
+            row
+            for row in read_json_lines(self.paths.metrics)
             if row["kind"] == "validation" and row["step"] == self.counters.best_step
         ]
         if self.world.is_main:
@@ -200,15 +199,17 @@ def training_loop(run: Run, micro_steps: int) -> None:
         learning_rate = set_learning_rate(engine, train, step)
         indices = global_batch_indices(len(run.examples), train.global_batch, step, train.seed)
         share = process_share(indices, world.process_rank, world.world_size)  # (position in the batch, row)
-        supervised = sum(run.examples[row].supervised for _, row in share)
-        length = sum(len(run.examples[row].input_ids) for _, row in share)
-        supervised, length = distributed.sum_over_processes([supervised, length], world.device)
+        own = [run.examples[row] for _, row in share]
+        supervised, length = distributed.sum_over_processes(
+            [sum(example.supervised for example in own), sum(len(example.input_ids) for example in own)], world.device
+        )  # tokens of the global batch
 
         nll = 0.0
         for micro in range(micro_steps):
-            part = share[micro * train.micro_batch : (micro + 1) * train.micro_batch]
-            layout = training_layout([position for position, _ in part], train.draws, train.draw_layout, masked)
-            rows = build_rows(adapters, [run.examples[row] for _, row in part], layout, pad_id, train.seed, step, side)
+            part = slice(micro * train.micro_batch, (micro + 1) * train.micro_batch)
+            positions = [position for position, _ in share[part]]
+            layout = training_layout(positions, train.draws, train.draw_layout, masked)
+            rows = build_rows(adapters, own[part], layout, pad_id, train.seed, step, side)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 loss = engine(**rows.tensors, row_weights=rows.weights)
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
@@ -223,8 +224,13 @@ def training_loop(run: Run, micro_steps: int) -> None:
         run.counters = replace(run.counters, step=step + 1)
         seconds = time.monotonic() - started
         run.metrics.write(
-            "train", step=step + 1, loss=mean_nll, learning_rate=learning_rate, seconds=round(seconds, 4),
-            gradient_norm=gradient_norm(engine), tokens_per_second=round(length / seconds, 1),
+            "train",
+            step=step + 1,
+            loss=mean_nll,
+            learning_rate=learning_rate,
+            seconds=round(seconds, 4),
+            gradient_norm=gradient_norm(engine),
+            tokens_per_second=round(length / seconds, 1),
         )
         if run.due(train.validate_every_steps):
             run.validate()
@@ -265,13 +271,17 @@ def describe(run: Run, micro_steps: int) -> None:
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
     stage = run.engine.zero_optimization_stage()
     say(f"processes    {run.world.world_size} (DeepSpeed ZeRO-{stage}, {torch.get_num_threads()} threads each)")
-    say(f"base         {identity.path}: {identity.parameters:,} parameters, {identity.quantized_modules}"
-        f" {identity.quantization.upper()} modules, compute {identity.compute_dtype}")
+    say(
+        f"base         {identity.path}: {identity.parameters:,} parameters, {identity.quantized_modules}"
+        f" {identity.quantization.upper()} modules, compute {identity.compute_dtype}"
+    )
     head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
     say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters (fp32)")
     say(f"dropout      {sites}; {train.draws} draws per step, layout {train.draw_layout}")
     say(f"data         {len(run.examples)} rows, {total:,} tokens, {run.reader.supervision(run.examples)}")
-    say(f"batch        {train.global_batch} = {train.micro_batch} × {micro_steps} accumulation × {run.world.world_size}")
+    say(
+        f"batch        {train.global_batch} = {train.micro_batch} × {micro_steps} accumulation × {run.world.world_size}"
+    )
 
 
 def train_stage(run_dir: Path) -> None:

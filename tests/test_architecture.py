@@ -11,7 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     0: ["errors", "config", "runs", "launch", "bootstrap", "installation", "ds_config"],
-    1: ["distributed", "randomness", "tracking", "fetch", "scores", "ensemble", "calibrate", "predictions", "environment", "stage"],
+    1: [
+        "distributed",
+        "randomness",
+        "tracking",
+        "fetch",
+        "scores",
+        "ensemble",
+        "calibrate",
+        "predictions",
+        "environment",
+        "stage",
+    ],
     2: ["adapters", "model", "data", "losses"],
     3: ["adapters.attach", "assembly", "objective", "checkpoint", "predict", "reader", "readout", "preflight"],
     4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support"],
@@ -35,8 +46,12 @@ def layer_of(module: str) -> int:
     name = module.removeprefix("pipeline").removeprefix(".")
     if not name:
         return 0
-    matches = [(len(entry), layer) for layer, entries in LAYERS.items() for entry in entries
-               if name == entry or name.startswith(f"{entry}.")]
+    matches = [
+        (len(entry), layer)
+        for layer, entries in LAYERS.items()
+        for entry in entries
+        if name == entry or name.startswith(f"{entry}.")
+    ]
     assert matches, f"{module} belongs to no layer: add it to LAYERS"
     return max(matches)[1]
 
@@ -45,7 +60,9 @@ def imports_of(source: str, modules: set[str]) -> set[str]:
     """Dotted names a module imports at any depth of its code; what only a type checker sees does not count."""
     tree = ast.parse(source)
     hidden = {
-        id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
     found: set[str] = set()
@@ -127,7 +144,10 @@ def test_the_test_notices_an_import_against_the_layers(module: str, line: str) -
 
 def test_no_module_cycles() -> None:
     modules = all_modules()
-    edges = {m: {n for n in imports_of(s, set(modules)) if n in modules and n not in (m, "pipeline", "tune")} for m, s in modules.items()}
+    edges = {
+        m: {n for n in imports_of(s, set(modules)) if n in modules and n not in (m, "pipeline", "tune")}
+        for m, s in modules.items()
+    }
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:

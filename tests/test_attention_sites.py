@@ -185,6 +185,26 @@ def test_the_extra_dimension_costs_no_precision(dtype: torch.dtype, size: int, s
     assert float((ours - theirs)[lost].abs().max()) <= 2 * own_error + 1e-2
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads_per_group", [1, 2])
+def test_column_masks_run_on_the_flash_kernel_alone(heads_per_group: int, dtype: torch.dtype, device: str) -> None:
+    """Every other backend is switched off: causal, forward and backward, against float64."""
+    if device == "cuda" and (not torch.cuda.is_available() or dtype == torch.float32):
+        pytest.skip("needs an accelerator, whose flash kernels are 16-bit")
+    heads = heads_of(tokens=40, size=64, groups=heads_per_group, dtype=dtype)
+    leaves = [x.to(device).detach().requires_grad_() for x in (heads.query, heads.key, heads.value)]
+    on_device = Heads(*leaves, None, heads.scale, True)
+    dropped, seen = some_drops(heads, columns=True), visible_to(heads)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        ours = column_attention(on_device, dropped[:, :, 0].to(device))
+        ours.float().square().sum().backward()
+    theirs = dense_attention(heads.query, heads.key, heads.value, heads.scale, seen, logits=dropped)
+    worst = float((ours.detach().double().cpu() - theirs.detach()).abs().max())
+    assert worst <= (2e-3 if dtype == torch.float32 else 2e-2)
+    assert all(x.grad is not None and bool(x.grad.isfinite().all()) and bool(x.grad.any()) for x in leaves)
+
+
 # --- what never has weight -------------------------------------------------------------------------------------------
 
 

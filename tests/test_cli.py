@@ -26,7 +26,9 @@ def good_row(i: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(word: str) -> None:
-    code = f"import sys; sys.argv=['x', '{word}']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = (
+        f"import sys; sys.argv=['x', '{word}']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
     code += "print([m for m in ('torch','transformers','pydantic','numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.rstrip().endswith("[]")
@@ -38,7 +40,12 @@ def test_a_fault_is_found_without_torch_and_leaves_nothing(tmp_path: Path) -> No
     arguments = ["train", "--run-dir", str(tmp_path / "run"), "adapter.rate=1.5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
     )
     assert done.stdout.strip() == "2 False"
     assert "adapter.rate" in done.stderr and "1.5" in done.stderr

@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 
 LONG = Encoded("long", (5, 6, 7), (IGNORE_INDEX, 6, 7))
 SHORT = Encoded("short", (9, 0), (IGNORE_INDEX, 0))
-I = IGNORE_INDEX  # noqa: E741
+I = IGNORE_INDEX
 
 
 def test_left_padding() -> None:

@@ -38,7 +38,9 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     assert training_environment(LaunchConfig()) == {"OMP_NUM_THREADS": "4"}
 
 
-def test_the_log_has_everything_and_the_user_sees_what_matters(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_log_has_everything_and_the_user_sees_what_matters(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     code = "print('[2026-01-01 00:00:00,000] [INFO] chatter'); print('step 1/2 · loss 3'); print('result')"
     assert run_stage(python(code), tmp_path / "logs" / "x.log", tmp_path, "evaluate") == 0
     shown, log = capfd.readouterr().err, (tmp_path / "logs" / "x.log").read_text()
@@ -66,9 +68,13 @@ def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> Non
         "import sys; from pathlib import Path; from pipeline.launch import run_stage\n"
         f"sys.exit(run_stage([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'x.log')!r}), Path({str(tmp_path)!r}), {stage!r}))"
     )
-    process = subprocess.Popen(python(parent), stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        python(parent), stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and "ready" not in ((tmp_path / "x.log").read_text() if (tmp_path / "x.log").exists() else ""):
+    while time.monotonic() < deadline and "ready" not in (
+        (tmp_path / "x.log").read_text() if (tmp_path / "x.log").exists() else ""
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == EXIT_STOPPED

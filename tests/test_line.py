@@ -20,10 +20,23 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     shown = capsys.readouterr().out
     for part in ("Base model", "Plain LoRA", "report.html", "adapter", "export"):
         assert part in shown
-    for name in ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "members.json", "result.json",
-                 "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "checkpoints",
-                 "predictions/validation.npz", "predictions/calibration.npz", "predictions/test.npz",
-                 "export/manifest.json", "export/adapter/adapter_config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "metrics.jsonl",
+        "members.json",
+        "result.json",
+        "report.html",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "checkpoints",
+        "predictions/validation.npz",
+        "predictions/calibration.npz",
+        "predictions/test.npz",
+        "export/manifest.json",
+        "export/adapter/adapter_config.json",
+    ):
         assert (run / name).exists(), name
 
     status = json.loads((run / "status.json").read_text())

@@ -296,7 +296,7 @@ def test_an_input_without_the_declared_rows_is_refused(shape: tuple[int, ...]) -
 def test_recomputing_outside_the_plan_is_an_error_rather_than_another_gradient() -> None:
     adapters = adapted_llama(AdapterSpec(sites=LORA_DROPOUT))
     adapters.model.train()
-    adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapters.model.activation_checkpointing_enable({"use_reentrant": False})
     with adapters.axis.active(adapters.plan([Member(0, 0)], 2, seed=0, phase=0)):
         loss = adapters.model(torch.full((2, 5), 7)).logits.square().sum()
     with pytest.raises(torch.utils.checkpoint.CheckpointError):

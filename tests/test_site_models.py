@@ -181,7 +181,7 @@ def test_activation_checkpointing_recomputes_the_same_masks(pattern: str) -> Non
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
+            adapters.model.activation_checkpointing_enable({"use_reentrant": False})
         built = build_rows(adapters, rows, replicate_layout(4, 2), 2, seed=1, phase=4)  # type: ignore[arg-type]
         with adapters.axis.active(built.plan):
             loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)

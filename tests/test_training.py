@@ -15,7 +15,15 @@ from pipeline.config import dump_config, load_config
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
 from pipeline.launch import run_stage, training_command, training_environment
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, manifest_faults, read_json_lines, sha256_file, write_json, write_text
+from pipeline.runs import (
+    ADAPTER_WEIGHTS,
+    RunPaths,
+    manifest_faults,
+    read_json_lines,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 
 def launch(folder: Path, settings: list[str]) -> int:
@@ -23,7 +31,10 @@ def launch(folder: Path, settings: list[str]) -> int:
     config = load_config(None, settings)
     write_text(RunPaths(folder).config, dump_config(config))
     return run_stage(
-        training_command(folder, config.launch), folder / "logs" / "train.log", folder, "train",
+        training_command(folder, config.launch),
+        folder / "logs" / "train.log",
+        folder,
+        "train",
         training_environment(config.launch),
     )
 
@@ -124,7 +135,9 @@ def test_stop_and_resume_ends_in_the_same_bytes(tmp_path: Path, tiny_settings: l
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     from pipeline.train import train_run
 
     config = load_config(None, tiny_settings)

@@ -27,7 +27,7 @@ def train(adapters: Adapters, steps: int = 20, checkpointing: bool = False) -> N
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02, weight_decay=0.0)
     adapters.model.train()
     if checkpointing:
-        adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
+        adapters.model.activation_checkpointing_enable({"use_reentrant": False})
     for step in range(steps):
         rows = build_rows(adapters, ROWS, split_layout(range(len(ROWS)), 4), 2, seed=0, phase=step)
         loss = run(adapters, rows)

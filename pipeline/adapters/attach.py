@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.attention import install_attention_sites
 from pipeline.adapters.anatomy import check_sites, is_causal
+from pipeline.adapters.attention import install_attention_sites
 from pipeline.adapters.ffn import install_ffn_sites
 from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
