@@ -28,7 +28,8 @@ from pipeline.runs import RunPaths, read_json, write_json
 ROOT = Path(__file__).resolve().parent.parent
 _NOISE = re.compile(
     r"^\[\d{4}-|^\[rank|Loading weights|Writing model shards|Warning|warnings?\.warn|kernels-community"
-    r"|built successfully|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load|^Emitting ninja|^ninja"
+    r"|built successfully|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load"
+    r"|^Emitting ninja|^ninja"
 )
 _TAIL_LINES = 25
 

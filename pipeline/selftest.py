@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
     "ruff": ["ruff", "check", "."],
     "mypy": ["mypy", "pipeline", "tune"],
-    "fast tests": ["pytest", "-q", "-m", "not slow and not gpu"],
-    "slow tests": ["pytest", "-q", "-m", "slow or gpu", "--durations=10"],
+    "fast tests": ["pytest", "-q", "-m", "not slow and not gpu", "-n", "2"],
+    "slow tests": ["pytest", "-q", "-m", "slow or gpu", "-n", "2", "--dist", "loadscope", "--durations=15"],
 }
 
 

@@ -23,14 +23,14 @@ from pipeline.errors import ConfigError
 
 LONG = Encoded("long", (5, 6, 7), (IGNORE_INDEX, 6, 7))
 SHORT = Encoded("short", (9, 0), (IGNORE_INDEX, 0))
-I = IGNORE_INDEX
+IGNORED = IGNORE_INDEX
 
 
 def test_left_padding() -> None:
     batch = collate([LONG, SHORT], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7], [0, 9, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch.labels.tolist() == [[I, 6, 7], [I, I, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [IGNORED, IGNORED, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
     assert batch.example_ids == ["long", "short"]
 
@@ -39,7 +39,7 @@ def test_right_padding() -> None:
     batch = collate([SHORT, LONG], pad_id=0, side="right")
     assert batch.input_ids.tolist() == [[9, 0, 0], [5, 6, 7]]
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.labels.tolist() == [[I, 0, I], [I, 6, 7]]
+    assert batch.labels.tolist() == [[IGNORED, 0, IGNORED], [IGNORED, 6, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 0], [0, 1, 2]]
 
 
@@ -53,7 +53,7 @@ def test_right_padding() -> None:
 def test_padding_loses_nothing(
     lengths: list[int], pad_id: int, side: Literal["left", "right"], multiple_of: int
 ) -> None:
-    rows = [Encoded(str(n), tuple(i % 4 for i in range(n)), (I, *(i % 4 for i in range(1, n)))) for n in lengths]
+    rows = [Encoded(str(n), tuple(i % 4 for i in range(n)), (IGNORED, *(i % 4 for i in range(1, n)))) for n in lengths]
     batch = collate(rows, pad_id, side, multiple_of)
     assert batch.input_ids.shape[1] % multiple_of == 0 and batch.input_ids.shape[1] - max(lengths) < multiple_of
     for i, row in enumerate(rows):
@@ -61,7 +61,7 @@ def test_padding_loses_nothing(
         assert tuple(batch.input_ids[i][real].tolist()) == row.input_ids
         assert tuple(batch.labels[i][real].tolist()) == row.labels
         assert batch.position_ids[i][real].tolist() == list(range(lengths[i]))
-        assert (batch.labels[i][~real] == I).all()
+        assert (batch.labels[i][~real] == IGNORED).all()
     assert all(t.dtype == torch.int64 for t in (batch.input_ids, batch.attention_mask, batch.labels))
 
 
@@ -75,7 +75,7 @@ def test_a_fixed_length() -> None:
 
 def test_a_filler_is_attended_and_carries_no_loss() -> None:
     batch = collate([LONG, filler(2)], pad_id=0)
-    assert batch.attention_mask[1].tolist() == [0, 1, 1] and (batch.labels[1] == I).all()
+    assert batch.attention_mask[1].tolist() == [0, 1, 1] and (batch.labels[1] == IGNORED).all()
     assert filler(2).supervised == 0
 
 

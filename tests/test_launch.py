@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.launch import process_count, run_stage, training_command, training_environment
-from pipeline.runs import RunPaths
+from pipeline.runs import RunPaths, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,25 +56,34 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path: Path, capfd: pytest.Captur
 
 
 def test_a_stage_that_recorded_a_stop_ends_with_its_code(tmp_path: Path) -> None:
-    code = f"import json; open({str(RunPaths(tmp_path).status)!r}, 'w').write(json.dumps({{'train': {{'state': 'stopped'}}}}))"
-    assert run_stage(python(f"{code}\nraise SystemExit(1)"), tmp_path / "x.log", tmp_path, "train") == EXIT_STOPPED
+    write_json(RunPaths(tmp_path).status, {"train": {"state": "stopped"}})
+    assert run_stage(python("raise SystemExit(1)"), tmp_path / "x.log", tmp_path, "train") == EXIT_STOPPED
+
+
+CHILD = """
+import os, time
+print("ready", flush=True)
+while not os.path.exists({request!r}):
+    time.sleep(0.02)
+raise SystemExit(75)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from pipeline.launch import run_stage
+folder = Path({folder!r})
+sys.exit(run_stage([sys.executable, "-c", {child!r}], folder / "x.log", folder, {stage!r}))
+"""
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> None:
-    request = RunPaths(tmp_path).stop_request
-    child = f"import os, time\nprint('ready', flush=True)\nwhile not os.path.exists({str(request)!r}): time.sleep(0.02)\nraise SystemExit(75)"
-    parent = (
-        "import sys; from pathlib import Path; from pipeline.launch import run_stage\n"
-        f"sys.exit(run_stage([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'x.log')!r}), Path({str(tmp_path)!r}), {stage!r}))"
-    )
-    process = subprocess.Popen(
-        python(parent), stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    request, log = RunPaths(tmp_path).stop_request, tmp_path / "x.log"
+    parent = PARENT.format(folder=str(tmp_path), child=CHILD.format(request=str(request)), stage=stage)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(python(parent), stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and "ready" not in (
-        (tmp_path / "x.log").read_text() if (tmp_path / "x.log").exists() else ""
-    ):
+    while time.monotonic() < deadline and not (log.exists() and "ready" in log.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == EXIT_STOPPED

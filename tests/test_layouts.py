@@ -223,7 +223,7 @@ def test_activation_checkpointing_changes_no_bit(sites: tuple[Site, ...]) -> Non
             adapters.model.activation_checkpointing_enable({"use_reentrant": False})
         forwards = []
         layer = adapters.layers["model.layers.1.mlp.up_proj"]
-        layer.register_forward_hook(lambda *_: forwards.append(1))
+        layer.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
         results.append(loss_and_gradients(adapters, examples([7, 5, 9]), split_layout(range(3), 2)))
         assert len(forwards) == 1 + checkpointing  # it was recomputed
     assert results[0][0] == results[1][0]
