@@ -100,6 +100,7 @@ def test_a_trial_is_the_base_configuration_with_the_values_and_nothing_else() ->
     config = build_config({"label": "smoke", "search": {"max_steps": 7}, "train": {"seed": 5}})
     trial = trial_config(config, {"adapter.rate": 0.25, "train.learning_rate": 1e-3}, "trial_003")
     assert (trial.adapter.rate, trial.train.learning_rate, trial.train.max_steps) == (0.25, 1e-3, 7)
+    assert trial.train.validate_every_steps == 3  # so that it can be stopped before its end
     assert trial.label == "smoke: trial_003"
     changed = {
         (section, key)
@@ -110,7 +111,7 @@ def test_a_trial_is_the_base_configuration_with_the_values_and_nothing_else() ->
     }
     assert changed == {
         ("adapter", "rate"), ("train", "learning_rate"), ("train", "max_steps"), ("train", "checkpoint_every_steps"),
-        ("train", "keep_checkpoints"),
+        ("train", "keep_checkpoints"), ("train", "validate_every_steps"),
     }  # fmt: skip
 
 

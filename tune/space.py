@@ -96,7 +96,9 @@ def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
     tree = config.model_dump(mode="json")
     steps = config.search.max_steps
     # A trial is short and is rerun rather than resumed: periodic checkpoints would only fill the disk.
-    tree["train"].update(max_steps=steps, checkpoint_every_steps=steps, keep_checkpoints=1)
+    tree["train"].update(
+        max_steps=steps, validate_every_steps=validation_steps(config), checkpoint_every_steps=steps, keep_checkpoints=1
+    )
     tree["label"] = f"{config.label}: {name}" if config.label else name
     for key, value in values.items():
         node = tree
@@ -105,6 +107,11 @@ def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
             node = node[parent]
         node[leaf] = value
     return build_config(tree)
+
+
+def validation_steps(config: RunConfig) -> int:
+    """Steps between validations of a trial: at least one falls before its end, where it can be stopped early."""
+    return min(config.train.validate_every_steps, max(1, config.search.max_steps // 2))
 
 
 def _find(source: str) -> Path:

@@ -23,7 +23,7 @@ from tune.dimensions import Space, Values, point_key
 from tune.ledger import Ledger, pending, trial_name
 from tune.progress import Progress
 from tune.sampling import suggest
-from tune.space import trial_config
+from tune.space import trial_config, validation_steps
 from tune.stopping import Stopping
 from tune.trial import TRIALS, Assignment, TrainFunction, run_trial
 
@@ -177,7 +177,7 @@ def run_study(
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
     search = study.config.search
     scheduler = EnsembleASHA(
-        (study.config.train.validate_every_steps, search.max_steps), search.trials, search.adapters,
+        (validation_steps(study.config), search.max_steps), search.trials, search.adapters,
         lambda name: write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"}),
     )  # fmt: skip
     scheduler.replay(study.ledger)
