@@ -155,8 +155,8 @@ def measure_parity(
             raise ParityError(f"{export.folder}: its output equals the base model's; the adapter has no effect")
         if difference > TOLERANCE * effect:
             raise ParityError(
-                f"{export.folder}: stock PEFT differs by {difference:.4g} where the adapter's whole effect is {effect:.4g}"
-                f" (allowed: {TOLERANCE:.0%})"
+                f"{export.folder}: stock PEFT differs by {difference:.4g} where the adapter's whole effect is"
+                f" {effect:.4g} (allowed: {TOLERANCE:.0%})"
             )
         parity.append({"max_difference": difference, "max_effect": effect, "ratio": difference / effect})
     return parity

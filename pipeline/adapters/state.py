@@ -60,7 +60,12 @@ def adapter_matrices(
 
 
 def write_adapter(
-    folder: Path, matrices: Matrices, spec: AdapterSpec, layer_count: int, base: str, suffixes: Mapping[str, int],
+    folder: Path,
+    matrices: Matrices,
+    spec: AdapterSpec,
+    layer_count: int,
+    base: str,
+    suffixes: Mapping[str, int],
     head: HeadState = NO_HEAD,
 ) -> None:
     """Write a PEFT LoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
@@ -75,10 +80,18 @@ def write_adapter(
 
     stored = in_inverse_convention(spec, list(matrices), layer_count)
     config = LoraConfig(
-        r=stored.rank, lora_alpha=stored.alpha, use_rslora=stored.rslora, lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
-        target_modules=_shorten(list(matrices), suffixes), rank_pattern=dict(stored.rank_pattern),
-        alpha_pattern=dict(stored.alpha_pattern), inference_mode=True, base_model_name_or_path=base,
-        task_type="SEQ_CLS" if head.modules else "CAUSAL_LM", modules_to_save=list(head.modules) or None,
+        r=stored.rank,
+        lora_alpha=stored.alpha,
+        use_rslora=stored.rslora,
+        lora_dropout=0.0,
+        bias="none",  # type: ignore[arg-type]
+        target_modules=_shorten(list(matrices), suffixes),
+        rank_pattern=dict(stored.rank_pattern),
+        alpha_pattern=dict(stored.alpha_pattern),
+        inference_mode=True,
+        base_model_name_or_path=base,
+        task_type="SEQ_CLS" if head.modules else "CAUSAL_LM",
+        modules_to_save=list(head.modules) or None,
     )
     config.save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
@@ -132,13 +145,20 @@ def load_matrices(layers: Mapping[str, LoRALinear], adapter: int, matrices: Matr
     expected = {name for name, layer in layers.items() if any(adapter in bucket.slot for bucket in layer.buckets)}
     if expected != set(matrices):
         odd = sorted(expected ^ set(matrices))[:3]
-        raise ConfigError(field, None, f"adapts other layers than the model ({', '.join(odd)}, …)", "Use its own base model and target_modules.")
+        raise ConfigError(
+            field,
+            None,
+            f"adapts other layers than the model ({', '.join(odd)}, …)",
+            "Use its own base model and target_modules.",
+        )
     for name, (A, B) in matrices.items():
         bucket = next(b for b in layers[name].buckets if adapter in b.slot)
         slot = bucket.slot[adapter]
         if A.shape != bucket.lora_A[slot].shape or B.shape != bucket.lora_B[slot].shape:
             raise ConfigError(
-                field, None, f"has {tuple(A.shape)} and {tuple(B.shape)} at {name}, not"
+                field,
+                None,
+                f"has {tuple(A.shape)} and {tuple(B.shape)} at {name}, not"
                 f" {tuple(bucket.lora_A[slot].shape)} and {tuple(bucket.lora_B[slot].shape)}",
                 "Set adapter.rank to the checkpoint's, and use its base model.",
             )
@@ -153,7 +173,9 @@ def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int
     if all(factor == 1.0 for factor in factors.values()):
         return spec
     sites = tuple(
-        site.model_copy(update={"compensation": "inverse"}) if site.compensation == "none" and site.position.startswith("lora_") else site
+        site.model_copy(update={"compensation": "inverse"})
+        if site.compensation == "none" and site.position.startswith("lora_")
+        else site
         for site in spec.sites
     )
     alphas = {name: spec.alpha_of(name) * factors[name] for name in layers}
@@ -177,10 +199,13 @@ def masked_matrices(matrices: Matrices, masks: Mapping[str, Mapping[str, Tensor]
 def _spec_of(folder: Path, config: Mapping[str, Any], matrices: Matrices) -> AdapterSpec:
     method = read_json(folder / METHOD_FILE) if (folder / METHOD_FILE).exists() else {"sites": []}
     return AdapterSpec(
-        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora", False)),
         sites=tuple(Site.model_validate(site) for site in method["sites"]),
         consistency=Consistency.model_validate(method.get("consistency", {})),
-        rank_pattern=dict(config.get("rank_pattern") or {}), alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        rank_pattern=dict(config.get("rank_pattern") or {}),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
         layers=frozenset(matrices),
     )
 
@@ -192,10 +217,13 @@ def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     whole = () if config.get("task_type") == "SEQ_CLS" else ("modules_to_save",)
     for key in ("use_dora", *whole, "layer_replication", "use_qalora", "lora_bias"):
         if config.get(key):
-            raise RunFolderError(f"{where}: {key}", config[key], "is not plain LoRA", "Only plain LoRA adapters are read.")
+            remedy = "Only plain LoRA adapters are read."
+            raise RunFolderError(f"{where}: {key}", config[key], "is not plain LoRA", remedy)
     if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
         raise RunFolderError(
-            f"{where}: init_lora_weights", config["init_lora_weights"], "changes the base model",
+            f"{where}: init_lora_weights",
+            config["init_lora_weights"],
+            "changes the base model",
             "Save the residual base and give it as model.path, or convert the adapter to plain LoRA with PEFT.",
         )
 
