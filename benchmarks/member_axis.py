@@ -95,9 +95,8 @@ def main() -> None:
             lambda: [forward(adapters, examples, [Member(0, draw)]) for draw in range(8)],
         ),
     }
-    print(
-        f"{arguments.model}, {arguments.rows} rows × {arguments.tokens} tokens, {torch.get_num_threads()} threads, {device}"
-    )
+    size = f"{arguments.rows} rows × {arguments.tokens} tokens"
+    print(f"{arguments.model}, {size}, {torch.get_num_threads()} threads, {device}")
     for name, (first, second) in cases.items():
         median, low, high = paired_ratio(first, second, arguments.repeats)
         print(f"{name:62} {median:.2f}  ({low:.2f}-{high:.2f})")

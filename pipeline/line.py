@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, build_config, dump_config, load_config
-from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml
+from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.launch import has_accelerator, process_count, run_stage, training_command, training_environment
 from pipeline.preflight import check_inputs
@@ -157,22 +157,14 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunConfig, Folders], int]] = {
 
 def with_best(config: RunConfig, search_folder: Path) -> RunConfig:
     """The configuration with the values of the search's best trial."""
-    best: dict[str, Any] = read_json(search_folder / "search.json", "Run the search stage first.")["best_config"]
-    tree = config.model_dump(mode="json")
-    for key, value in best.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return build_config(tree)
+    found: dict[str, Any] = read_json(search_folder / "search.json", "Run the search stage first.")
+    return with_values(config, found["best_config"])
 
 
 def plain_config(config: RunConfig) -> RunConfig:
     """The same budget without any dropout."""
-    tree = config.model_dump(mode="json")
-    tree["adapter"].update(method="none", rate=None, rate_A=None, rate_B=None)
-    return build_config(tree)
+    rates = dict.fromkeys(("adapter.rate", "adapter.rate_A", "adapter.rate_B"))
+    return with_values(config, {"adapter.method": "none", **rates})
 
 
 def write_related(folders: Folders) -> None:

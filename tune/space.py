@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from pipeline import ConfigError, RunConfig, UserError, build_config, config_keys, read_yaml, validate
+from pipeline import ConfigError, RunConfig, UserError, config_keys, read_yaml, validate, with_values
 from tune.dimensions import Dimension, Options, Range, Space, Values
 
 SPACES = Path(__file__).resolve().parent / "spaces"
@@ -93,20 +93,16 @@ def load_space(config: RunConfig) -> Space:
 
 def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
     """The run of one trial: `config` with `values`, `search.max_steps` steps and its name in the label."""
-    tree = config.model_dump(mode="json")
     steps = config.search.max_steps
     # A trial is short and is rerun rather than resumed: periodic checkpoints would only fill the disk.
-    tree["train"].update(
-        max_steps=steps, validate_every_steps=validation_steps(config), checkpoint_every_steps=steps, keep_checkpoints=1
-    )
-    tree["label"] = f"{config.label}: {name}" if config.label else name
-    for key, value in values.items():
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return build_config(tree)
+    of_a_trial = {
+        "train.max_steps": steps,
+        "train.validate_every_steps": validation_steps(config),
+        "train.checkpoint_every_steps": steps,
+        "train.keep_checkpoints": 1,
+        "label": f"{config.label}: {name}" if config.label else name,
+    }
+    return with_values(config, {**of_a_trial, **values})
 
 
 def validation_steps(config: RunConfig) -> int:

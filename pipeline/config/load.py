@@ -39,6 +39,18 @@ def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return tree
 
 
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`config` with dotted keys set to new values, validated again."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return build_config(tree)
+
+
 def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the leaves of `over` put on top."""
     merged = dict(base)
