@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.config.sections import LaunchConfig
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, SetupError
 from pipeline.runs import RunPaths, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +68,12 @@ def has_accelerator() -> bool:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on now, below the range from which the kernel serves outgoing connections."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SetupError("launch.master_port", 0, "found no free port", "Set one that is free.")
 
 
 def run_stage(

@@ -57,8 +57,8 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def distilbert() -> PreTrainedModel:
-    names = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
-    return DistilBertModel(DistilBertConfig(vocab_size=64, pad_token_id=PAD, max_position_embeddings=POSITIONS, **names))
+    names = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS}
+    return DistilBertModel(DistilBertConfig(vocab_size=64, pad_token_id=PAD, **names))
 
 
 ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -92,7 +92,9 @@ def load_encoder(folder: Path, family: str = "bert", precision: str = "fp32", cl
     return load_base(config, CPU, classes)
 
 
-def attach_encoder(base: BaseModel, *specs: AdapterSpec, targets: str | list[str] = "all-linear", seed: int = 0) -> Adapters:
+def attach_encoder(
+    base: BaseModel, *specs: AdapterSpec, targets: str | list[str] = "all-linear", seed: int = 0
+) -> Adapters:
     """Adapters with a head each."""
     return attach(base.model, list(specs), targets, seed, base.heads)
 

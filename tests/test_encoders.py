@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +12,33 @@ import pytest
 import torch
 from encoders import (
     ENCODERS,
-    POSITIONS,
     attach_encoder,
-    encoder_tokenizer,
     load_encoder,
     texts,
     trained_encoder,
     write_encoder,
 )
-from families import LORA_DROPOUT
+from families import CPU, LORA_DROPOUT
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import dense_update
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import head_state, load_head
-from pipeline.adapters.layout import replicate_layout
+from pipeline.adapters.layout import replicate_layout, split_layout
 from pipeline.adapters.members import Member
-from pipeline.adapters.spec import AdapterSpec, count_layers, layer_number
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
-from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.config.sections import ModelConfig
-from pipeline.data.classes import encode_classification, encode_text, shared_choices
-from pipeline.data.rows import Row
-from pipeline.errors import ConfigError, DataError, RunFolderError
-from pipeline.model.classifier import position_limit
-from pipeline.model.kind import local_kind, model_kind
+from pipeline.errors import ConfigError, RunFolderError
+from pipeline.model.load import load_base
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import predict_classes
-from pipeline.preflight import check_inputs
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)
@@ -79,7 +73,8 @@ def weights_of(adapters: Adapters, stock: nn.Module, member: Member, masks: dict
             scaling *= np.prod([1 - site.rate for site in spec.sites if site.compensation == "none"])
         mine = {axis: mask[m] for axis, mask in masks.get(name, {}).items()} if member.draw is not None else {}
         r = mine["lora_rank"][: spec.rank] if "lora_rank" in mine else None
-        update = dense_update(bucket.lora_A[slot], bucket.lora_B[slot], scaling, mine.get("lora_A"), mine.get("lora_B"), r)
+        A, B = bucket.lora_A[slot], bucket.lora_B[slot]
+        update = dense_update(A, B, scaling, mine.get("lora_A"), mine.get("lora_B"), r)
         weights[f"{name}.weight"] = stock.get_submodule(name).weight + update
     return weights
 
@@ -91,103 +86,6 @@ def dense_logits(adapters: Adapters, stock: nn.Module, members: list[Member], id
         for m, member in enumerate(members)
     ]
     return torch.stack(passes)
-
-
-# --- which models, and what is loaded ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("description", "kind", "expected"),
-    [
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "auto", "classifier"),
-        ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "auto", "classifier"),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "auto", "causal"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "auto", "classifier"),
-        ({"model_type": "llama"}, "classifier", "classifier"),
-        ({"model_type": "bert", "is_decoder": True}, "auto", "causal"),
-    ],
-)
-def test_the_kind_is_decided_by_the_models_configuration(
-    description: dict, kind: str, expected: str, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(description))
-    config = ModelConfig(path=str(tmp_path), kind=kind)
-    assert local_kind(config) == model_kind(config) == expected
-
-
-def test_kinds_of_names() -> None:
-    assert local_kind(ModelConfig()) == "causal"
-    assert local_kind(ModelConfig(path="embedded:all-minilm-l6-v2")) == "classifier"
-    assert local_kind(ModelConfig(path="owner/name")) is None
-    with pytest.raises(ConfigError, match=r"model.kind = 'causal': .* is an encoder \(bert\)"):
-        model_kind(ModelConfig(path="embedded:all-minilm-l6-v2", kind="causal"))
-
-
-@pytest.mark.parametrize(
-    ("family", "heads"),
-    [
-        ("bert", {"classifier": {"weight", "bias"}}),
-        ("bert-mlm", {"classifier": {"weight", "bias"}, "bert.pooler": {"dense.weight", "dense.bias"}}),
-        ("roberta", {"classifier": {f"{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")}}),
-        ("distilbert", {name: {"weight", "bias"} for name in ("pre_classifier", "classifier")}),
-        ("deberta", {"classifier": {"weight", "bias"}, "pooler": {"dense.weight", "dense.bias"}}),
-    ],
-)
-def test_what_the_checkpoint_lacks_behind_the_stack_is_trained_whole(family: str, heads: dict, tmp_path: Path) -> None:
-    base = load_encoder(tmp_path, family, "nf4")
-    assert base.heads == heads
-    adapters = attach_encoder(base, PLAIN)
-    assert set(adapters.heads) == set(heads)
-    quantized = {name for name, module in base.model.named_modules() if type(module).__name__ == "Linear4bit"}
-    assert len(quantized) == base.identity.quantized_modules == 12
-    assert all(".base" in name for name in quantized), "every quantized linear of the stack is adapted, and no other"
-    assert count_layers(list(adapters.layers)) == 2
-    for name in heads:
-        assert not any(layer.startswith(f"{name}.") or layer == name for layer in adapters.layers)
-        assert all(p.dtype == torch.float32 for p in adapters.heads[name].parameters())
-
-
-def test_layer_numbers_of_encoders() -> None:
-    assert layer_number("bert.encoder.layer.11.attention.self.query") == 11
-    assert layer_number("distilbert.transformer.layer.3.ffn.lin1") == 3
-    assert layer_number("bert.pooler.dense") is None and layer_number("classifier") is None
-
-
-def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    write_encoder(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("encoder.layer.1.")}
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks weights of the model \(bert.encoder.layer.1"):
-        load_encoder(tmp_path)
-
-
-def test_an_attention_that_the_family_lacks_is_named_with_the_way_out(tmp_path: Path) -> None:
-    write_encoder(tmp_path, "deberta")
-    with pytest.raises(ConfigError, match=r"model.attention: .* Set model.attention=eager"):
-        load_encoder(tmp_path)
-
-
-def test_a_head_of_other_classes_is_drawn_anew_and_one_of_as_many_is_kept(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    write_encoder(tmp_path)
-    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
-    saved.save_pretrained(tmp_path / "saved")
-    encoder_tokenizer().save_pretrained(tmp_path / "saved")
-    same, other = load_encoder(tmp_path / "saved", classes=3), load_encoder(tmp_path / "saved", classes=4)
-    assert same.heads == {"classifier": set()} and other.heads == {"classifier": {"weight", "bias"}}
-    head = attach_encoder(same, PLAIN).heads["classifier"]
-    assert torch.equal(head.copies[0].weight, saved.classifier.weight) and torch.equal(head.start.weight, saved.classifier.weight)
-
-
-@pytest.mark.parametrize("family", list(ENCODERS))
-def test_the_base_has_no_dropout_of_its_own(family: str, tmp_path: Path) -> None:
-    base = load_encoder(tmp_path, family)
-    evaluated = base.model(input_ids=IDS).logits
-    base.model.train()
-    assert torch.equal(base.model(input_ids=IDS).logits, evaluated)
 
 
 # --- forward and gradients against a dense model ----------------------------------------------------------------------
@@ -272,14 +170,46 @@ def test_loss_and_gradients_of_a_training_pass_equal_the_dense_model(family: str
     for m, member in enumerate(built.plan.members):
         weights = weights_of(adapters, stock, member, built.plan.masks, m)
         for i, row in enumerate(rows):
-            found_logits = functional_call(stock, weights, kwargs={"input_ids": torch.tensor([row.input_ids])}).logits[0]
-            theirs = theirs - 0.5 * found_logits.log_softmax(-1)[i % 3]
+            ids = torch.tensor([row.input_ids])
+            alone = functional_call(stock, weights, kwargs={"input_ids": ids}).logits[0]
+            theirs = theirs - 0.5 * alone.log_softmax(-1)[i % 3]
     theirs.backward()
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     for name, parameter in adapters.model.named_parameters():
         if parameter.requires_grad:
             scale = max(float(parameter.grad.abs().max()), 1e-3)
             assert float((found[name] - parameter.grad).abs().max()) <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_activation_checkpointing_changes_no_bit_of_an_encoders_gradients(family: str, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        adapters = trained_encoder(load_encoder(tmp_path, family, "nf4"), MIXED[0])
+        if checkpointing:
+            adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
+        built = build_rows(adapters, texts([9, 4, 6]), split_layout(range(3), 2), 1, 0, 0, "right")
+        with adapters.axis.active(built.plan):
+            SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights).backward()
+        found.append({name: p.grad for name, p in adapters.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_a_decoder_with_a_head_reads_the_last_token_of_padded_rows(tmp_path: Path) -> None:
+    """Its pad token is its end-of-text token."""
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), quantization="none", kind="classifier")
+    base = load_base(config, CPU, 3)
+    assert base.heads == {"score": {"weight"}}
+    stock = copy.deepcopy(base.model).double()
+    adapters = trained_encoder(base, *MIXED)
+    assert len(adapters.layers) == 14
+    rows = [replace(row, input_ids=row.input_ids[1:-1], labels=row.labels[1:-1]) for row in texts([9, 4, 6])]
+    found = predict_classes(adapters, rows, MEMBERS, base.tokenizer.pad_token_id, 10**6, 11)
+    for i, row in enumerate(rows):
+        expected = dense_logits(adapters, stock, MEMBERS, torch.tensor([row.input_ids]))[:, 0].log_softmax(-1)
+        assert np.abs(found[:, i] - expected.detach().numpy()).max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -295,7 +225,7 @@ def test_predictions_do_not_depend_on_the_chunks(family: str, tmp_path: Path) ->
     adapters.model.train()
     told: list[tuple[int, int]] = []
     for budget in (1, 100, 10**6):
-        found = predict_classes(adapters, rows, MEMBERS, 1, budget, 11, "test", lambda done, of: told.append((done, of)))
+        found = predict_classes(adapters, rows, MEMBERS, 1, budget, 11, "test", lambda *done: told.append(done))
         assert found.shape == (len(MEMBERS), 5, 3) and np.abs(found - expected).max() <= 1e-5
     assert told[-1] == (5, 5) and adapters.model.training and adapters.axis.current is None
 
@@ -402,49 +332,3 @@ def test_the_head_is_no_target(tmp_path: Path) -> None:
         attach_encoder(base, PLAIN, targets=["out_proj"])
     adapters = attach_encoder(base, PLAIN, targets=["dense"])
     assert len(adapters.layers) == 6 and adapters.suffixes["dense"] == 6
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_text_is_framed_and_cut_at_its_beginning() -> None:
-    tokenizer = encoder_tokenizer()
-    row = Row("r", "Review: the film was good Sentiment:", (" negative", " positive"), 1)
-    ids = tokenizer(row.prompt)["input_ids"]
-    assert encode_text(row, tokenizer, 64).input_ids == tuple(ids) and ids[0] == 2 and ids[-1] == 3
-    cut = encode_classification(row, tokenizer, 5)
-    assert cut.input_ids == (2, *ids[-4:-1], 3) and cut.labels == (1, -100, -100, -100, -100) and cut.supervised == 1
-    with pytest.raises(DataError, match=r"data.max_tokens = 2: .* Set data.max_tokens=3 or more"):
-        encode_text(row, tokenizer, 2)
-
-
-def test_learned_positions_bound_the_text(tmp_path: Path) -> None:
-    for family, limit in (("bert", POSITIONS), ("roberta", POSITIONS - 2)):
-        model = load_encoder(tmp_path / family, family).model
-        assert position_limit(model) == limit
-        assert torch.isfinite(model(input_ids=torch.full((1, limit), 7)).logits).all()
-        with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, limit + 1), 7))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([Row("r", "a", completion="b")], "row r = 'completion': cannot be answered by a classifier"),
-        ([Row("r", messages=({"role": "assistant", "content": "a"},))], "row r = 'chat'"),
-        ([Row("r", "a", ("x", "y"), 0), Row("s", "a", ("y", "x"), 0)], r"row s: choices = \['y', 'x'\]: differ"),
-    ],
-)
-def test_rows_that_a_classifier_cannot_answer_are_refused_by_name(rows: list[Row], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        shared_choices(rows)
-
-
-def test_rows_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
-    write_encoder(tmp_path / "model")
-    rows = [{"prompt": f"text {i}", "choices": ["no", "yes" if i else "maybe"], "label": 0} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = [f"data.{split}_rows=4" for split in ("validation", "calibration", "test")]
-    config = load_config(None, [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'rows.jsonl'}", *sizes])
-    with pytest.raises(DataError, match="a classifier has one set of classes"):
-        check_inputs(config)
