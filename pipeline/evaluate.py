@@ -49,23 +49,27 @@ def evaluate_run(run_dir: Path) -> None:
     world = start_world()
     reader = open_reader(config, splits, world.device)
     adapters = attach_stored(reader.base, stored, config.train.seed)
-    update_status(paths, "evaluate", "running")
     rows = sum(len(getattr(splits, name)) for name in missing)
     say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
+    barrier()  # every process has seen which splits are missing
+    if world.is_main:
+        update_status(paths, "evaluate", "running")
+        for name in missing:  # of other members: never to be taken for these
+            (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
+        write_members(paths.predictions, described)
     progress = Progress(rows, 0, world.is_main, unit="row")
-    for name in missing:  # of other members: never to be taken for these
-        (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
-    write_members(paths.predictions, described)
     done = 0
     for name in missing:
         chosen = getattr(splits, name)
         started = time.monotonic()
-        predictions = predict_shared(reader, adapters, chosen, members, world, _counter(progress, done, name))
+        shown = _counter(progress, done, len(chosen), name, world.world_size)
+        predictions = predict_shared(reader, adapters, chosen, members, world, shown)
         done += len(chosen)
         if world.is_main:
             write_predictions(paths.predictions, name, replace(predictions, seconds=time.monotonic() - started))
     progress.close()
-    update_status(paths, "evaluate", "done")
+    if world.is_main:
+        update_status(paths, "evaluate", "done")
     stop()
 
 
@@ -133,8 +137,11 @@ def _is_complete(paths: RunPaths, split: str, members: int, row_ids: list[str]) 
     return list(predictions.row_ids) == row_ids and predictions.members == members
 
 
-def _counter(progress: Progress, done: int, split: str) -> Callable[[int, int], None]:
-    return lambda sequences, _total: progress.show(done + sequences, [split])
+def _counter(
+    progress: Progress, done: int, rows: int, split: str, processes: int
+) -> Callable[[int, int], None]:
+    """Show the share of this process as that of all: they have equally many rows of similar lengths."""
+    return lambda own, own_total: progress.show(done + rows * own // own_total, [split, f"{processes} processes"])
 
 
 def _resolve(paths: RunPaths, name: str) -> Path:

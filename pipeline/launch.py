@@ -35,8 +35,8 @@ _NOISE = re.compile(
 _TAIL_LINES = 25
 
 
-def training_command(run_dir: Path, launch: LaunchConfig) -> list[str]:
-    """The `deepspeed` launcher's command line for a training run.
+def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[str]:
+    """The `deepspeed` launcher's command line for a stage that uses all processes.
 
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
     honoured; on CPU the launcher has to be told.
@@ -47,10 +47,10 @@ def training_command(run_dir: Path, launch: LaunchConfig) -> list[str]:
         command += ["--hostfile", launch.hostfile]
     if launch.processes or not has_accelerator():
         command += ["--num_accelerators", str(process_count(launch))]
-    return [*command, "--module", "pipeline.train", "--run-dir", str(run_dir.resolve())]
+    return [*command, "--module", module, "--run-dir", str(run_dir.resolve())]
 
 
-def training_environment(launch: LaunchConfig) -> dict[str, str]:
+def launcher_environment(launch: LaunchConfig) -> dict[str, str]:
     """Variables for the ranks: threads are divided among the processes of a CPU-only machine."""
     if has_accelerator():
         return {}

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config import RunConfig, build_config, dump_config, load_config
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.launch import has_accelerator, process_count, run_stage, training_command, training_environment
+from pipeline.launch import has_accelerator, process_count, run_stage, launcher_command, launcher_environment
 from pipeline.preflight import check_inputs
 from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, sha256_file, write_json, write_text
 
@@ -121,18 +121,13 @@ def run_training(config: RunConfig, folders: Folders) -> int:
         print(f"{folders.run.name}: already trained", file=sys.stderr)
         return EXIT_OK
     write_text(paths.config, dump_config(config))
-    return run_stage(
-        training_command(folders.run, config.launch),
-        folders.run / "logs" / "train.log",
-        folders.run,
-        "train",
-        training_environment(config.launch),
-    )
+    return _launch("train", config, folders)
 
 
 def run_evaluate(config: RunConfig, folders: Folders) -> int:
-    """Predictions of all members."""
-    return _single_process("evaluate", folders)
+    """Predictions of all members, rows divided among all processes."""
+    _headline("evaluate")
+    return _launch("evaluate", config, folders)
 
 
 def run_report(config: RunConfig, folders: Folders) -> int:
@@ -211,6 +206,16 @@ def print_outcome(folders: Folders, seconds: float) -> None:
     print(f"\nfinished in {seconds / 60:.1f} minutes")
     for what, path in (("report", "report.html"), ("adapter", "adapter"), ("export", "export")):
         print(f"  {what:8} {os.path.relpath(folders.run / path)}")
+
+
+def _launch(stage: str, config: RunConfig, folders: Folders) -> int:
+    return run_stage(
+        launcher_command(f"pipeline.{stage}", folders.run, config.launch),
+        folders.run / "logs" / f"{stage}.log",
+        folders.run,
+        stage,
+        launcher_environment(config.launch),
+    )
 
 
 def _single_process(stage: str, folders: Folders) -> int:

@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.errors import SetupError
-from pipeline.launch import run_stage, training_command, training_environment
+from pipeline.launch import run_stage, launcher_command, launcher_environment
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import predict_classes
@@ -224,7 +224,7 @@ def test_processes_stages_and_a_resume_give_the_same_encoder(tmp_path: Path, enc
 
     two = load_config(None, [*encoder_settings, "launch.processes=2", "train.deepspeed=zero1"])
     write_text(RunPaths(pair).config, dump_config(two))
-    command, environment = training_command(pair, two.launch), training_environment(two.launch)
+    command, environment = launcher_command("pipeline.train", pair, two.launch), launcher_environment(two.launch)
     assert run_stage(command, pair / "logs" / "train.log", pair, "train", environment) == 0
     assert losses(pair) == pytest.approx(losses(whole), rel=2e-4)
 

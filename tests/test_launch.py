@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from pipeline.launch import process_count, run_stage, training_command, training_environment
+from pipeline.launch import process_count, run_stage, launcher_command, launcher_environment
 from pipeline.runs import RunPaths, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,16 +26,16 @@ def python(code: str) -> list[str]:
 
 def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: True)
-    assert "--num_accelerators" not in training_command(tmp_path, LaunchConfig())
-    assert training_environment(LaunchConfig()) == {}
-    command = training_command(tmp_path, LaunchConfig(processes=4, hostfile="hosts", master_port=1234))
+    assert "--num_accelerators" not in launcher_command(tmp_path, LaunchConfig())
+    assert launcher_environment(LaunchConfig()) == {}
+    command = launcher_command(tmp_path, LaunchConfig(processes=4, hostfile="hosts", master_port=1234))
     assert " ".join(command).endswith(
         f"--master_port 1234 --hostfile hosts --num_accelerators 4 --module pipeline.train --run-dir {tmp_path}"
     )
     monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert process_count(LaunchConfig()) == 2
-    assert training_environment(LaunchConfig()) == {"OMP_NUM_THREADS": "4"}
+    assert launcher_environment(LaunchConfig()) == {"OMP_NUM_THREADS": "4"}
 
 
 def test_the_log_has_everything_and_the_user_sees_what_matters(

@@ -14,7 +14,7 @@ from pipeline.assembly import schedule_factor
 from pipeline.config import dump_config, load_config
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
-from pipeline.launch import run_stage, training_command, training_environment
+from pipeline.launch import run_stage, launcher_command, launcher_environment
 from pipeline.runs import (
     ADAPTER_WEIGHTS,
     RunPaths,
@@ -31,11 +31,11 @@ def launch(folder: Path, settings: list[str]) -> int:
     config = load_config(None, settings)
     write_text(RunPaths(folder).config, dump_config(config))
     return run_stage(
-        training_command(folder, config.launch),
+        launcher_command("pipeline.train", folder, config.launch),
         folder / "logs" / "train.log",
         folder,
         "train",
-        training_environment(config.launch),
+        launcher_environment(config.launch),
     )
 
 

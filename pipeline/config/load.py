@@ -155,7 +155,19 @@ def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
         return ConfigError(key, value, "is not a known key", f"Did you mean {near[0]}?" if near else "See --help.")
     message = str(item["msg"]).removeprefix("Value error, ")
     shown = value if not isinstance(value, dict | BaseModel) else None
-    return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:])
+    return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:], _meaning(model, location))
+
+
+def _meaning(model: type[BaseModel], location: Sequence[str]) -> str:
+    """What the key at `location` means, from its docstring: the way out of a wrong value."""
+    description: str | None = None
+    for name in location:
+        if name not in model.model_fields:
+            return ""
+        field = model.model_fields[name]
+        description = field.description
+        model = next(_models_in(field.annotation), model)
+    return f"Its meaning: {' '.join(description.split())}" if description else ""
 
 
 def _is_union_tag(part: object) -> bool:
