@@ -16,8 +16,8 @@ from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
+from pipeline.distributed import barrier, stop
 from pipeline.distributed import start as start_world
-from pipeline.distributed import stop
 from pipeline.errors import RunFolderError
 from pipeline.predictions import Member as PredictedMember
 from pipeline.predictions import Predictions, read_members, read_predictions, write_members, write_predictions

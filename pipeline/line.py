@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config import RunConfig, build_config, dump_config, load_config
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.launch import has_accelerator, process_count, run_stage, launcher_command, launcher_environment
+from pipeline.launch import has_accelerator, launcher_command, launcher_environment, process_count, run_stage
 from pipeline.preflight import check_inputs
 from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, sha256_file, write_json, write_text
 

@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.errors import SetupError
-from pipeline.launch import run_stage, launcher_command, launcher_environment
+from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import predict_classes

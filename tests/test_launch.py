@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from pipeline.launch import process_count, run_stage, launcher_command, launcher_environment
+from pipeline.launch import launcher_command, launcher_environment, process_count, run_stage
 from pipeline.runs import RunPaths, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from pipeline.assembly import schedule_factor
 from pipeline.config import dump_config, load_config
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
-from pipeline.launch import run_stage, launcher_command, launcher_environment
+from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.runs import (
     ADAPTER_WEIGHTS,
     RunPaths,
