@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -68,7 +69,9 @@ class Launches:
         code = START.format(fake=str(self.fake), root=str(self.root))
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "EVENTS": str(self.events_file), "FAKE_PIP": pip}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, "-c", code], env=variables, text=True, **pipes)
+        # As from a terminal: a shell that runs the tests in the background has them ignore SIGINT.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        return subprocess.Popen([sys.executable, "-c", code], env=variables, text=True, preexec_fn=listen, **pipes)
 
     def run(self, pip: str = "true") -> tuple[int, str, str]:
         process = self.start(pip)

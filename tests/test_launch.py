@@ -26,9 +26,10 @@ def python(code: str) -> list[str]:
 
 def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: True)
-    assert "--num_accelerators" not in launcher_command(tmp_path, LaunchConfig())
+    assert "--num_accelerators" not in launcher_command("pipeline.train", tmp_path, LaunchConfig())
     assert launcher_environment(LaunchConfig()) == {}
-    command = launcher_command(tmp_path, LaunchConfig(processes=4, hostfile="hosts", master_port=1234))
+    launch = LaunchConfig(processes=4, hostfile="hosts", master_port=1234)
+    command = launcher_command("pipeline.train", tmp_path, launch)
     assert " ".join(command).endswith(
         f"--master_port 1234 --hostfile hosts --num_accelerators 4 --module pipeline.train --run-dir {tmp_path}"
     )
