@@ -33,6 +33,8 @@ _NOISE = re.compile(
     r"|^Emitting ninja|^ninja"
 )
 _TAIL_LINES = 25
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""A stage starts a world of its own: what an outer launcher, or this process, left in the environment is not its."""
 
 
 def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[str]:
@@ -86,14 +88,9 @@ def run_stage(
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
     paths.stop_request.unlink(missing_ok=True)
-    env = {
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        **(environment or {}),
-        "PYTHONPATH": _python_path(),
-    }
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    env |= {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {**(environment or {}), "PYTHONPATH": _python_path()}
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         process = subprocess.Popen(

@@ -49,6 +49,13 @@ def test_the_log_has_everything_and_the_user_sees_what_matters(
     assert "step 1/2" in shown and "result" in shown
 
 
+def test_a_stage_does_not_inherit_another_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "26120")
+    code = "import os; raise SystemExit(3 if {'RANK', 'MASTER_PORT'} & set(os.environ) else 0)"
+    assert run_stage(python(code), tmp_path / "x.log", tmp_path, "export") == 0
+
+
 def test_a_failure_shows_the_end_of_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('[2026-01-01] the cause'); sys.exit(9)"
     assert run_stage(python(code), tmp_path / "x.log", tmp_path, "train") == EXIT_FAILED
