@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,16 +83,6 @@ def require_equal(what: str, value: str) -> None:
     values = gather_objects(value)
     if len(set(values)) > 1:
         raise LoradropError(f"processes disagree about {what}: {dict(enumerate(values))}; start all of them alike")
-
-
-@contextmanager
-def main_process_first(world: World) -> Iterator[None]:
-    """The block runs on the main process first, then on the others (downloads, caches)."""
-    if not world.is_main:
-        barrier()
-    yield
-    if world.is_main:
-        barrier()
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:

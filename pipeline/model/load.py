@@ -6,7 +6,6 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,12 +194,6 @@ def pin_training_mode(model: nn.Module) -> int:
             module.train = types.MethodType(_stay_in_training_mode, module)  # type: ignore[method-assign]
             count += 1
     return count
-
-
-def folder_identity(resolved: str) -> str | None:
-    """The local folder's name, None for a hub name."""
-    path = Path(resolved)
-    return path.name if path.is_dir() else None
 
 
 def _stay_in_training_mode(module: nn.Module, mode: bool = True) -> nn.Module:
