@@ -24,7 +24,17 @@ LAYERS = {
         "stage",
     ],
     2: ["adapters", "model", "data", "losses"],
-    3: ["adapters.attach", "assembly", "objective", "checkpoint", "predict", "reader", "readout", "preflight"],
+    3: [
+        "adapters.attach",
+        "assembly",
+        "objective",
+        "checkpoint",
+        "predict",
+        "reader",
+        "readout",
+        "preflight",
+        "run_state",
+    ],
     4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support"],
     5: ["tune"],
 }

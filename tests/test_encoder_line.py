@@ -26,6 +26,7 @@ from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import predict_classes
 from pipeline.reader import open_reader
+from pipeline.run_state import Stopped
 from pipeline.runs import (
     ADAPTER_WEIGHTS,
     RunPaths,
@@ -35,7 +36,7 @@ from pipeline.runs import (
     write_json,
     write_text,
 )
-from pipeline.train import Stopped, train_run
+from pipeline.train import train_run
 
 MINILM = "embedded:all-minilm-l6-v2"
 

@@ -115,7 +115,8 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, tiny_settin
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_stop_and_resume_ends_in_the_same_bytes(tmp_path: Path, tiny_settings: list[str], stage: str) -> None:
-    from pipeline.train import Stopped, train_run
+    from pipeline.run_state import Stopped
+    from pipeline.train import train_run
 
     settings = [*tiny_settings, f"train.deepspeed={stage}"]
     config = load_config(None, settings)

@@ -1,0 +1,135 @@
+"""One run in progress: where it stands, its validation, what it saves, how it resumes and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline import distributed
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.heads import head_state
+from pipeline.adapters.members import Member
+from pipeline.adapters.state import adapter_matrices, write_adapter
+from pipeline.assembly import trained_parameters
+from pipeline.checkpoint import Counters, collect_state, find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.config import RunConfig
+from pipeline.data.encode import Encoded
+from pipeline.data.rows import Row
+from pipeline.distributed import World
+from pipeline.errors import EXIT_STOPPED, LoradropError
+from pipeline.predictions import Member as PredictedMember
+from pipeline.predictions import Predictions, write_members, write_predictions
+from pipeline.reader import Reader
+from pipeline.readout import predict_shared, validation_scores
+from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, publish_folder, read_json_lines, sha256_file, update_status
+from pipeline.tracking import Metrics, say
+
+OnValidation = Callable[[dict[str, float]], None]
+
+
+class Stopped(LoradropError):
+    """A stop was requested; everything is saved and the same command continues."""
+
+    exit_code = EXIT_STOPPED
+
+
+@dataclass
+class Run:
+    """One run in progress: what the loop needs at hand, and where it stands."""
+
+    config: RunConfig
+    paths: RunPaths
+    world: World
+    reader: Reader
+    adapters: Adapters
+    examples: list[Encoded]
+    validation_rows: list[Row]
+    on_validation: OnValidation | None
+    engine: Any = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """The last validation."""
+
+    def __post_init__(self) -> None:
+        self.counters = Counters(0, self.config.train.seed, self.config.sha256())
+        self.metrics = Metrics(self.paths.metrics, self.world.is_main)
+        self.trained = trained_parameters(self.adapters)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.counters.step % every == 0 or self.counters.step == self.config.train.max_steps
+
+    def validate(self) -> None:
+        """Mean-field scores on the validation split; publishes the adapter if it is the best so far."""
+        predictions = predict_shared(self.reader, self.adapters, self.validation_rows, [Member(0)], self.world)
+        self.scores = validation_scores(predictions, self.validation_rows)
+        self.metrics.write("validation", step=self.counters.step, **self.scores)
+        best = self.counters.best_validation_nll
+        if best is None or self.scores["nll"] < best or not self.config.train.keep_best:
+            self.counters = replace(self.counters, best_step=self.counters.step, best_validation_nll=self.scores["nll"])
+            self.publish_adapter(predictions)
+        if self.on_validation is not None:
+            self.on_validation({"step": float(self.counters.step), **self.scores})
+
+    def publish_adapter(self, predictions: Predictions) -> None:
+        """adapter/ in PEFT format, and the validation predictions that go with it."""
+        adapters = self.adapters
+        matrices = adapter_matrices(adapters.layers, 0, distributed.full_fp32)  # a collective
+        head = head_state(adapters.heads, 0, distributed.full_fp32)  # another one
+        if not self.world.is_main:
+            return
+        spec, base = adapters.specs[0], self.reader.base.identity.resolved
+        publish_folder(
+            self.paths.adapter,
+            lambda folder: write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head),
+        )
+        sha256 = sha256_file(self.paths.adapter / ADAPTER_WEIGHTS)
+        member = PredictedMember("mean-field", "mean_field", str(self.paths.adapter), sha256)
+        write_members(self.paths.predictions, [member])
+        write_predictions(self.paths.predictions, "validation", predictions)
+
+    def save(self) -> None:
+        """Publish a checkpoint."""
+        state = collect_state(self.engine, self.trained)  # a collective
+        if self.world.is_main:
+            save_checkpoint(self.paths.checkpoints, state, self.counters, self.config.train.keep_checkpoints)
+        distributed.barrier()
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        found, faults = find_checkpoint(self.paths.checkpoints)
+        for fault in faults:
+            say(fault, self.world.is_main)
+        if found is not None:
+            self.counters = load_checkpoint(found, self.engine, self.trained)
+            say(f"continuing from {found.name}", self.world.is_main)
+        self.metrics.keep_until(self.counters.step)
+
+    def stop_if_requested(self) -> None:
+        """Save and leave where any process sees the stop request. Raises `Stopped`."""
+        done = self.counters.step == self.config.train.max_steps
+        if not distributed.agree(self.paths.stop_request.exists(), self.world.device) or done:
+            return
+        self.save()
+        if self.world.is_main:
+            update_status(self.paths, "train", "stopped", f"at step {self.counters.step}")
+            self.paths.stop_request.unlink(missing_ok=True)
+        raise Stopped(f"stopped at step {self.counters.step}; the same command continues")
+
+    def finish(self) -> dict[str, Any]:
+        """Record the end; the best validation and the hash of the adapter that goes with it."""
+        distributed.barrier()
+        best = [
+            row
+            for row in read_json_lines(self.paths.metrics)
+            if row["kind"] == "validation" and row["step"] == self.counters.best_step
+        ]
+        if self.world.is_main:
+            update_status(self.paths, "train", "done", f"{self.counters.step} steps, best at {self.counters.best_step}")
+        return {
+            "steps": self.counters.step,
+            "best_step": self.counters.best_step,
+            "validation_nll": self.counters.best_validation_nll,
+            "validation_accuracy": best[-1].get("accuracy") if best else None,
+            "adapter_sha256": sha256_file(self.paths.adapter / ADAPTER_WEIGHTS),
+        }
