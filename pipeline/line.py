@@ -18,6 +18,8 @@ from pipeline.preflight import check_inputs
 from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, sha256_file, write_json, write_text
 
 REQUESTED = "requested.yaml"
+UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}}
+"""What a configuration says when a method keeps its own rates."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,7 @@ def with_best(config: RunConfig, search_folder: Path) -> RunConfig:
 
 def plain_config(config: RunConfig) -> RunConfig:
     """The same budget without any dropout."""
-    rates = dict.fromkeys(("adapter.rate", "adapter.rate_A", "adapter.rate_B"))
-    return with_values(config, {"adapter.method": "none", **rates})
+    return with_values(config, {"adapter.method": "none", **UNSET_RATES})
 
 
 def write_related(folders: Folders) -> None:

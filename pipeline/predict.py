@@ -26,6 +26,21 @@ HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
+class PassSettings:
+    """How rows go through the model: what every function here is told after its rows and members."""
+
+    pad_id: int
+    """Token id written on padding."""
+    budget_tokens: int
+    """Rows × members × padded length of one forward."""
+    seed: int
+    """Mask draws are those of (seed, phase)."""
+    phase: object = "test"
+    on_chunk: Callable[[int, int], None] | None = None
+    """Told (sequences done, sequences in all)."""
+
+
+@dataclass(frozen=True)
 class Scored:
     """One sequence and the tokens scored in it: log p(target) given everything up to `position`."""
 
@@ -58,30 +73,19 @@ def plan_sequences(candidates: Sequence[Sequence[Encoded]]) -> list[Scored]:
 
 
 def predict_choices(
-    adapters: Adapters,
-    candidates: Sequence[Sequence[Encoded]],
-    members: Sequence[Member],
-    pad_id: int,
-    budget_tokens: int,
-    seed: int,
-    phase: object = "test",
-    on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], settings: PassSettings
 ) -> np.ndarray:
     """log p(choice | row, member), normalised over the row's choices: (M, N, C), -inf where a row has fewer.
 
     Args:
         candidates: per row its encoded answers.
-        members: evaluated in one pass per chunk of rows; mask draws are those of (seed, phase).
-        budget_tokens: rows × members × padded length of one forward.
-        on_chunk: told (sequences done, sequences in all).
+        members: evaluated in one pass per chunk of rows.
     """
     width = max(len(answers) for answers in candidates)
     scores = np.full((len(members), len(candidates), width), -np.inf)
     for row, answers in enumerate(candidates):
         scores[:, row, : len(answers)] = 0.0
-    for sequence, log_probs in _score(
-        adapters, plan_sequences(candidates), members, pad_id, budget_tokens, seed, phase, on_chunk
-    ):
+    for sequence, log_probs in _score(adapters, plan_sequences(candidates), members, settings):
         for j, choice in enumerate(sequence.choices):
             scores[:, sequence.row, choice] += log_probs[:, j]
     peak = scores.max(axis=-1, keepdims=True)
@@ -89,33 +93,19 @@ def predict_choices(
 
 
 def predict_completions(
-    adapters: Adapters,
-    references: Sequence[Encoded],
-    members: Sequence[Member],
-    pad_id: int,
-    budget_tokens: int,
-    seed: int,
-    phase: object = "test",
-    on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters, references: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p of every supervised token of each row's reference: (M, total tokens) and offsets (N+1,)."""
     sequences = plan_sequences([[reference] for reference in references])
     offsets = np.concatenate([[0], np.cumsum([len(s.targets) for s in sequences])]).astype(np.int64)
     flat = np.zeros((len(members), int(offsets[-1])), dtype=np.float32)
-    for sequence, log_probs in _score(adapters, sequences, members, pad_id, budget_tokens, seed, phase, on_chunk):
+    for sequence, log_probs in _score(adapters, sequences, members, settings):
         flat[:, offsets[sequence.row] : offsets[sequence.row + 1]] = log_probs
     return flat, offsets
 
 
 def predict_classes(
-    adapters: Adapters,
-    texts: Sequence[Encoded],
-    members: Sequence[Member],
-    pad_id: int,
-    budget_tokens: int,
-    seed: int,
-    phase: object = "test",
-    on_chunk: Callable[[int, int], None] | None = None,
+    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
 ) -> np.ndarray:
     """log p(class | row, member) of a model with a classification head: (M, N, C). Arguments as `predict_choices`."""
 
@@ -123,7 +113,7 @@ def predict_classes(
         return adapters.model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
 
     log_probs: dict[int, np.ndarray] = {}
-    passes = _passes(adapters, texts, members, pad_id, budget_tokens, seed, phase, on_chunk, logits, "right")
+    passes = _passes(adapters, texts, members, settings, logits, "right")
     for chunk, logits_MBC in passes:
         values = torch.log_softmax(logits_MBC.float(), dim=-1).cpu().numpy()
         log_probs.update({row: values[:, b] for b, row in enumerate(chunk)})
@@ -131,14 +121,7 @@ def predict_classes(
 
 
 def _score(
-    adapters: Adapters,
-    sequences: list[Scored],
-    members: Sequence[Member],
-    pad_id: int,
-    budget_tokens: int,
-    seed: int,
-    phase: object,
-    on_chunk: Callable[[int, int], None] | None,
+    adapters: Adapters, sequences: list[Scored], members: Sequence[Member], settings: PassSettings
 ) -> Iterator[tuple[Scored, np.ndarray]]:
     """Yield each sequence with its (M, targets) log-probabilities."""
 
@@ -146,7 +129,7 @@ def _score(
         return hidden_states(adapters.model, tensors["input_ids"], tensors["attention_mask"], tensors["position_ids"])
 
     texts = [Encoded(s.example, s.input_ids, (IGNORE_INDEX,) * len(s.input_ids)) for s in sequences]
-    passes = _passes(adapters, texts, members, pad_id, budget_tokens, seed, phase, on_chunk, hidden)
+    passes = _passes(adapters, texts, members, settings, hidden)
     for chunk, hidden_MBTD in passes:
         chosen = [sequences[i] for i in chunk]
         yield from zip(chosen, _gather(hidden_MBTD, chosen, hidden_MBTD.shape[2], head_of(adapters.model)), strict=True)
@@ -156,11 +139,7 @@ def _passes(
     adapters: Adapters,
     texts: Sequence[Encoded],
     members: Sequence[Member],
-    pad_id: int,
-    budget_tokens: int,
-    seed: int,
-    phase: object,
-    on_chunk: Callable[[int, int], None] | None,
+    settings: PassSettings,
     forward: Callable[[dict[str, Tensor]], Tensor],
     side: Literal["left", "right"] = "left",
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -174,21 +153,22 @@ def _passes(
     adapters.model.eval()
     try:
         with torch.no_grad():
-            masks = adapters.plan(members, 1, seed, phase)
+            masks = adapters.plan(members, 1, settings.seed, settings.phase)
             done = 0
-            for chunk in length_sorted_chunks([len(text.input_ids) for text in texts], budget_tokens, len(members)):
-                batch = collate([texts[i] for i in chunk], pad_id, side)
+            lengths = [len(text.input_ids) for text in texts]
+            for chunk in length_sorted_chunks(lengths, settings.budget_tokens, len(members)):
+                batch = collate([texts[i] for i in chunk], settings.pad_id, side)
                 tensors = {name: replicate_rows(t, masks.size) for name, t in batch.tensors(adapters.device).items()}
                 plan = replace(masks, rows=len(chunk))
                 if adapters.needs_row_keys():
                     keys = example_keys(batch.example_ids).to(adapters.device).repeat(masks.size)
-                    plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
+                    plan = with_row_keys(plan, settings.seed, settings.phase, keys, tensors["position_ids"])
                 with adapters.axis.active(plan):
                     output = forward(tensors)
                 yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
                 done += len(chunk)
-                if on_chunk is not None:
-                    on_chunk(done, len(texts))
+                if settings.on_chunk is not None:
+                    settings.on_chunk(done, len(texts))
     finally:
         adapters.model.train(was_training)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
 from pipeline.objective import SupervisedClassifier, SupervisedLM
-from pipeline.predict import predict_choices, predict_classes, predict_completions
+from pipeline.predict import PassSettings, predict_choices, predict_classes, predict_completions
 from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions
 
 OnChunk = Callable[[int, int], None]
@@ -87,11 +87,11 @@ class CausalReader:
     ) -> Predictions:
         """Choices by the probability of their tokens; completions token by token."""
         candidates = [encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens) for row in rows]
-        settings = _settings(self.base, self.config, members, on_chunk)
+        settings = _settings(self.base, self.config, on_chunk)
         ids = tuple(row.id for row in rows)
         if rows[0].kind == "choice":
-            return ChoicePredictions(ids, predict_choices(adapters, candidates, *settings))
-        flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], *settings)
+            return ChoicePredictions(ids, predict_choices(adapters, candidates, members, settings))
+        flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], members, settings)
         return CompletionPredictions(ids, flat, offsets)
 
     def probe(self, row: Row) -> list[int]:
@@ -132,8 +132,8 @@ class ClassifierReader:
     ) -> Predictions:
         """Log-softmax over the classes."""
         texts = [encode_text(row, self.base.tokenizer, self.max_tokens) for row in rows]
-        settings = _settings(self.base, self.config, members, on_chunk)
-        return ChoicePredictions(tuple(row.id for row in rows), predict_classes(adapters, texts, *settings))
+        settings = _settings(self.base, self.config, on_chunk)
+        return ChoicePredictions(tuple(row.id for row in rows), predict_classes(adapters, texts, members, settings))
 
     def probe(self, row: Row) -> list[int]:
         """The text with its special tokens."""
@@ -161,9 +161,7 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
     return CausalReader(base, config)
 
 
-def _settings(
-    base: BaseModel, config: RunConfig, members: Sequence[Member], on_chunk: OnChunk | None
-) -> tuple[Any, ...]:
-    """What every function of `pipeline.predict` is told after its rows."""
-    pad_id = base.tokenizer.pad_token_id
-    return members, pad_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk
+def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:
+    return PassSettings(
+        base.tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk
+    )

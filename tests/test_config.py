@@ -72,8 +72,20 @@ def test_the_keys_that_are_promised_exist() -> None:
 def test_one_rate_sets_both_sides_and_each_can_be_set_alone() -> None:
     method = load_config(None, ["adapter.rate=0.3"]).adapter.resolved_method()
     assert (method.rate_of("lora_A"), method.rate_of("lora_B")) == (0.3, 0.3)
-    method = load_config(None, ["adapter.rate=0.3", "adapter.rate_B=0.0"]).adapter.resolved_method()
+    method = load_config(None, ["adapter.rate=0.3", "adapter.rates.lora_B=0.0"]).adapter.resolved_method()
     assert (method.rate_of("lora_A"), method.rate_of("lora_B")) == (0.3, 0.0)
+
+
+def test_the_rate_of_one_site_of_a_sum() -> None:
+    settings = ["adapter.method=lora_dropout+hiddenkey", "adapter.rates={lora_A: 0.2, ffn_hidden: 0.0}"]
+    method = load_config(None, settings).adapter.resolved_method()
+    assert {site.position: site.rate for site in method.sites} == {
+        "lora_A": 0.2, "lora_B": 0.5, "attention_logits": 0.1, "ffn_hidden": 0.0,
+    }
+    with pytest.raises(ConfigError, match=r"adapter\.rates\.lora_A needs a method with a site at lora_A; .* has none"):
+        load_config(None, ["adapter.method=none", "adapter.rates.lora_A=0.2"])
+    with pytest.raises(ConfigError, match=r"adapter\.rates\.lora_C.*Did you mean adapter\.rates\.lora_"):
+        load_config(None, ["adapter.rates.lora_C=0.2"])
 
 
 def test_a_rate_for_a_method_with_several_rates_names_its_sites() -> None:

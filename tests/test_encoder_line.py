@@ -24,7 +24,7 @@ from pipeline.errors import SetupError
 from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
-from pipeline.predict import predict_classes
+from pipeline.predict import PassSettings, predict_classes
 from pipeline.reader import open_reader
 from pipeline.run_state import Stopped
 from pipeline.runs import (
@@ -139,7 +139,7 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
     base = load_encoder(tmp_path, family, precision)
     adapters = trained_encoder(base, AdapterSpec(rank=4, alpha=8.0, sites=SITES[site]))
     rows = texts([5, 9, 3, 7])
-    plain = predict_classes(adapters, rows, [Member(0)], 1, 10**6, 0)
+    plain = predict_classes(adapters, rows, [Member(0)], PassSettings(1, 10**6, 0))
     optimizer = torch.optim.Adam([p for p in adapters.model.parameters() if p.requires_grad], lr=0.01)
     frozen = {n: p.detach().clone() for n, p in adapters.model.named_parameters() if not p.requires_grad}
     losses = []
@@ -158,8 +158,8 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in adapters.model.named_parameters() if name in frozen)
     members = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
-    together = predict_classes(adapters, rows, members, 1, 10**6, 0)
-    alone = np.stack([predict_classes(adapters, rows, [member], 1, 1, 0)[0] for member in members])
+    together = predict_classes(adapters, rows, members, PassSettings(1, 10**6, 0))
+    alone = np.stack([predict_classes(adapters, rows, [member], PassSettings(1, 1, 0))[0] for member in members])
     assert np.abs(together - alone).max() <= (1e-4 if precision in ("fp32", "nf4") else 0.02)
     assert np.abs(together[2] - together[0]).max() > 1e-3 and np.abs(plain - together[:1]).max() > 1e-3
 

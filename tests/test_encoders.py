@@ -38,7 +38,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.model.load import load_base
 from pipeline.objective import SupervisedClassifier, build_rows
-from pipeline.predict import predict_classes
+from pipeline.predict import PassSettings, predict_classes
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)
@@ -206,7 +206,7 @@ def test_a_decoder_with_a_head_reads_the_last_token_of_padded_rows(tmp_path: Pat
     adapters = trained_encoder(base, *MIXED)
     assert len(adapters.layers) == 14
     rows = [replace(row, input_ids=row.input_ids[1:-1], labels=row.labels[1:-1]) for row in texts([9, 4, 6])]
-    found = predict_classes(adapters, rows, MEMBERS, base.tokenizer.pad_token_id, 10**6, 11)
+    found = predict_classes(adapters, rows, MEMBERS, PassSettings(base.tokenizer.pad_token_id, 10**6, 11))
     for i, row in enumerate(rows):
         expected = dense_logits(adapters, stock, MEMBERS, torch.tensor([row.input_ids]))[:, 0].log_softmax(-1)
         assert np.abs(found[:, i] - expected.detach().numpy()).max() <= 1e-5
@@ -225,7 +225,8 @@ def test_predictions_do_not_depend_on_the_chunks(family: str, tmp_path: Path) ->
     adapters.model.train()
     told: list[tuple[int, int]] = []
     for budget in (1, 100, 10**6):
-        found = predict_classes(adapters, rows, MEMBERS, 1, budget, 11, "test", lambda *done: told.append(done))
+        settings = PassSettings(1, budget, 11, on_chunk=lambda *done: told.append(done))
+        found = predict_classes(adapters, rows, MEMBERS, settings)
         assert found.shape == (len(MEMBERS), 5, 3) and np.abs(found - expected).max() <= 1e-5
     assert told[-1] == (5, 5) and adapters.model.training and adapters.axis.current is None
 
@@ -235,8 +236,8 @@ def test_lora_input_masks_reach_the_pooler(tmp_path: Path) -> None:
     spec = AdapterSpec(rank=4, alpha=8.0, sites=(Site(position="lora_input", rate=0.5),))
     adapters = trained_encoder(load_encoder(tmp_path), spec)
     rows = texts([9, 4])
-    together = predict_classes(adapters, rows, [Member(0), Member(0, 0)], 1, 10**6, 0)
-    alone = [predict_classes(adapters, [row], [Member(0), Member(0, 0)], 1, 1, 0)[:, 0] for row in rows]
+    together = predict_classes(adapters, rows, [Member(0), Member(0, 0)], PassSettings(1, 10**6, 0))
+    alone = [predict_classes(adapters, [row], [Member(0), Member(0, 0)], PassSettings(1, 1, 0))[:, 0] for row in rows]
     np.testing.assert_allclose(together, np.stack(alone, axis=1), atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-3
 

@@ -23,7 +23,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.model.load import pin_training_mode
 from pipeline.objective import SupervisedLM, build_rows
-from pipeline.predict import predict_completions
+from pipeline.predict import PassSettings, predict_completions
 
 IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
 needs_repacking = pytest.mark.skipif(
@@ -97,7 +97,8 @@ def training_gradients(adapters: Adapters) -> dict[str, Tensor]:
 
 def evaluate(adapters: Adapters) -> None:
     """Every way into eval mode: the predictor, and a bare model.eval()."""
-    predict_completions(adapters, examples([7, 5]), [Member(0), Member(0, 1), Member(None)], 2, 10**6, seed=0)
+    members = [Member(0), Member(0, 1), Member(None)]
+    predict_completions(adapters, examples([7, 5]), members, PassSettings(2, 10**6, seed=0))
     adapters.model.eval()
     with torch.no_grad():
         adapters.model(IDS)

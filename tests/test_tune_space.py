@@ -30,7 +30,11 @@ def test_shipped_spaces_are_legal_for_the_default_run(name: str, trials: int) ->
 
 
 FAULTS = {
-    "adapter.rates: {choice: [0.1]}": "Did you mean adapter.rate?",
+    "adapter.rats: {choice: [0.1]}": "Did you mean adapter.rate",
+    "adapter.rates.lora_C: {choice: [0.1]}": "Did you mean adapter.rates.lora_B?",
+    "adapter.rank: {choice: [8], if_used: true}": "is always used",
+    "adapter.rates.ffn_hidden: {choice: [0.1]}": "adapter.rates.ffn_hidden needs a method with a site at ffn_hidden",
+    "adapter.rates.ffn_hidden: {choice: [0.1], if_used: true}": "no dimension that the method in force uses",
     "adapter.rate: [0.1, 0.2]": "must be a mapping",
     "adapter: {choice: [0.1]}": "adapter: is not a key a search can vary",
     "data.max_tokens: {choice: [64, 128]}": "data.max_tokens: is not a key a search can vary",
@@ -58,6 +62,25 @@ def test_faults_are_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_space(config_with(tmp_path / "space.yaml", text, trials=1))
     assert FAULTS[text] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "rates"),
+    [
+        ("none", []),
+        ("lora_dropout", ["adapter.rate"]),
+        ("dropkey", ["adapter.rate"]),
+        ("hiddenkey_minus", ["adapter.rates.attention_logits", "adapter.rates.ffn_hidden"]),
+        ("lora_dropout+hiddencut", ["adapter.rates.lora_A", "adapter.rates.lora_B", "adapter.rates.ffn_hidden"]),
+        ([{"position": "lora_rank", "rate": 0.2}], ["adapter.rates.lora_rank"]),
+    ],
+)
+def test_the_default_space_has_the_rates_of_the_method_in_force(method: object, rates: list[str]) -> None:
+    config = build_config({"adapter": {"method": method}})
+    space = load_space(config)
+    assert list(space.dimensions) == [*rates, "adapter.rank", "train.learning_rate"]
+    chosen = trial_config(config, dict.fromkeys(rates, 0.123), "trial").adapter.resolved_method()
+    assert {site.rate for site in chosen.sites} == ({0.123} if rates else set())
 
 
 def test_a_space_that_does_not_fit_the_method_is_refused(tmp_path: Path) -> None:

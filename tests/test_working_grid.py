@@ -14,7 +14,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.objective import Rows, SupervisedLM, build_rows
-from pipeline.predict import predict_completions
+from pipeline.predict import PassSettings, predict_completions
 
 ROWS = examples([8, 6, 9, 7, 8, 5, 9, 6])
 TOGETHER = tuple(Site(position=position, rate=0.1) for position in SITES)
@@ -62,7 +62,7 @@ def check_cell(family: str, site: str, precision: str, folder: Path) -> None:
     after = mask_free_loss(adapters)
     assert after < 0.5 * before
     members = [Member(None), Member(0), Member(0, 0), Member(0, 1)]
-    flat, _ = predict_completions(adapters, ROWS, members, 2, 200, seed=0)
+    flat, _ = predict_completions(adapters, ROWS, members, PassSettings(2, 200, seed=0))
     base, mean_field, first, second = -flat.sum(1)
     tolerance = 0.05 if precision == "bf16" else 1e-3
     assert base == pytest.approx(before, rel=tolerance)

@@ -7,13 +7,18 @@ A space file maps keys of `RunConfig` to one of
     uniform: [low, high]       evenly in between (whole numbers where the key holds whole numbers)
     loguniform: [low, high]    evenly in the logarithm
 
-A range over `adapter.rank` means the ranks within it that vLLM serves; a `choice` is taken as written.
+A rate with `if_used: true` beside them is left out where the method in force does not have it: `adapter.rate` fits a
+method with one rate, `adapter.rates.POSITION` one with a site there, unless `adapter.rate` already sets it. Without it
+such a dimension is an error. A range over `adapter.rank` means the ranks within it that vLLM serves; a `choice` is
+taken as written.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ SERVED_RANKS = (8, 16, 32, 64, 128, 256)
 
 SEARCHABLE = ("adapter.", "train.")
 """A trial's score may depend on nothing but these sections: all trials share base, rows and templates."""
+
+ONE_RATE, SITE_RATE = "adapter.rate", "adapter.rates."
 
 FIXED = {
     "train.max_steps": "search.max_steps sets the length of a trial.",
@@ -53,6 +60,8 @@ class DimensionFile(BaseModel):
     """[low, high]"""
     loguniform: list[float] | None = None
     """[low, high], both above 0"""
+    if_used: bool = False
+    """Of a dropping rate: leave the dimension out where the method in force does not have it."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -61,7 +70,7 @@ class DimensionFile(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> DimensionFile:
-        given = [name for name, value in self if value is not None]
+        given = [name for name, value in self if name != "if_used" and value is not None]
         if len(given) != 1:
             found = ", ".join(given) or "none"
             raise ValueError(f"needs exactly one of choice, grid, uniform, loguniform, got {found}")
@@ -85,7 +94,11 @@ def load_space(config: RunConfig) -> Space:
     tree = read_yaml(path)
     if not tree:
         raise ConfigError(str(path), None, "has no dimension", "Example: `adapter.rate: {uniform: [0.1, 0.6]}`.")
-    space = Space(str(path), {key: _read_dimension(str(key), entry, path, config) for key, entry in tree.items()})
+    entries = {str(key): _read_entry(str(key), entry, path) for key, entry in tree.items()}
+    used = {key: entry for key, entry in entries.items() if not entry.if_used or _is_used(key, entries, config)}
+    if not used:
+        raise ConfigError(str(path), None, "has no dimension that the method in force uses", "Add train.learning_rate.")
+    space = Space(str(path), {key: _read_dimension(key, entry, path, config) for key, entry in used.items()})
     _check_corners(space, config)
     _check_trials(space, config.search.trials)
     return space
@@ -118,7 +131,7 @@ def _find(source: str) -> Path:
     raise ConfigError("search.space", source, "is neither a file nor a known space", f"Known: {names}.")
 
 
-def _read_dimension(key: str, entry: object, path: Path, config: RunConfig) -> Dimension:
+def _read_entry(key: str, entry: object, path: Path) -> DimensionFile:
     where = f"{path}: {key}"
     if key in FIXED:
         raise ConfigError(where, None, "cannot be searched", FIXED[key])
@@ -130,9 +143,28 @@ def _read_dimension(key: str, entry: object, path: Path, config: RunConfig) -> D
     if not isinstance(entry, dict):
         raise ConfigError(where, entry, "must be a mapping", f"Example: `{key}: {{choice: [...]}}`.")
     try:
-        return _resolve(key, validate(DimensionFile, entry), config)
+        found = validate(DimensionFile, entry)
     except UserError as error:
         raise ConfigError(where, None, str(error)) from error
+    if found.if_used and key != ONE_RATE and not key.startswith(SITE_RATE):
+        raise ConfigError(where, None, "is always used", f"if_used is for {ONE_RATE} and {SITE_RATE}POSITION.")
+    return found
+
+
+def _is_used(key: str, entries: Mapping[str, DimensionFile], config: RunConfig) -> bool:
+    """Whether the method in force has the rate that `key` names, and no other dimension sets it."""
+    if key == ONE_RATE:
+        return config.adapter.takes_one_rate()
+    if ONE_RATE in entries and config.adapter.takes_one_rate():
+        return False
+    return any(site.position == key.removeprefix(SITE_RATE) for site in config.adapter.resolved_method().sites)
+
+
+def _read_dimension(key: str, entry: DimensionFile, path: Path, config: RunConfig) -> Dimension:
+    try:
+        return _resolve(key, entry, config)
+    except UserError as error:
+        raise ConfigError(f"{path}: {key}", None, str(error)) from error
 
 
 def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:
@@ -140,8 +172,7 @@ def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:
     if options is not None:
         return Options(tuple(options), grid=entry.grid is not None)
     low, high = entry.uniform or entry.loguniform or []
-    section, name = key.split(".", 1)
-    present = getattr(getattr(config, section), name)
+    present = reduce(getattr, key.split("."), config)
     whole = isinstance(present, int) and not isinstance(present, bool)
     if whole and (low != int(low) or high != int(high)):
         raise ConfigError(key, [low, high], "must be whole numbers")

@@ -7,7 +7,30 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
-from pipeline.config.method import Method, Rate, Site, resolve_preset
+from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
+
+
+class RatesConfig(Section):
+    """Rates of single sites of the method in force, by position; None leaves the method's own, 0 switches it off."""
+
+    lora_A: Rate | None = None
+    """Columns of A (LoRA Dropout)."""
+    lora_B: Rate | None = None
+    """Rows of B (LoRA Dropout)."""
+    lora_rank: Rate | None = None
+    """Ranks (DropLoRA)."""
+    lora_input: Rate | None = None
+    """Inputs of the adapter (stock LoRA's dropout)."""
+    attention_logits: Rate | None = None
+    """Keys (DropKey, HiddenKey)."""
+    attention_weights: Rate | None = None
+    """Attention weights (DropAttention)."""
+    ffn_hidden: Rate | None = None
+    """Hidden vectors of the feed-forward network (HiddenCut, HiddenKey)."""
+
+    def given(self) -> dict[str, float]:
+        """position -> rate, where one is set."""
+        return {position: rate for position, rate in self if rate is not None}
 
 
 class AdapterConfig(Section):
@@ -28,11 +51,9 @@ class AdapterConfig(Section):
     method: str | tuple[Site, ...] | Method = "lora_dropout"
     """A preset, a sum of presets, a list of sites, or sites with a consistency term."""
     rate: Rate | None = None
-    """Dropping rate of a preset with one rate; sets rate_A and rate_B of LoRA Dropout."""
-    rate_A: Rate | None = None
-    """Rate on the columns of A alone (LoRA Dropout); 0 switches this side off."""
-    rate_B: Rate | None = None
-    """Rate on the rows of B alone (LoRA Dropout); 0 switches this side off."""
+    """Dropping rate of a preset with one rate (both sides of LoRA Dropout)."""
+    rates: RatesConfig = RatesConfig()
+    """Rates of single sites of whatever method, on top of its own."""
     rescale: Literal["inverse", "none"] = "inverse"
     """`inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's literal equations, the same
     model as `inverse` with alpha × (1-rate_A)(1-rate_B)."""
@@ -60,14 +81,19 @@ class AdapterConfig(Section):
             method = self.method if isinstance(self.method, Method) else Method(sites=self.method)
         else:
             method = resolve_preset(self.method, self.rate, self.rescale)
-        for position, rate in (("lora_A", self.rate_A), ("lora_B", self.rate_B)):
-            if rate is not None:
-                method = _with_rate(method, position, rate)
+        for position, rate in self.rates.given().items():
+            method = _with_rate(method, position, rate)
         return method
+
+    def takes_one_rate(self) -> bool:
+        """Whether `rate` fits the method: a preset whose strength is one number."""
+        return isinstance(self.method, str) and self.method in ONE_RATE_PRESETS
 
 
 def _with_rate(method: Method, position: str, rate: float) -> Method:
-    if not any(site.position == position for site in method.sites):
-        raise ValueError(f"adapter.rate_{position[-1]} needs a method with the site {position}, such as lora_dropout")
+    positions = {site.position for site in method.sites}
+    if position not in positions:
+        has = f"has {', '.join(sorted(positions))}" if positions else "has none"
+        raise ValueError(f"adapter.rates.{position} needs a method with a site at {position}; the one in force {has}")
     sites = tuple(s.model_copy(update={"rate": rate}) if s.position == position else s for s in method.sites)
     return method.model_copy(update={"sites": sites})

@@ -208,5 +208,7 @@ def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
             raise ValueError(f"unknown method {part!r}; the presets are {', '.join(PRESETS)}")
     if rate is not None and name not in ONE_RATE_PRESETS:
         named = ", ".join(f"{s.position} ({s.rate})" for s in sites) or "no site"
-        raise ValueError(f"adapter.rate does not fit the method {name!r}, which has {named}; list its sites instead")
+        raise ValueError(
+            f"adapter.rate does not fit the method {name!r}, which has {named}; set adapter.rates.POSITION instead"
+        )
     return Method(sites=tuple(sites), consistency=consistency)
