@@ -20,6 +20,7 @@ stages:
   evaluate   predictions of every ensemble member, cached
   report     scores, calibration, cost: result.json and report.html
   export     adapter and ensemble members as PEFT folders, checked with stock PEFT
+  data       real rows as the model will see them, supervised tokens coloured; nothing is trained
   test       the project's own tests (--fast: without the slow tier)
 """
 EXAMPLES = """\
@@ -35,7 +36,7 @@ train.micro_batch train.learning_rate train.seed train.draws ensemble.size.
 
 exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
 """
-STAGES = ("run", "search", "train", "evaluate", "report", "export", "test")
+STAGES = ("run", "search", "train", "evaluate", "report", "export", "data", "test")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
+    parser.add_argument("--rows", type=int, default=2, metavar="N", help="data: rows shown of each split (default 2)")
     parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
     return parser
@@ -68,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
             from pipeline.selftest import run_tests
 
             return run_tests(fast_only=arguments.fast)
+        if stage == "data":
+            from pipeline.line import show
+
+            return show(arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.rows)
         from pipeline.line import execute
 
         return execute(stage, arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.dry_run)

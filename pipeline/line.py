@@ -60,6 +60,22 @@ def execute(
     return code
 
 
+def show(source: str | None, run_dir: Path | None, overrides: list[str], quick: bool, rows: int) -> int:
+    """Print rows of the configured data, or of a run's where its folder is given.
+
+    Raises:
+        UserError: something to mend in the configuration or the data.
+    """
+    from pipeline.view import show_data
+
+    folders = Folders((run_dir or Path("runs") / default_name(source, quick)).resolve())
+    saved = run_dir is not None and source is None and RunPaths(folders.run).config.exists()
+    config = resolve("evaluate" if saved else "data", source, folders, overrides, quick)
+    check_inputs(config)
+    show_data(config, max(0, rows))
+    return EXIT_OK
+
+
 def default_name(source: str | None, quick: bool) -> str:
     """Name of the run folder where none is given."""
     return (Path(source).stem if source else "default") + ("-quick" if quick else "")

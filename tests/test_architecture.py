@@ -35,7 +35,7 @@ LAYERS = {
         "preflight",
         "run_state",
     ],
-    4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support"],
+    4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support", "view"],
     5: ["tune"],
 }
 STAGES = {"train", "evaluate", "report", "export"}

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers_made import CHATML, CORPUS, byte_level_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import (
@@ -21,16 +22,6 @@ from pipeline.data import (
 )
 from pipeline.errors import DataError
 
-CORPUS = [
-    "Review: a fine film\nSentiment: positive", "Review: a dull film\nSentiment: negative",
-    "Question: who wrote it? Answer: nobody knows", "system user assistant hello there more", "yes no yes and no",
-    "one\n\ntwo\n\nthree",
-]
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'seen' }}")
 STRICT = "{% if messages|length > 2 %}{{ raise_exception('Only one exchange') }}{% endif %}" + CHATML
@@ -38,18 +29,7 @@ STRICT = "{% if messages|length > 2 %}{{ raise_exception('Only one exchange') }}
 
 @pytest.fixture(scope="module")
 def byte_level() -> PreTrainedTokenizerFast:
-    """Llama-3-like: line breaks in a row become one token; the end-of-turn mark is eos and pad too."""
-    tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s?[^\s]+|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML)
+    return byte_level_tokenizer()
 
 
 @pytest.fixture(scope="module")

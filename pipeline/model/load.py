@@ -72,6 +72,24 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer alone; end-of-text pads where there is no pad token: rows are masked by position, never by id.
+
+    Raises:
+        ConfigError: the folder or hub name cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    resolved = resolve_model_path(config)
+    with _transformers_errors(config.path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolved, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_base(config: ModelConfig, device: torch.device, classes: int | None = None) -> BaseModel:
     """Model and tokenizer, frozen, without dropout of its own, every quantized layer pinned to training mode.
 
@@ -81,8 +99,6 @@ def load_base(config: ModelConfig, device: torch.device, classes: int | None = N
     Raises:
         ConfigError: the folder or hub name cannot be loaded, or lacks weights.
     """
-    from transformers import AutoTokenizer
-
     resolved = resolve_model_path(config)
     dtype = compute_dtype(config, device)
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -91,11 +107,9 @@ def load_base(config: ModelConfig, device: torch.device, classes: int | None = N
         "dtype": dtype, "attn_implementation": config.attention, "device_map": {"": device},
         "quantization_config": quantization_config(config, dtype, unquantized),
     }
+    tokenizer = load_tokenizer(config)
     with _transformers_errors(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(resolved, **common)
         model, absent = _load_weights(resolved, classes, {**weights, **common})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # rows are masked by position, never by token id
     model.requires_grad_(False)
     model.config.use_cache = False
     if classes is not None:

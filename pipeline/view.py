@@ -1,0 +1,211 @@
+"""`loradrop data`: real rows as the model will see them, and what their lengths mean. Only a tokenizer is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import RunConfig
+from pipeline.data.classes import encode_classification, shared_choices
+from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
+from pipeline.data.rows import Row
+from pipeline.data.schedule import global_batch_indices, length_sorted_chunks
+from pipeline.data.splits import Splits, load_splits
+from pipeline.errors import DataError
+from pipeline.model.kind import model_kind
+from pipeline.model.load import load_tokenizer
+
+SPLITS = ("train", "validation", "calibration", "test")
+COUNTED_ROWS = 20_000
+"""Rows of a split that are tokenized for the table."""
+UNBOUNDED = 2**31
+SUPERVISED, MASKED = "bold green", "dim"
+PLAIN_MARKS = ("«", "»")
+"""Around supervised text where there is no colour."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One row as it will be seen."""
+
+    row: Row
+    encoded: Encoded | None
+    """None where data.max_tokens cannot hold the answer: training and evaluation refuse such a row."""
+    needed: int
+    """Tokens that the whole row would take."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the beginning of its prompt is cut off."""
+        return self.encoded is not None and self.needed > len(self.encoded.input_ids)
+
+
+def show_data(config: RunConfig, rows: int, console: Console | None = None) -> None:
+    """Print `rows` rows of every split, then one line of figures per split.
+
+    Raises:
+        DataError, ConfigError: as training would, for whatever concerns the data; answers that are too long are counted
+            instead.
+    """
+    console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    splits = load_splits(config.data)
+    tokenizer = load_tokenizer(config.model)
+    look = look_of(config, splits, tokenizer)
+    looks = {split: [look(row) for row in getattr(splits, split)[:COUNTED_ROWS]] for split in SPLITS}
+    for split in SPLITS:
+        for number, seen in enumerate(looks[split][:rows], start=1):
+            console.rule(Text(f"{split} {number} of {len(getattr(splits, split))} · {seen.row.id}"), align="left")
+            console.print(row_text(seen, tokenizer, marks=console.color_system is None))
+    if rows:
+        console.rule(style=MASKED)
+    console.print(figures_table(looks, splits, config))
+    for line in remarks(looks, config):
+        console.print(Text(line))
+
+
+def look_of(config: RunConfig, splits: Splits, tokenizer: Any) -> Callable[[Row], Look]:
+    """How a row is encoded for the configured model: its right answer, as in training.
+
+    Raises:
+        DataError: a classifier, and rows that do not share their choices.
+    """
+    longest = config.data.max_tokens
+    if model_kind(config.model) == "classifier":
+        shared_choices(row for split in SPLITS for row in getattr(splits, split))
+
+        def as_class(row: Row) -> Look:
+            needed = len(encode_classification(row, tokenizer, UNBOUNDED).input_ids)
+            return Look(row, encode_classification(row, tokenizer, longest), needed)
+
+        return as_class
+
+    def as_tokens(row: Row) -> Look:
+        whole = encode_candidates(row, tokenizer, UNBOUNDED)
+        right = row.label or 0
+        needed = len(whole[right].input_ids)
+        if max(len(answer.input_ids) for answer in whole) <= longest:
+            return Look(row, whole[right], needed)
+        try:
+            return Look(row, encode_candidates(row, tokenizer, longest)[right], needed)
+        except AnswerTooLong:
+            return Look(row, None, needed)
+
+    return as_tokens
+
+
+def row_text(look: Look, tokenizer: Any, marks: bool) -> Text:
+    """The row's tokens as text, supervised ones coloured (or between « and »), and what cannot be coloured below.
+
+    Args:
+        marks: there is no colour: write marks around what is supervised.
+    """
+    if look.encoded is None:
+        return Text(f"(its answer does not fit data.max_tokens; the row takes {look.needed} tokens)", style="red")
+    text = Text()
+    if look.truncated:
+        text.append(f"[{look.needed - len(look.encoded.input_ids)} tokens cut off] ", style="yellow")
+    in_class = look.row.label is not None and look.encoded.labels[0] != IGNORE_INDEX
+    labels = [IGNORE_INDEX] * len(look.encoded.labels) if in_class else look.encoded.labels
+    for piece, supervised in pieces(look.encoded.input_ids, labels, tokenizer):
+        shown = piece.join(PLAIN_MARKS) if marks and supervised else piece
+        text.append(shown, style=SUPERVISED if supervised else MASKED)
+    if in_class and look.row.label is not None:
+        text.append("\nclass: ", style=MASKED).append(look.row.choices[look.row.label].strip(), style=SUPERVISED)
+    others = [choice for index, choice in enumerate(look.row.choices) if index != look.row.label]
+    if others:
+        listed = " | ".join(repr(choice) for choice in others[:8]) + (" | …" if len(others) > 8 else "")
+        text.append(f"\nother choices: {listed}", style=MASKED)
+    return text
+
+
+def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
+    """The row cut where supervision begins or ends: (text, whether it is supervised).
+
+    A piece is what its tokens add to the text before them, because tokenizers write a token in the middle of a text
+    otherwise than alone.
+    """
+    found: list[tuple[str, bool]] = []
+    begin, before = 0, ""
+    supervised = [label != IGNORE_INDEX for label in labels]
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and supervised[end] == supervised[begin]:
+            continue
+        whole = _decoded(tokenizer, ids[:end])
+        added = whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, ids[begin:end])
+        found.append((added, supervised[begin]))
+        begin, before = end, whole
+    return found
+
+
+def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfig) -> Table:
+    """One line per split: rows, tokens, supervised share, lengths, truncated rows, padding of its batches."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("split", no_wrap=True)
+    for name in ("rows", "tokens", "supervised", "min", "median", "95 %", "max", "cut", "refused", "padding"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for split, seen in looks.items():
+        encoded = [look.encoded for look in seen if look.encoded is not None]
+        lengths = sorted(len(row.input_ids) for row in encoded)
+        refused, cut = len(seen) - len(encoded), sum(look.truncated for look in seen)
+        cells = [split, f"{len(getattr(splits, split)):,}", f"{sum(lengths):,}"]
+        if lengths:
+            share = f"{sum(row.supervised for row in encoded) / sum(lengths):.1%}"
+            quantiles = [str(lengths[round(q * (len(lengths) - 1))]) for q in (0.0, 0.5, 0.95, 1.0)]
+            padding = training_padding(encoded, config) if split == "train" else evaluation_padding(lengths, config)
+            cells += [share, *quantiles, str(cut), str(refused), f"{padding:.1%}"]
+        table.add_row(*cells)
+    return table
+
+
+def training_padding(encoded: Sequence[Encoded], config: RunConfig) -> float:
+    """Padding ÷ all positions of the micro-batches of one epoch."""
+    train, real, padded = config.train, 0, 0
+    for step in range(-(-len(encoded) // train.global_batch)):
+        indices = global_batch_indices(len(encoded), train.global_batch, step, train.seed)
+        for begin in range(0, len(indices), train.micro_batch):
+            lengths = [len(encoded[index].input_ids) for index in indices[begin : begin + train.micro_batch]]
+            real, padded = real + sum(lengths), padded + max(lengths) * len(lengths)
+    return 1.0 - real / padded
+
+
+def evaluation_padding(lengths: Sequence[int], config: RunConfig) -> float:
+    """The same for the passes of an evaluation by one member."""
+    chunks = length_sorted_chunks(lengths, config.evaluate.batch_tokens)
+    padded = sum(len(chunk) * max(lengths[index] for index in chunk) for chunk in chunks)
+    return 1.0 - sum(lengths) / padded
+
+
+def remarks(looks: dict[str, list[Look]], config: RunConfig) -> list[str]:
+    """What the figures do not say by themselves.
+
+    Raises:
+        DataError: no training token is supervised.
+    """
+    train = [look.encoded for look in looks["train"] if look.encoded is not None]
+    if train and not any(row.supervised for row in train):
+        raise DataError(
+            "data.path", None, f"no token of its {len(train)} training rows is supervised",
+            "Check the answers that data.template makes.",
+        )
+    lines = []
+    needed = max((look.needed for seen in looks.values() for look in seen), default=0)
+    if any(look.encoded is None for seen in looks.values() for look in seen):
+        lines.append(
+            f"refused: answers that data.max_tokens={config.data.max_tokens} cannot hold; training would stop."
+            f" data.max_tokens={needed} holds every row whole."
+        )
+    elif any(look.truncated for seen in looks.values() for look in seen):
+        lines.append(f"cut: rows that lose the beginning of their prompt; data.max_tokens={needed} holds every row.")
+    if any(len(seen) == COUNTED_ROWS for seen in looks.values()):
+        lines.append(f"tokens and lengths: the first {COUNTED_ROWS:,} rows of each split.")
+    return lines
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
