@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, build_config, dump_config, load_config
+from pipeline.config import RunConfig, build_config, dump_config
+from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.launch import has_accelerator, launcher_command, launcher_environment, process_count, run_stage
+from pipeline.launch import has_accelerator, process_count
 from pipeline.preflight import check_inputs
+from pipeline.runner import (
+    Folders,
+    headline,
+    refuse_other,
+    run_evaluate,
+    run_export,
+    run_report,
+    run_search,
+    run_training,
+)
 from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, sha256_file, write_json, write_text
 
 REQUESTED = "requested.yaml"
-UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}}
-"""What a configuration says when a method keeps its own rates."""
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The run and the folders it refers to."""
-
-    run: Path
-
-    @property
-    def plain(self) -> Path:
-        """The same budget without dropout."""
-        return self.run.with_name(f"{self.run.name}-plain")
-
-    @property
-    def search(self) -> Path:
-        """Trials and ledger."""
-        return self.run.with_name(f"{self.run.name}-search")
 
 
 def execute(
@@ -110,7 +100,7 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     write_text(RunPaths(folders.run).config, dump_config(chosen))
     plain = plain_config(chosen)
     for name, run_config, folder in (("train", chosen, folders.run), ("plain LoRA", plain, folders.plain)):
-        _headline(name)
+        headline(name)
         if code := run_training(run_config, Folders(folder)):
             return code
     write_related(folders)
@@ -118,44 +108,6 @@ def run_line(config: RunConfig, folders: Folders) -> int:
         if code := stage(chosen, folders):
             return code
     return EXIT_OK
-
-
-def run_search(config: RunConfig, folders: Folders) -> int:
-    """Ray Tune in a process of its own."""
-    _headline("search")
-    folders.search.mkdir(parents=True, exist_ok=True)
-    settings = folders.search / "config.yaml"
-    _refuse_other(settings, config)
-    write_text(settings, dump_config(config))
-    command = [sys.executable, "-m", "tune", "--config", str(settings), "--folder", str(folders.search)]
-    return run_stage(command, folders.search / "logs" / "search.log", folders.search, "search")
-
-
-def run_training(config: RunConfig, folders: Folders) -> int:
-    """The DeepSpeed launcher around pipeline.train; continues from the newest checkpoint."""
-    paths = RunPaths(folders.run)
-    _refuse_other(paths.config, config)
-    if _is_done(paths, "train") and paths.adapter.is_dir():
-        print(f"{folders.run.name}: already trained", file=sys.stderr)
-        return EXIT_OK
-    write_text(paths.config, dump_config(config))
-    return _launch("train", config, folders)
-
-
-def run_evaluate(config: RunConfig, folders: Folders) -> int:
-    """Predictions of all members, rows divided among all processes."""
-    _headline("evaluate")
-    return _launch("evaluate", config, folders)
-
-
-def run_report(config: RunConfig, folders: Folders) -> int:
-    """Scores, tables, plots."""
-    return _single_process("report", folders)
-
-
-def run_export(config: RunConfig, folders: Folders) -> int:
-    """PEFT folders and their proof."""
-    return _single_process("export", folders)
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[RunConfig, Folders], int]] = {
@@ -191,7 +143,7 @@ def write_related(folders: Folders) -> None:
 def claim(run: Path, config: RunConfig) -> None:
     """Remember what was asked for. Raises `RunFolderError` where the folder holds another request."""
     requested = run / REQUESTED
-    _refuse_other(requested, config)
+    refuse_other(requested, config)
     write_text(requested, dump_config(config))
 
 
@@ -223,37 +175,3 @@ def print_outcome(folders: Folders, seconds: float) -> None:
     print(f"\nfinished in {seconds / 60:.1f} minutes")
     for what, path in (("report", "report.html"), ("adapter", "adapter"), ("export", "export")):
         print(f"  {what:8} {os.path.relpath(folders.run / path)}")
-
-
-def _launch(stage: str, config: RunConfig, folders: Folders) -> int:
-    return run_stage(
-        launcher_command(f"pipeline.{stage}", folders.run, config.launch),
-        folders.run / "logs" / f"{stage}.log",
-        folders.run,
-        stage,
-        launcher_environment(config.launch),
-    )
-
-
-def _single_process(stage: str, folders: Folders) -> int:
-    _headline(stage)
-    command = [sys.executable, "-m", f"pipeline.{stage}", "--run-dir", str(folders.run)]
-    return run_stage(command, folders.run / "logs" / f"{stage}.log", folders.run, stage)
-
-
-def _refuse_other(saved: Path, config: RunConfig) -> None:
-    if saved.exists() and load_config(saved).sha256() != config.sha256():
-        raise RunFolderError(
-            "--run-dir",
-            str(saved.parent),
-            "belongs to another configuration",
-            "Give another --run-dir, or remove the folder.",
-        )
-
-
-def _is_done(paths: RunPaths, stage: str) -> bool:
-    return paths.status.exists() and read_json(paths.status).get(stage, {}).get("state") == "done"
-
-
-def _headline(text: str) -> None:
-    print(f"\n── {text} " + "─" * max(2, 66 - len(text)), file=sys.stderr, flush=True)

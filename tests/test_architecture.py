@@ -35,7 +35,10 @@ LAYERS = {
         "preflight",
         "run_state",
     ],
-    4: ["train", "evaluate", "report", "export", "line", "cli", "selftest", "stock_parity", "adapters.support", "view"],
+    4: [
+        "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",
+        "stock_parity", "adapters.support",
+    ],
     5: ["tune"],
 }
 STAGES = {"train", "evaluate", "report", "export"}

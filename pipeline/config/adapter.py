@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
+
+UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}}
+"""Dotted keys of a configuration whose method keeps its own rates."""
 
 
 class RatesConfig(Section):
