@@ -117,6 +117,36 @@ def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach().to("cpu", torch.float32).clone()
 
 
+def full_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The whole reduced gradient between the last backward pass and the step (a collective under ZeRO)."""
+    from deepspeed.utils import safe_get_full_grad
+
+    value = safe_get_full_grad(parameter)
+    return None if value is None else value.detach()
+
+
+def squared_gradient_norm(engine: Any) -> float:
+    """This process's addend of the squared global gradient norm, after the last backward pass, before the step.
+
+    Summed over processes it is the square of the norm before clipping. Under ZeRO a process holds the reduced
+    gradients of its own partition only; under ZeRO-0 all of them, of which it counts its share.
+    """
+    parts: list[torch.Tensor] = []
+    for group in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
+        parts += [group] if isinstance(group, torch.Tensor) else [part for part in group or () if part is not None]
+    for group in engine.optimizer.param_groups:  # ZeRO-0, and partitions that are offloaded
+        parts += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+    norms = [norm.double() for norm in torch._foreach_norm(parts)] if parts else []
+    squares = sum(float(total) for total in _sums_of_squares(norms))
+    return squares / torch.distributed.get_world_size() if _is_plain(engine) else squares
+
+
+def _sums_of_squares(norms: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One number per device."""
+    devices = {norm.device for norm in norms}
+    return [torch.stack([norm for norm in norms if norm.device == device]).square().sum() for device in devices]
+
+
 def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor | None:
     """`exp_avg` or `exp_avg_sq` of a parameter; None before the first step."""
     from deepspeed.utils import safe_get_full_optimizer_state

@@ -61,6 +61,8 @@ class Rows:
     weights: Tensor
     """(M·B,) weight of each row in the loss."""
     plan: MemberPlan
+    examples: tuple[str, ...] = ()
+    """(M·B) example ids."""
 
 
 def build_rows(
@@ -75,7 +77,8 @@ def build_rows(
     if adapters.needs_row_keys():
         keys = example_keys(batch.example_ids).to(device)
         plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
-    return Rows(tensors, torch.tensor(layout.weights, dtype=torch.float32, device=device), plan)
+    weights = torch.tensor(layout.weights, dtype=torch.float32, device=device)
+    return Rows(tensors, weights, plan, tuple(batch.example_ids))
 
 
 def example_keys(example_ids: list[str]) -> Tensor:

@@ -18,6 +18,7 @@ from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.distributed import World
 from pipeline.errors import EXIT_STOPPED, LoradropError
+from pipeline.guards import Guards, StepNumbers, recent_losses
 from pipeline.predictions import Member as PredictedMember
 from pipeline.predictions import Predictions, write_members, write_predictions
 from pipeline.reader import Reader
@@ -104,6 +105,20 @@ class Run:
             self.counters = load_checkpoint(found, self.engine, self.trained)
             say(f"continuing from {found.name}", self.world.is_main)
         self.metrics.keep_until(self.counters.step)
+
+    def guards(self) -> Guards:
+        """The checks before each update; they go on from the losses that metrics.jsonl holds."""
+        rows, window = read_json_lines(self.paths.metrics), self.config.train.spike.window_steps
+        losses = recent_losses(rows, self.counters.step, window)
+        return Guards(self.engine, self.adapters, self.trained, self.config.train, self.paths, self.world, losses)
+
+    def report_spike(self, numbers: StepNumbers) -> None:
+        """One metrics row and one line, where the step's loss was a spike."""
+        if numbers.spike is not None:
+            step = self.counters.step
+            self.metrics.write("spike", step=step, loss=numbers.loss, times_median=numbers.spike)
+            text = f"step {step}: the loss {numbers.loss:.4g} is {numbers.spike:.1f} × its running median"
+            say(text, self.world.is_main)
 
     def stop_if_requested(self) -> None:
         """Save and leave where any process sees the stop request. Raises `Stopped`."""

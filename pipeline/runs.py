@@ -7,6 +7,7 @@ runs/NAME/
   members.json                other adapters that evaluation compares with, by name, path and hash
   predictions/SPLIT.npz       per-member log-probabilities, no test labels
   result.json  report.html
+  diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
   export/                     what is deployed: manifest.json with measured parity
 """
 
@@ -89,6 +90,11 @@ class RunPaths:
     def export(self) -> Path:
         """What is deployed."""
         return self.root / "export"
+
+    @property
+    def diagnosis(self) -> Path:
+        """Batches that were not finite, one folder per step."""
+        return self.root / "diagnosis"
 
     @property
     def stop_request(self) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.data.schedule import global_batch_indices, process_share
 from pipeline.environment import describe_environment
-from pipeline.errors import LoradropError
-from pipeline.objective import build_rows
+from pipeline.guards import require_same_inputs
+from pipeline.objective import Rows, build_rows
 from pipeline.reader import open_reader
 from pipeline.run_state import OnValidation, Run
 from pipeline.runs import RunPaths, update_status, write_json, write_text
@@ -35,6 +35,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     Raises:
         ConfigError, DataError: the configuration does not fit the data, the model or the world.
         Stopped: a stop was requested and the state is saved.
+        NotFinite, LossSpike, Untrained: a numerical guard ended the run before the step was applied.
     """
     world = distributed.start()
     distributed.require_equal("the configuration", config.sha256())
@@ -45,6 +46,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     reader = open_reader(config, splits, world.device)
     examples = reader.examples(splits.train)
     adapters = attach_adapter(config, reader.base)
+    require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
     run.engine = build_engine(config, adapters, reader.objective(), micro_steps)
     if world.is_main:
@@ -62,8 +64,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
 def training_loop(run: Run, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
-    pad_id, side = run.reader.base.tokenizer.pad_token_id, run.reader.padding
-    masked = any(site.rate > 0 for site in adapters.specs[0].sites)
+    guards = run.guards()
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
@@ -75,39 +76,37 @@ def training_loop(run: Run, micro_steps: int) -> None:
             [sum(example.supervised for example in own), sum(len(example.input_ids) for example in own)], world.device
         )  # tokens of the global batch
 
-        nll = 0.0
+        losses: list[float] = []
+        rows_of = partial(micro_rows, run, share, step)
         for micro in range(micro_steps):
-            part = slice(micro * train.micro_batch, (micro + 1) * train.micro_batch)
-            positions = [position for position, _ in share[part]]
-            layout = training_layout(positions, train.draws, train.draw_layout, masked)
-            rows = build_rows(adapters, own[part], layout, pad_id, train.seed, step, side)
+            rows = rows_of(micro)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 loss = engine(**rows.tensors, row_weights=rows.weights)
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
                 # the gradient is that of Σ nll / (supervised tokens of the global batch).
                 engine.backward(loss * (micro_steps * world.world_size / supervised))
+            losses.append(float(loss.detach()))
+            if micro == micro_steps - 1:
+                numbers = guards.check(step, losses, supervised, rows_of)  # what is not finite is never applied
             engine.step()
-            nll += float(loss.detach())
 
-        mean_nll = distributed.sum_over_processes([nll], world.device)[0] / supervised
-        if not math.isfinite(mean_nll):
-            raise LoradropError(f"the loss is {mean_nll} at step {step + 1}; lower train.learning_rate")
         run.counters = replace(run.counters, step=step + 1)
         seconds = time.monotonic() - started
         run.metrics.write(
             "train",
             step=step + 1,
-            loss=mean_nll,
+            loss=numbers.loss,
             learning_rate=learning_rate,
             seconds=round(seconds, 4),
-            gradient_norm=gradient_norm(engine),
+            gradient_norm=numbers.gradient_norm,
             tokens_per_second=round(length / seconds, 1),
         )
+        run.report_spike(numbers)
         if run.due(train.validate_every_steps):
             run.validate()
         if run.due(train.checkpoint_every_steps):
             run.save()
-        progress.show(step + 1, progress_parts(mean_nll, length / seconds, run.scores))
+        progress.show(step + 1, progress_parts(numbers.loss, length / seconds, run.scores))
         run.stop_if_requested()
     progress.close()
 
@@ -120,10 +119,17 @@ def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:
     return train.learning_rate * factor
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Global gradient norm before clipping, where DeepSpeed reports it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def micro_rows(run: Run, share: list[tuple[int, int]], step: int, micro: int) -> Rows:
+    """The rows of one micro-batch of this process: a function of the step, so that it can be made again.
+
+    `share` holds (position in the global batch, row) of this process's examples of the step.
+    """
+    train, sites = run.config.train, run.adapters.specs[0].sites
+    part = share[micro * train.micro_batch : (micro + 1) * train.micro_batch]
+    masked = any(site.rate > 0 for site in sites)
+    layout = training_layout([position for position, _ in part], train.draws, train.draw_layout, masked)
+    examples, pad_id = [run.examples[row] for _, row in part], run.reader.base.tokenizer.pad_token_id
+    return build_rows(run.adapters, examples, layout, pad_id, train.seed, step, run.reader.padding)
 
 
 def progress_parts(loss: float, tokens_per_second: float, scores: dict[str, float]) -> list[str]:

@@ -34,6 +34,7 @@ LAYERS = {
         "readout",
         "preflight",
         "run_state",
+        "guards",
     ],
     4: [
         "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",

@@ -43,6 +43,10 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
 
 
+def gradient_norms(folder: Path) -> list[float]:
+    return [row["gradient_norm"] for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
+
+
 def first_moments(folder: Path) -> torch.Tensor:
     """Adam's exp_avg of all parameters: linear in the gradients, so a wrong scale shows, as it does not in losses."""
     state = load_file(folder / "checkpoints" / "step_000006" / "state.safetensors")
@@ -98,6 +102,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, tiny_settin
     assert len(reference) == 6 and reference[-1] < reference[0]
     for name in runs:
         assert losses(tmp_path / name) == pytest.approx(reference, rel=2e-4), name
+        assert gradient_norms(tmp_path / name) == pytest.approx(gradient_norms(tmp_path / "two"), rel=1e-3), name
         expected, found = first_moments(tmp_path / "two"), first_moments(tmp_path / name)
         assert float((found - expected).norm() / expected.norm()) < 1e-3, name
     assert losses(tmp_path / "checkpointing") == losses(tmp_path / "one")

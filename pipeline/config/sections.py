@@ -82,6 +82,17 @@ class DataConfig(Section):
     """Seed of the split."""
 
 
+class SpikeConfig(Section):
+    """When a loss counts as a spike, and what then happens."""
+
+    factor: Annotated[float, Field(gt=1.0)] = 4.0
+    """Loss over the median of the steps before; small batches of short answers vary by 2 or 3."""
+    window_steps: Annotated[int, Field(ge=2)] = 20
+    """Steps behind the running median; nothing is judged before half of them are there."""
+    action: Literal["warn", "stop"] = "warn"
+    """`warn`: a row in metrics.jsonl and a line on the terminal. `stop`: the run ends before the step is applied."""
+
+
 class TrainConfig(Section):
     """Optimization. Gradient accumulation is derived: global_batch / (micro_batch × processes)."""
 
@@ -122,6 +133,8 @@ class TrainConfig(Section):
     """Name of a file in ds_configs/ or a path to a DeepSpeed JSON."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    spike: SpikeConfig = SpikeConfig()
+    """Watch for jumps of the loss."""
 
     @model_validator(mode="after")
     def _check_batch(self) -> TrainConfig:
