@@ -24,6 +24,7 @@ _MODULES = {
     "runs": (
         "RunPaths", "publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text",
     ),
+    "regression_scores": ("gaussian_nll",),
     "scores": ("nll",),
     "train": ("train_run",),
 }

@@ -1,6 +1,6 @@
 """Ensembles from cached predictions: averages, subsets, and how many members are worth their cost. Pure numpy.
 
-M members, N rows, C choices. Nothing here runs a model: every size is scored from the same cache.
+M members, N rows, C choices (1 for values). Nothing here runs a model: every size is scored from the same cache.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.regression_scores import gaussian_nll
 from pipeline.scores import Floats, Ints, nll, row_nll
 
-Space = Literal["probability", "logit"]
+Space = Literal["probability", "logit", "value"]
 
 SUBSET_LIMIT = 32
 """Subsets of one size that are scored where there are more."""
@@ -27,13 +29,13 @@ def average(log_probs: Floats, space: Space = "probability") -> Floats:
     """The members' average prediction: (M, N, C) -> (N, C), normalised.
 
     `probability`: log (1/M) sum_m p_m, the mixture. `logit`: the mean of log p_m, normalised again (the
-    geometric mean). A choice that no member has stays at -inf.
+    geometric mean). A choice that no member has stays at -inf. `value`: the mean of (M, N, 1) predicted numbers.
     """
     logs = log_probs.astype(np.float64)
     if space == "probability":
         return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))
     mean = logs.mean(axis=0)
-    return mean - np.logaddexp.reduce(mean, axis=-1, keepdims=True)
+    return mean if space == "value" else mean - np.logaddexp.reduce(mean, axis=-1, keepdims=True)
 
 
 def subsets(members: int, size: int, limit: int = SUBSET_LIMIT, seed: int = 0) -> Ints:
@@ -113,20 +115,21 @@ def choose_size(curve: EnsembleCurve) -> int:
 
 
 def choose_adapters(
-    log_probs: Sequence[Floats], labels: Ints, k_max: int, space: Space = "probability"
+    log_probs: Sequence[Floats], labels: NDArray[Any], k_max: int, space: Space = "probability"
 ) -> tuple[int, ...]:
     """Greedy forward selection without replacement (Caruana et al. 2004, doi 10.1145/1015330.1015432).
 
-    Starts from the adapter with the lowest NLL, adds the one that lowers the ensemble's NLL most (or raises it
-    least) up to `k_max`, and returns the prefix of that order with the lowest NLL.
+    Starts from the adapter with the lowest NLL (in the space `value`: `gaussian_nll`), adds the one that lowers the
+    ensemble's NLL most (or raises it least) up to `k_max`, and returns the prefix of that order with the lowest NLL.
 
     Args:
         log_probs: One (N, C) per adapter, of the validation split.
     """
+    score = gaussian_nll if space == "value" else nll
     stack, order, losses = np.stack(log_probs), list[int](), list[float]()
     while len(order) < min(k_max, len(stack)):
         rest = [k for k in range(len(stack)) if k not in order]
-        trials = [float(nll(average(stack[[*order, k]], space), labels)) for k in rest]
+        trials = [float(score(average(stack[[*order, k]], space), labels)) for k in rest]
         best = int(np.argmin(trials))
         order.append(rest[best])
         losses.append(trials[best])

@@ -61,5 +61,10 @@ def weighted_class_nll(logits: Tensor, classes: Tensor, row_weights: Tensor) -> 
     return (torch.nn.functional.cross_entropy(logits.float(), classes, reduction="none") * row_weights).sum()
 
 
+def weighted_squared_error(values: Tensor, scores: Tensor, row_weights: Tensor) -> Tensor:
+    """Σ over rows of weight(row) · (value - score)². All arguments (B,)."""
+    return ((values.float() - scores).square() * row_weights).sum()
+
+
 def _chunk_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     return -torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")

@@ -13,7 +13,8 @@ from pipeline.adapters.layout import RowLayout
 from pipeline.adapters.members import MemberPlan
 from pipeline.data.batches import collate
 from pipeline.data.encode import Encoded
-from pipeline.losses import weighted_class_nll, weighted_nll
+from pipeline.losses import weighted_class_nll, weighted_nll, weighted_squared_error
+from pipeline.model.classifier import head_outputs
 from pipeline.model.head import head_of, hidden_states
 from pipeline.randomness import key64
 
@@ -41,15 +42,32 @@ class SupervisedClassifier(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Σ weight(row) · nll of the row's class, in nats. All arguments (M·B, T) but row_weights (M·B,).
 
         `labels` holds one class per row, anywhere in it. Position ids are the model's own affair: RoBERTa's do not
         start at 0.
         """
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = head_outputs(self.model, input_ids, attention_mask, token_type_ids)
         return weighted_class_nll(logits, labels.amax(dim=1), row_weights)
+
+
+class SupervisedRegressor(nn.Module):
+    """A model whose head has one output and whose forward is the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor,
+        scores: Tensor, token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Σ weight(row) · (output - score)². All arguments (M·B, T) but row_weights and scores (M·B,)."""
+        values = head_outputs(self.model, input_ids, attention_mask, token_type_ids)[:, 0]
+        return weighted_squared_error(values, scores, row_weights)
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Rows:
     """The rows of one pass on the device, and the plan they follow."""
 
     tensors: dict[str, Tensor]
-    """input_ids, attention_mask, position_ids, labels: (M·B, T)."""
+    """input_ids, attention_mask, position_ids, labels (M·B, T); pairs: token_type_ids; regression: scores (M·B,)."""
     weights: Tensor
     """(M·B,) weight of each row in the loss."""
     plan: MemberPlan

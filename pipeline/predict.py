@@ -18,6 +18,7 @@ from pipeline.adapters.members import Member, replicate_rows
 from pipeline.data.batches import collate
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.schedule import length_sorted_chunks
+from pipeline.model.classifier import head_outputs
 from pipeline.model.head import head_of, hidden_states
 from pipeline.objective import example_keys
 
@@ -108,16 +109,30 @@ def predict_classes(
     adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
 ) -> np.ndarray:
     """log p(class | row, member) of a model with a classification head: (M, N, C). Arguments as `predict_choices`."""
+    return torch.log_softmax(_head_outputs(adapters, texts, members, settings), dim=-1).numpy()
 
-    def logits(tensors: dict[str, Tensor]) -> Tensor:
-        return adapters.model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
 
-    log_probs: dict[int, np.ndarray] = {}
-    passes = _passes(adapters, texts, members, settings, logits, "right")
-    for chunk, logits_MBC in passes:
-        values = torch.log_softmax(logits_MBC.float(), dim=-1).cpu().numpy()
-        log_probs.update({row: values[:, b] for b, row in enumerate(chunk)})
-    return np.stack([log_probs[row] for row in range(len(texts))], axis=1)
+def predict_values(
+    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
+) -> np.ndarray:
+    """The one output of the head for every row under every member: (M, N). Arguments as `predict_choices`."""
+    return _head_outputs(adapters, texts, members, settings)[..., 0].numpy()
+
+
+def _head_outputs(
+    adapters: Adapters, texts: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
+) -> Tensor:
+    """(M, N, C) fp32 on the CPU."""
+
+    def forward(tensors: dict[str, Tensor]) -> Tensor:
+        segments = tensors.get("token_type_ids")
+        return head_outputs(adapters.model, tensors["input_ids"], tensors["attention_mask"], segments)
+
+    outputs: dict[int, Tensor] = {}
+    for chunk, found_MBC in _passes(adapters, texts, members, settings, forward, "right"):
+        on_cpu = found_MBC.float().cpu()
+        outputs.update({row: on_cpu[:, b] for b, row in enumerate(chunk)})
+    return torch.stack([outputs[row] for row in range(len(texts))], dim=1)
 
 
 def _score(

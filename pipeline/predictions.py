@@ -97,7 +97,29 @@ class CompletionPredictions:
         return len(self.token_log_probs)
 
 
-Predictions = ChoicePredictions | CompletionPredictions
+@dataclass(frozen=True)
+class RegressionPredictions:
+    """values (M, N) float32: the number that each member gives for each row."""
+
+    row_ids: tuple[str, ...]
+    values: Floats
+    seconds: float = 0.0
+    """Duration of the pass over the split, all members together."""
+
+    def __post_init__(self) -> None:
+        _check_ids(self.row_ids)
+        if self.values.ndim != 2 or self.values.shape[1] != len(self.row_ids):
+            raise ValueError(f"values has the shape {self.values.shape}, not (M, {len(self.row_ids)})")
+        if not np.all(np.isfinite(self.values)):
+            raise ValueError("values must be finite")
+
+    @property
+    def members(self) -> int:
+        """M."""
+        return len(self.values)
+
+
+Predictions = ChoicePredictions | CompletionPredictions | RegressionPredictions
 
 
 def write_predictions(folder: Path, split: str, predictions: Predictions) -> None:
@@ -105,6 +127,8 @@ def write_predictions(folder: Path, split: str, predictions: Predictions) -> Non
     arrays: dict[str, Any] = {"row_ids": np.array(predictions.row_ids, dtype=np.str_), "seconds": predictions.seconds}
     if isinstance(predictions, ChoicePredictions):
         arrays |= {"kind": "choice", "log_probs": predictions.log_probs.astype(np.float32)}
+    elif isinstance(predictions, RegressionPredictions):
+        arrays |= {"kind": "regression", "values": predictions.values.astype(np.float32)}
     else:
         arrays |= {
             "kind": "completion",
@@ -130,6 +154,8 @@ def read_predictions(folder: Path, split: str) -> Predictions:
             row_ids, seconds = tuple(arrays["row_ids"].tolist()), float(arrays["seconds"])
             if str(arrays["kind"]) == "choice":
                 return ChoicePredictions(row_ids, arrays["log_probs"], seconds)
+            if str(arrays["kind"]) == "regression":
+                return RegressionPredictions(row_ids, arrays["values"], seconds)
             return CompletionPredictions(row_ids, arrays["token_log_probs"], arrays["offsets"], seconds)
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise RunFolderError(str(path), None, f"is damaged ({' '.join(str(error).split())})", REMEDY) from error

@@ -37,7 +37,8 @@ def check_inputs(config: RunConfig) -> None:
     from pipeline.data import check_data
     from pipeline.model.kind import local_kind
 
-    check_data(config.data, classifier=local_kind(config.model) == "classifier")
+    kind = local_kind(config.model)
+    check_data(config.data, classifier=None if kind is None else kind == "classifier")
 
 
 def check_model_path(path: str) -> None:

@@ -1,4 +1,4 @@
-"""How rows are read by the base model: the one place that tells causal language models from classifiers.
+"""How rows are read by the base model: the one place that tells causal language models, classifiers and regressors.
 
 Stages hold a `Reader` and never ask which one it is.
 """
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
-from pipeline.data.classes import encode_classification, encode_text, shared_choices
+from pipeline.data.classes import (
+    encode_classification,
+    encode_regression,
+    encode_text,
+    output_count,
+    refuse_for_causal,
+)
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
@@ -23,9 +29,9 @@ from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
-from pipeline.objective import SupervisedClassifier, SupervisedLM
-from pipeline.predict import PassSettings, predict_choices, predict_classes, predict_completions
-from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions
+from pipeline.objective import SupervisedClassifier, SupervisedLM, SupervisedRegressor
+from pipeline.predict import PassSettings, predict_choices, predict_classes, predict_completions, predict_values
+from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 
 OnChunk = Callable[[int, int], None]
 
@@ -64,7 +70,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class CausalReader:
-    """Answers are tokens behind the prompt; all three kinds of rows."""
+    """Answers are tokens behind the prompt; choice, completion and chat rows."""
 
     base: BaseModel
     config: RunConfig
@@ -107,7 +113,7 @@ class CausalReader:
 
 @dataclass(frozen=True)
 class ClassifierReader:
-    """The prompt alone is read; a trained head gives one logit per choice. Rows share their choices."""
+    """The text, or pair of texts, is read; a trained head gives one logit per choice. Rows share their choices."""
 
     base: BaseModel
     config: RunConfig
@@ -144,18 +150,46 @@ class ClassifierReader:
         return self.base.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
 
 
+@dataclass(frozen=True)
+class RegressionReader(ClassifierReader):
+    """The head has one output: the row's score."""
+
+    def examples(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Texts with their score."""
+        return [encode_regression(row, self.base.tokenizer, self.max_tokens) for row in rows]
+
+    def supervision(self, examples: Sequence[Encoded]) -> str:
+        """One number per row."""
+        return "supervised by one number per row"
+
+    def objective(self) -> nn.Module:
+        """Mean squared error."""
+        return SupervisedRegressor(self.base.model)
+
+    def predict(
+        self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
+    ) -> Predictions:
+        """Predicted numbers."""
+        texts = [encode_text(row, self.base.tokenizer, self.max_tokens) for row in rows]
+        settings = _settings(self.base, self.config, on_chunk)
+        return RegressionPredictions(tuple(row.id for row in rows), predict_values(adapters, texts, members, settings))
+
+
 def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Reader:
     """Load the base model as `model.kind` says.
 
     Raises:
         ConfigError: the model cannot be loaded, or not as this kind.
-        DataError: a classifier, and rows that do not share their choices.
+        DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
+            model with a head reads.
     """
+    rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
     if model_kind(config.model) == "classifier":
-        rows = (row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split)
-        base = load_base(config.model, device, len(shared_choices(rows)))
+        base = load_base(config.model, device, output_count(rows))
         longest = config.data.max_tokens
-        return ClassifierReader(base, config, min(longest, position_limit(base.model) or longest))
+        reader = RegressionReader if rows[0].kind == "regression" else ClassifierReader
+        return reader(base, config, min(longest, position_limit(base.model) or longest))
+    refuse_for_causal(rows)
     base = load_base(config.model, device)
     check_halves(base.model, device)
     return CausalReader(base, config)

@@ -11,8 +11,9 @@ from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
 from pipeline.distributed import World
-from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions
+from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 from pipeline.reader import OnChunk, Reader
+from pipeline.regression_scores import Correlation, gaussian_nll, row_squared_error
 from pipeline.scores import accuracy, nll
 
 
@@ -32,6 +33,9 @@ def predict_shared(
 
 def merge_predictions(parts: Sequence[Predictions], row_ids: Sequence[str]) -> Predictions:
     """One set of predictions in the order of `row_ids` from parts of one kind that cover it."""
+    numbers = [part for part in parts if isinstance(part, RegressionPredictions)]
+    if numbers:
+        return _merge_values(numbers, row_ids)
     choices = [part for part in parts if isinstance(part, ChoicePredictions)]
     if choices:
         return _merge_choices(choices, row_ids)
@@ -48,6 +52,11 @@ def _merge_choices(parts: Sequence[ChoicePredictions], row_ids: Sequence[str]) -
     return ChoicePredictions(tuple(row_ids), table)
 
 
+def _merge_values(parts: Sequence[RegressionPredictions], row_ids: Sequence[str]) -> RegressionPredictions:
+    of_row = {name: part.values[:, n] for part in parts for n, name in enumerate(part.row_ids)}
+    return RegressionPredictions(tuple(row_ids), np.stack([of_row[name] for name in row_ids], axis=1))
+
+
 def _merge_completions(parts: Sequence[CompletionPredictions], row_ids: Sequence[str]) -> CompletionPredictions:
     pieces = {}
     for part in parts:
@@ -59,7 +68,16 @@ def _merge_completions(parts: Sequence[CompletionPredictions], row_ids: Sequence
 
 
 def validation_scores(predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:
-    """NLL in nats (per row for choices, per token for completions) and, for choices, accuracy of member 0."""
+    """Scores of member 0. `nll`, in nats, is what selection goes by in every kind of rows.
+
+    Choices: NLL per row, accuracy. Completions: NLL per token. Regression: the NLL per row of a Gaussian with the
+    best variance (it orders as the mean squared error does), root mean squared error, Pearson's correlation.
+    """
+    if isinstance(predictions, RegressionPredictions):
+        values, right = predictions.values[0][:, None], np.array([row.score for row in rows], dtype=np.float64)
+        rmse = float(row_squared_error(values, right).mean() ** 0.5)
+        pearson = Correlation(values.T, right, "pearson").point()
+        return {"nll": float(gaussian_nll(values, right)), "rmse": rmse, "pearson": pearson}
     if isinstance(predictions, CompletionPredictions):
         return {"nll": float(-predictions.token_log_probs[0].mean())}
     labels = np.array([row.label for row in rows])

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import RunConfig
-from pipeline.data.classes import encode_classification, shared_choices
+from pipeline.data.classes import encode_answered, output_count, refuse_for_causal
 from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
 from pipeline.data.rows import Row
 from pipeline.data.schedule import global_batch_indices, length_sorted_chunks
@@ -73,17 +73,19 @@ def look_of(config: RunConfig, splits: Splits, tokenizer: Any) -> Callable[[Row]
     """How a row is encoded for the configured model: its right answer, as in training.
 
     Raises:
-        DataError: a classifier, and rows that do not share their choices.
+        DataError: rows that a model of this kind cannot read.
     """
     longest = config.data.max_tokens
+    rows = [row for split in SPLITS for row in getattr(splits, split)]
     if model_kind(config.model) == "classifier":
-        shared_choices(row for split in SPLITS for row in getattr(splits, split))
+        output_count(rows)
 
         def as_class(row: Row) -> Look:
-            needed = len(encode_classification(row, tokenizer, UNBOUNDED).input_ids)
-            return Look(row, encode_classification(row, tokenizer, longest), needed)
+            needed = len(encode_answered(row, tokenizer, UNBOUNDED).input_ids)
+            return Look(row, encode_answered(row, tokenizer, longest), needed)
 
         return as_class
+    refuse_for_causal(rows)
 
     def as_tokens(row: Row) -> Look:
         whole = encode_candidates(row, tokenizer, UNBOUNDED)
@@ -110,13 +112,15 @@ def row_text(look: Look, tokenizer: Any, marks: bool) -> Text:
     text = Text()
     if look.truncated:
         text.append(f"[{look.needed - len(look.encoded.input_ids)} tokens cut off] ", style="yellow")
-    in_class = look.row.label is not None and look.encoded.labels[0] != IGNORE_INDEX
+    in_class = (look.row.label is not None or look.row.score is not None) and look.encoded.labels[0] != IGNORE_INDEX
     labels = [IGNORE_INDEX] * len(look.encoded.labels) if in_class else look.encoded.labels
     for piece, supervised in pieces(look.encoded.input_ids, labels, tokenizer):
         shown = piece.join(PLAIN_MARKS) if marks and supervised else piece
         text.append(shown, style=SUPERVISED if supervised else MASKED)
     if in_class and look.row.label is not None:
         text.append("\nclass: ", style=MASKED).append(look.row.choices[look.row.label].strip(), style=SUPERVISED)
+    if look.row.score is not None:
+        text.append("\nscore: ", style=MASKED).append(f"{look.row.score:g}", style=SUPERVISED)
     others = [choice for index, choice in enumerate(look.row.choices) if index != look.row.label]
     if others:
         listed = " | ".join(repr(choice) for choice in others[:8]) + (" | …" if len(others) > 8 else "")

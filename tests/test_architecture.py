@@ -17,6 +17,7 @@ LAYERS = {
         "tracking",
         "fetch",
         "scores",
+        "regression_scores",
         "ensemble",
         "calibrate",
         "predictions",

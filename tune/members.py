@@ -17,6 +17,7 @@ from pipeline import (
     RunPaths,
     average,
     choose_adapters,
+    gaussian_nll,
     load_splits,
     nll,
     read_predictions,
@@ -38,7 +39,8 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
     chosen = choose_adapters(log_probs, labels, config.search.adapters, space)
     order = [*chosen, *(k for k in range(len(finished)) if k not in chosen)][: config.search.adapters]
     stack = np.stack([log_probs[k] for k in order])
-    by_size = {str(size): float(nll(average(stack[:size], space), labels)) for size in range(1, len(order) + 1)}
+    score = gaussian_nll if space == "value" else nll
+    by_size = {str(size): float(score(average(stack[:size], space), labels)) for size in range(1, len(order) + 1)}
     return {
         "adapters": [finished[k].name for k in chosen],
         "size": len(chosen),
@@ -48,7 +50,7 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
 
 
 def _cached(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) -> tuple[list[Any], Any, Any]:
-    """Each trial's log-probabilities (N, C), the labels (N,), and the space in which members are averaged."""
+    """Each trial's log-probabilities (N, C) or values (N, 1), the right answers (N,), and the space of averages."""
     cached = [read_predictions(RunPaths(folder / TRIALS / r.name).predictions, "validation") for r in finished]
     for record, predictions in zip(finished, cached, strict=True):
         if predictions.row_ids != cached[0].row_ids:
@@ -57,9 +59,12 @@ def _cached(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) ->
         # Completions: a token is a row with one choice, the reference; its mixture probability needs no other.
         tokens = [predictions.token_log_probs[0][:, None] for predictions in cached]
         return tokens, np.zeros(len(tokens[0]), dtype=np.int64), "probability"
-    label_of = {row.id: row.label for row in load_splits(config.data).validation}
+    numbers = hasattr(cached[0], "values")
+    label_of = {row.id: row.score if numbers else row.label for row in load_splits(config.data).validation}
     missing = [row_id for row_id in cached[0].row_ids if row_id not in label_of]
     if missing:
         raise RunFolderError("validation predictions", missing[0], "is no row of the validation split")
     labels = np.array([label_of[row_id] for row_id in cached[0].row_ids])
+    if numbers:
+        return [predictions.values[0][:, None] for predictions in cached], labels, "value"
     return [predictions.log_probs[0] for predictions in cached], labels, config.ensemble.average

@@ -45,10 +45,14 @@ class TemplateConfig(Section):
 
     prompt: str | None = None
     """Text before the answer."""
+    second: str | None = None
+    """Second text of a pair (premise and hypothesis): encoders read it behind the separator, as its own segment."""
     choices: tuple[str, ...] | None = None
     """Answer texts, in label order (a leading space is part of the text)."""
     label: str | None = None
     """Column with the index, or with the text, of the right choice."""
+    score: str | None = None
+    """Column with the number to be predicted (regression): for models with a head."""
     completion: str | None = None
     """Answer text for rows that are generated rather than chosen."""
 
@@ -67,7 +71,7 @@ class DataConfig(Section):
     """A local .jsonl/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
     a hub data set, or the embedded default."""
     template: TemplateConfig | None = None
-    """Needed only where rows are not {prompt, choices, label}, {prompt, completion} or {messages}."""
+    """Needed only where rows are not {prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}."""
     train_rows: Positive | None = None
     """Rows of the train split; None = what the other splits leave."""
     validation_rows: Positive = 200

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.data.batches import Batch, collate, filler
     from pipeline.data.check import check_data
-    from pipeline.data.classes import encode_classification, encode_text, shared_choices
+    from pipeline.data.classes import (
+        encode_classification,
+        encode_regression,
+        encode_text,
+        output_count,
+        shared_choices,
+    )
     from pipeline.data.encode import (
         IGNORE_INDEX,
         Encoded,
@@ -27,7 +33,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "batches": ("Batch", "collate", "filler"),
     "check": ("check_data",),
-    "classes": ("encode_classification", "encode_text", "shared_choices"),
+    "classes": (
+        "encode_classification", "encode_regression", "encode_text", "output_count", "shared_choices",
+    ),
     "encode": (
         "IGNORE_INDEX", "Encoded", "encode_candidates", "encode_training", "encode_training_rows", "supervised_share",
     ),
@@ -47,6 +55,7 @@ __all__ = [
     "collate",
     "encode_candidates",
     "encode_classification",
+    "encode_regression",
     "encode_text",
     "encode_training",
     "encode_training_rows",
@@ -54,6 +63,7 @@ __all__ = [
     "global_batch_indices",
     "length_sorted_chunks",
     "load_splits",
+    "output_count",
     "process_share",
     "shared_choices",
     "supervised_share",

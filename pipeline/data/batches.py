@@ -14,7 +14,7 @@ from pipeline.data.encode import IGNORE_INDEX, Encoded
 
 @dataclass
 class Batch:
-    """B rows padded to T tokens; all tensors are (B, T) int64."""
+    """B rows padded to T tokens; all tensors are (B, T) int64 but `scores`."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -25,11 +25,18 @@ class Batch:
     """Real tokens counted from 0, whatever the padding side; 0 on padding."""
     example_ids: list[str]
     """(B) row ids."""
+    token_types: Tensor | None = None
+    """Segment of each token, 0 on padding; None where no row has segments."""
+    scores: Tensor | None = None
+    """(B,) float32 numbers to be predicted; None where rows are answered otherwise."""
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
-        """The four tensors by name, on a device."""
-        named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
-        return {name: tensor.to(device) for name, tensor in {**named, "labels": self.labels}.items()}
+        """The tensors that there are by name, on a device."""
+        named = {
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
+            "labels": self.labels, "token_type_ids": self.token_types, "scores": self.scores,
+        }
+        return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
 
 
 def collate(
@@ -59,6 +66,8 @@ def collate(
         raise ValueError(f"a row has {longest} tokens, more than length = {total}")
     ids = torch.full((len(encoded), total), pad_id, dtype=torch.int64)
     mask, labels, positions = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+    types = torch.zeros_like(ids) if any(row.token_types is not None for row in encoded) else None
+    numbers = [row.score for row in encoded if row.score is not None]
     for i, row in enumerate(encoded):
         count = len(row.input_ids)
         span = slice(total - count, total) if side == "left" else slice(count)
@@ -66,7 +75,10 @@ def collate(
         mask[i, span] = 1
         labels[i, span] = torch.tensor(row.labels)
         positions[i, span] = torch.arange(count)
-    return Batch(ids, mask, labels, positions, [row.example for row in encoded])
+        if types is not None and row.token_types is not None:
+            types[i, span] = torch.tensor(row.token_types)
+    scores = torch.tensor(numbers, dtype=torch.float32) if len(numbers) == len(encoded) else None
+    return Batch(ids, mask, labels, positions, [row.example for row in encoded], types, scores)
 
 
 def filler(length: int = 1) -> Encoded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import DataConfig
-from pipeline.data.classes import shared_choices
+from pipeline.data.classes import output_count, refuse_for_causal
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.sources import check_name, is_local, local_files, parse
@@ -12,13 +12,14 @@ from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
 
-def check_data(config: DataConfig, limit: int = 1000, classifier: bool = False) -> None:
+def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = False) -> None:
     """Read the first `limit` rows of each local file; files that end within it also tell whether they suffice.
 
     Hub and embedded data are checked by name only; their rows are checked when they are loaded.
 
     Args:
-        classifier: all rows must have the same choices.
+        classifier: True: all rows must have the same choices, or scores; False: neither scores nor pairs of texts;
+            None: not known yet.
 
     Raises:
         DataError: the fault (an `ErrorList` of up to five where there are several).
@@ -31,8 +32,11 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool = False) 
     whole: dict[str, bool] = {}
     for split, path in local_files(config.path).items():
         files[split], whole[split] = parse(read_file(path), config.template, str(path), limit)
+    found = [row for rows in files.values() for row in rows]
     if classifier:
-        shared_choices(row for rows in files.values() for row in rows)
+        output_count(found)
+    elif classifier is False:
+        refuse_for_causal(found)
     if all(whole.values()):
         divide(files, config)
         return

@@ -34,6 +34,10 @@ class Encoded:
     """Row id."""
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    token_types: tuple[int, ...] | None = None
+    """Segment of each token, where the tokenizer tells the two texts of a pair apart."""
+    score: float | None = None
+    """Number to be predicted, of a regression row."""
 
     @property
     def supervised(self) -> int:

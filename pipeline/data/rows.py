@@ -13,9 +13,10 @@ from pipeline.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """An example of one of three kinds.
+    """An example of one of four kinds.
 
-    choice: `prompt`, `choices`, `label`. completion: `prompt`, `completion`. chat: `messages`.
+    choice: `prompt`, `choices`, `label`. regression: `prompt`, `score`. completion: `prompt`, `completion`.
+    chat: `messages`.
     """
 
     id: str
@@ -32,12 +33,18 @@ class Row:
     """`{"role", "content"}` of a chat; the last role is assistant."""
     references: tuple[str, ...] = ()
     """Other acceptable answers, for generation."""
+    second: str | None = None
+    """Second text of a pair, for encoders; None where there is one text."""
+    score: float | None = None
+    """Number to be predicted of a regression row."""
 
     @property
-    def kind(self) -> Literal["choice", "completion", "chat"]:
+    def kind(self) -> Literal["choice", "regression", "completion", "chat"]:
         """How the row is answered."""
         if self.messages:
             return "chat"
+        if self.score is not None:
+            return "regression"
         return "choice" if self.choices else "completion"
 
     @property
@@ -48,7 +55,7 @@ class Row:
         conversation stay together.
         """
         if not self.messages:
-            return self.prompt
+            return self.prompt if self.second is None else _canonical([self.prompt, self.second])
         first = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
         return _canonical(self.messages[:first])
 

@@ -106,8 +106,8 @@ def _pools(files: Mapping[str, Sequence[Row]], seed: int) -> tuple[dict[str, lis
 
 
 def _without_label(row: Row) -> str:
-    """Two rows that differ only in the label are the same text: one of the labels is wrong."""
-    return repr((row.prompt, row.choices, row.completion, row.messages))
+    """Two rows that differ only in label or score are the same text: one of the answers is wrong."""
+    return repr((row.prompt, row.second, row.choices, row.completion, row.messages))
 
 
 def _place(seed: int, question: str) -> bytes:

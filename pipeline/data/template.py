@@ -1,8 +1,11 @@
-"""Column values -> `Row`: three shapes need no template, `data.template` maps the others onto them.
+"""Column values -> `Row`: four shapes need no template, `data.template` maps the others onto them.
 
     {prompt, choices, label}     label: index from 0, or the text of a choice
+    {prompt, score}              score: the number to be predicted
     {prompt, completion}         references optional
     {messages}                   [{role, content}, ...], the last from the assistant; references optional
+
+Choice and regression rows may be pairs of texts: {prompt, second, ...}.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pipeline.data.rows import Row
 from pipeline.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAPES = "{prompt, choices, label}, {prompt, completion} or {messages}"
+SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}"
 
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -36,6 +39,16 @@ def check_template(template: TemplateConfig | None) -> None:
             "data.template", None, "has a completion beside choices or label",
             "Keep choices and label for rows with a right choice, or completion for text to be generated.",
         )
+    if template.score is not None and (template.choices, template.label, template.completion) != (None, None, None):
+        raise DataError(
+            "data.template", None, "has a score beside choices, label or completion",
+            "Keep score for a number to be predicted, or the others for answers in words.",
+        )
+    if template.second is not None and template.completion is not None:
+        raise DataError(
+            "data.template", None, "has a second text beside a completion",
+            "Put both texts in data.template.prompt: pairs are for models with a head.",
+        )
     if template.choices is not None:
         _check_choices(template.choices, "data.template.choices")
 
@@ -45,25 +58,29 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
 
     Args:
         values: column -> value.
-        template: parts that it leaves open come from the columns prompt, choices, label, completion.
+        template: parts that it leaves open come from the columns prompt, second, choices, label, score, completion.
         where: file and line, for errors.
 
     Raises:
         DataError: a missing column, an empty text, a missing or impossible label, broken messages.
     """
-    label_column, columns = "label", _listed(values)
+    label_column, score_column, columns = "label", "score", _listed(values)
     if template is not None:
-        label_column = template.label or label_column
+        label_column, score_column = template.label or label_column, template.score or score_column
         values = _apply(values, template, where)
     if values.get("messages") is not None:
         return Row("", messages=_messages(values["messages"], where), references=_references(values, where))
     if values.get("choices") is not None:
         choices = _choices(values["choices"], where)
         label = find_label_or_refuse(_get(values, label_column, where), choices, f"{where}: {label_column}")
-        return Row("", _filled(values, "prompt", where), choices, label)
+        prompt, second = _texts(values, where)
+        return Row("", prompt, choices, label, second=second)
     if "completion" in values:
         prompt, completion = (_filled(values, name, where) for name in ("prompt", "completion"))
         return Row("", prompt, completion=completion, references=_references(values, where))
+    if score_column in values:
+        prompt, second = _texts(values, where)
+        return Row("", prompt, second=second, score=_number(values[score_column], f"{where}: {score_column}"))
     raise ColumnError(
         where, None, f"does not have the columns {SHAPES}; its columns are {columns}",
         "Rename the columns, or map them with data.template.",
@@ -86,10 +103,16 @@ def fill(text: str, values: Mapping[str, Any], where: str) -> str:
 
 
 def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> dict[str, Any]:
-    """The record in one of the three shapes. Columns that the template leaves open must be there."""
+    """The record in one of the four shapes. Columns that the template leaves open must be there."""
     mapped = dict(values)
     if template.prompt is not None:
         mapped["prompt"] = fill(template.prompt, values, where)
+    if template.second is not None:
+        mapped["second"] = fill(template.second, values, where)
+    if template.score is not None:
+        _get(values, template.score, where)
+        mapped["choices"] = None
+        mapped.pop("completion", None)
     if template.completion is not None:
         mapped["completion"], mapped["choices"] = fill(template.completion, values, where), None
     if template.choices is not None:
@@ -128,6 +151,23 @@ def _filled(values: Mapping[str, Any], column: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: {column}", text, "is empty", "Fill in the text, or leave the row out.")
     return text
+
+
+def _texts(values: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+    """The prompt, and the second text of a pair."""
+    pair = values.get("second") is not None
+    return _filled(values, "prompt", where), _filled(values, "second", where) if pair else None
+
+
+def _number(value: Any, field: str) -> float:
+    """A finite number; in a CSV it is written as text."""
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(field, value, "is not a number", "Fill in the score, or leave the row out.")
+    return number
 
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:

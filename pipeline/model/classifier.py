@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 
@@ -53,6 +53,14 @@ def find_heads(model: nn.Module, absent: Collection[str], path: str) -> Heads:
             "Give the whole checkpoint of an encoder.",
         )
     return {name: _within(name, absent) for name in names}
+
+
+def head_outputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """(B, T) token ids -> (B, C) outputs of the head. Segments are given to the model where there are any."""
+    segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **segments).logits
 
 
 def position_limit(model: nn.Module) -> int | None:

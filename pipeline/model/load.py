@@ -32,7 +32,7 @@ class BaseIdentity:
     quantized_modules: int
     parameters: int
     classes: int | None = None
-    """Outputs of the classification head; None for a causal model."""
+    """Outputs of the head (1: a number is predicted); None for a causal model."""
     unquantized: tuple[str, ...] = ()
     """What a stock tool gives as llm_int8_skip_modules to load the same base."""
 
@@ -94,7 +94,7 @@ def load_base(config: ModelConfig, device: torch.device, classes: int | None = N
     """Model and tokenizer, frozen, without dropout of its own, every quantized layer pinned to training mode.
 
     Args:
-        classes: outputs of a classification head; None loads a causal language model.
+        classes: outputs of a classification head, 1 for a number; None loads a causal language model.
 
     Raises:
         ConfigError: the folder or hub name cannot be loaded, or lacks weights.

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
 from pipeline.errors import RunFolderError
-from pipeline.predictions import ChoicePredictions, Member, Predictions, read_members, read_predictions
+from pipeline.predictions import (
+    ChoicePredictions,
+    Member,
+    Predictions,
+    RegressionPredictions,
+    read_members,
+    read_predictions,
+)
 from pipeline.runs import RunPaths, read_json, read_json_lines
 from pipeline.scores import Floats, Ints, RowMean
 
@@ -26,13 +34,13 @@ class ScoredSplit:
     """Predictions of one split with their labels, in L cells.
 
     A cell is a row of choice data; for completion data it is a token of a reference answer, taken as a choice
-    of which only the right one is known (C = 1, label 0).
+    of which only the right one is known (C = 1, label 0); for regression it is a row (C = 1).
     """
 
-    log_probs: Floats
-    """(M, L, C)."""
-    labels: Ints
-    """(L,)."""
+    outputs: Floats
+    """(M, L, C) log-probabilities; (M, L, 1) values of regression."""
+    labels: NDArray[Any]
+    """(L,) indices of the right choices; the right numbers of regression."""
     offsets: Ints | None
     """(N + 1,) first cell of each row; None where a row is one cell."""
     seconds: float
@@ -68,7 +76,7 @@ class ReportInputs:
     config_text: str
     environment: dict[str, Any]
     kind: str
-    """choice or completion."""
+    """choice, completion or regression."""
     members: list[Member]
     splits: dict[str, ScoredSplit]
     training: TrainingCurve
@@ -113,6 +121,11 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], path: Path) -> Sc
     if unknown or missing:
         what = f"has {unknown} rows that the data lack, and lacks {missing} rows of the data"
         raise RunFolderError(str(path), None, what, EVALUATE_AGAIN)
+    if isinstance(predictions, RegressionPredictions):
+        right = np.array([by_id[row_id].score for row_id in predictions.row_ids], dtype=np.float64)
+        if not np.isfinite(right).all():
+            raise RunFolderError(str(path), None, "has predictions of rows without a score", EVALUATE_AGAIN)
+        return ScoredSplit(predictions.values[..., None], right, None, predictions.seconds)
     if not isinstance(predictions, ChoicePredictions):
         tokens = predictions.token_log_probs.shape[1]
         no_choice = np.zeros(tokens, dtype=np.int64)
@@ -152,9 +165,10 @@ def _read_split(paths: RunPaths, split: str, members: int) -> Predictions:
 
 
 def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> str:
-    kinds = {"choice" if isinstance(p, ChoicePredictions) else "completion" for p in predictions.values()}
+    names = {ChoicePredictions: "choice", RegressionPredictions: "regression"}
+    kinds = {names.get(type(p), "completion") for p in predictions.values()}
     if len(kinds) > 1:
-        raise RunFolderError(str(paths.predictions), None, "mixes choice and completion data", EVALUATE_AGAIN)
+        raise RunFolderError(str(paths.predictions), None, f"mixes {' and '.join(sorted(kinds))} data", EVALUATE_AGAIN)
     return kinds.pop()
 
 

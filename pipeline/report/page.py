@@ -44,9 +44,9 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
 
 
 def _plots(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[ScoredSystem]) -> dict[str, str | None]:
-    scores = ("accuracy", "nll", "ece") if inputs.kind == "choice" else ("nll",)
+    scores = {"choice": ("accuracy", "nll", "ece"), "regression": ("pearson", "spearman", "rmse")}
     return {
-        "scores": plots.scores_plot(result["systems"], scores),
+        "scores": plots.scores_plot(result["systems"], scores.get(inputs.kind, ("nll",))),
         "training": _training(inputs),
         "reliability": _reliability(inputs, scored) if inputs.kind == "choice" else None,
         "ensemble": _ensemble(result),
@@ -84,8 +84,9 @@ def _reliability_bins(inputs: ReportInputs) -> int:
 def _ensemble(result: dict[str, Any]) -> str | None:
     if result["ensemble"] is None:
         return None
+    score = result["ensemble"]["score"]
     lines = [
-        (system["key"], system["name"], {scaling: scores["nll"]["value"] for scaling, scores in system["test"].items()})
+        (system["key"], system["name"], {scaling: scores[score]["value"] for scaling, scores in system["test"].items()})
         for system in result["systems"] if system["key"] in _LINES_IN_ENSEMBLE_PLOT
     ]
     return plots.ensemble_plot(result["ensemble"], lines)

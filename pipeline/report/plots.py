@@ -85,7 +85,7 @@ def training_plot(curves: Mapping[str, tuple[str, TrainingCurve]]) -> str:
             axes[0].plot(list(curve.loss), list(curve.loss.values()), color=colour(key), label=name, linewidth=1.4)
             steps, values = list(curve.validation_nll), list(curve.validation_nll.values())
             axes[1].plot(steps, values, color=colour(key), label=name, linewidth=1.4, marker="o", markersize=4)
-        axes[0].set_title("Training loss (nats per supervised token)")
+        axes[0].set_title("Training loss per supervised token or row")
         axes[1].set_title("Validation NLL (nats)")
         for axis in axes:
             axis.set_xlabel("step")
@@ -115,26 +115,26 @@ def reliability_plot(panels: Sequence[tuple[str, str, Reliability, Reliability]]
 
 
 def ensemble_plot(ensemble: Mapping[str, Any], lines: Sequence[tuple[str, str, dict[str, float]]]) -> str:
-    """Test NLL by number of mask draws, one panel per scaling, with the spread between subsets as a band.
+    """Test NLL (or squared error) by number of mask draws, one panel per scaling; band: spread between subsets.
 
-    lines: (system key, name, scaling -> NLL) of systems to compare with.
+    lines: (system key, name, scaling -> score) of systems to compare with.
     """
-    scalings = list(ensemble["test"])
+    scalings, score = list(ensemble["test"]), ensemble["score"]
     titles = {"before": "Before temperature scaling", "after": "After temperature scaling"}
 
     def fill(axes: list[Axes]) -> None:
         for axis, scaling in zip(axes, scalings, strict=True):
             curve, sizes = ensemble["test"][scaling], ensemble["sizes"]
-            low, high = ([v + sign * s for v, s in zip(curve["nll"], curve["nll_spread"], strict=True)]
+            low, high = ([v + sign * s for v, s in zip(curve[score], curve[f"{score}_spread"], strict=True)]
                          for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=COLOURS["masks"], alpha=0.2, linewidth=0)
-            axis.plot(sizes, curve["nll"], color=COLOURS["masks"], marker="o", markersize=4, label="mask ensemble")
+            axis.plot(sizes, curve[score], color=COLOURS["masks"], marker="o", markersize=4, label="mask ensemble")
             for key, name, values in lines:
                 axis.axhline(values[scaling], color=colour(key), linewidth=1.2, linestyle="--", label=name)
             chosen = ensemble["chosen_size"]
             axis.axvline(chosen, color=_INK, linewidth=0.8, linestyle=":", label="chosen on validation")
             axis.set(title=titles[scaling], xlabel="mask draws averaged", xticks=sizes)
-        axes[0].set_ylabel("test NLL (nats)")
+        axes[0].set_ylabel("test NLL (nats)" if score == "nll" else f"test {score.upper()}")
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return draw("plot-ensemble", (11.0, 3.4), len(scalings), fill)

@@ -8,14 +8,19 @@ from typing import Any
 REFERENCE_NAMES = {"base": "the base model", "plain": "plain LoRA"}
 _FEW_ROWS = 50
 """Below this a percentile bootstrap covers clearly less than 95 %."""
-_WORDS = {"nll": ("lower (better)", "higher (worse)"), "accuracy": ("lower (worse)", "higher (better)")}
+_LOWER_IS_BETTER = ("lower (better)", "higher (worse)")
+_HIGHER_IS_BETTER = ("lower (worse)", "higher (better)")
+_WORDS = {
+    "nll": _LOWER_IS_BETTER, "accuracy": _HIGHER_IS_BETTER, "pearson": _HIGHER_IS_BETTER, "rmse": _LOWER_IS_BETTER,
+}
+_NAMES = {"nll": "NLL", "accuracy": "accuracy", "pearson": "Pearson's correlation", "rmse": "RMSE"}
 
 
 def write_reading(result: dict[str, Any]) -> str:
     """One paragraph: the scores of the run's adapter, which differences exclude 0, and what limits them."""
     sentences = [_own_scores(result)]
     for versus in REFERENCE_NAMES:
-        sentences += [_verdict(result, versus, score) for score in ("nll", "accuracy")]
+        sentences += [_verdict(result, versus, score) for score in _WORDS]
     sentences += [_validation(result), _chosen_size(result), _chosen_adapters(result), _limits(result)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -42,6 +47,10 @@ def _own_scores(result: dict[str, Any]) -> str:
     if own is None:
         return ""
     before, rows = own["test"]["before"], f"{result['rows']['test']} test rows"
+    if result["kind"] == "regression":
+        pearson, spearman, rmse = (interval_text(before[score]) for score in ("pearson", "spearman", "rmse"))
+        return (f"On {rows}, the numbers that {own['name']} predicts have a correlation of {pearson} with the right "
+                f"ones (Spearman's: {spearman}) and an RMSE of {rmse}.")
     nll = interval_text(before["nll"])
     if result["kind"] == "completion":
         perplexity = interval_text(before["perplexity"], 2)
@@ -58,8 +67,7 @@ def _verdict(result: dict[str, Any], versus: str, score: str) -> str:
     if not before:
         return ""
     names = {system["key"]: system["short_name"] for system in result["systems"]}
-    shown = "NLL" if score == "nll" else "accuracy"
-    text = f"Against {REFERENCE_NAMES[versus]}, {shown} is {_clauses(before, names, score)}"
+    text = f"Against {REFERENCE_NAMES[versus]}, {_NAMES[score]} is {_clauses(before, names, score)}"
     return text + (f"; after temperature scaling of both it is {_clauses(after, names, score)}." if after else ".")
 
 
@@ -76,13 +84,14 @@ def _clauses(compared: Sequence[dict[str, Any]], names: dict[str, str], score: s
 
 
 def _validation(result: dict[str, Any]) -> str:
-    wanted = {"split": "validation", "system": "mean_field", "versus": "base", "scaling": "before", "score": "nll"}
+    score = "rmse" if result["kind"] == "regression" else "nll"
+    wanted = {"split": "validation", "system": "mean_field", "versus": "base", "scaling": "before", "score": score}
     found = pick(result, **wanted)
     if not found:
         return ""
     verdict = "excludes" if found[0]["excludes_zero"] else "includes"
-    return (f"On {result['rows']['validation']} validation rows, the NLL of the trained adapter less that of the base "
-            f"model is {interval_text(found[0], signed=True)}, which {verdict} 0.")
+    return (f"On {result['rows']['validation']} validation rows, the {_NAMES[score]} of the trained adapter less that "
+            f"of the base model is {interval_text(found[0], signed=True)}, which {verdict} 0.")
 
 
 def _chosen_size(result: dict[str, Any]) -> str:

@@ -12,7 +12,16 @@ from pipeline import calibrate
 from pipeline.ensemble import SUBSET_LIMIT, choose_size
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.reading import write_reading
-from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, nll_curve, resample, score_system
+from pipeline.report.scoring import (
+    BEFORE,
+    BOOTSTRAP_SEED,
+    SELECTING_SCORE,
+    Resamples,
+    ScoredSystem,
+    resample,
+    score_system,
+    size_curve,
+)
 from pipeline.report.systems import (
     build_systems,
     curve_sizes,
@@ -26,9 +35,9 @@ from pipeline.scores import LEVEL, Floats, bin_count, percentile_interval, plugi
 
 REFERENCES = ("base", "plain")
 """Keys of the systems that others are compared with."""
-COMPARED_SCORES = ("nll", "accuracy")
+COMPARED_SCORES = ("nll", "accuracy", "pearson", "spearman", "rmse")
 ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
-SIZE_RULE = "smallest size whose validation NLL, unscaled, is within one standard error of the best size's"
+SIZE_RULE = "smallest size whose validation {}, unscaled, is within one standard error of the best size's"
 
 
 def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
@@ -91,7 +100,7 @@ def _score_entries(inputs: ReportInputs, one: ScoredSystem, scaling: str, resamp
     }
     if inputs.kind == "completion":
         entries["perplexity"] = {end: float(np.exp(value)) for end, value in entries["nll"].items()}
-    else:
+    elif inputs.kind == "choice":
         predictions, labels = one.predictions["test", scaling], inputs.splits["test"].labels
         entries["ece_plugin"] = float(plugin_ece(predictions, labels, inputs.config.evaluate.ece_bins).mean())
     return entries
@@ -127,7 +136,7 @@ def _comparison(
 
 
 def _ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict[str, Any] | None:
-    """NLL by number of mask draws, and the size that validation chooses."""
+    """NLL (or squared error) by number of mask draws, and the size that validation chooses."""
     draws = indices(inputs.members, "mask_draw")
     if not draws:
         return None
@@ -135,20 +144,23 @@ def _ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dic
     systems = [mask_system(method_name(inputs.config.adapter), draws, size) for size in curve_sizes(len(draws))]
     by_size = [known.get(system.key) or score_system(inputs, system) for system in systems]
     candidates = [1, *table_sizes(len(draws))]
-    chosen = choose_size(nll_curve([one for one in by_size if one.system.passes in candidates], "validation", BEFORE))
+    score = SELECTING_SCORE[inputs.kind]
+    offered = [one for one in by_size if one.system.passes in candidates]
+    chosen = choose_size(size_curve(offered, "validation", BEFORE, score))
     return {
+        "score": score,
         "sizes": [system.passes for system in systems],
-        "validation": {s: _curve_entry(by_size, "validation", s) for s in by_size[0].scalings("validation")},
-        "test": {s: _curve_entry(by_size, "test", s) for s in by_size[0].scalings("test")},
+        "validation": {s: _curve_entry(by_size, "validation", s, score) for s in by_size[0].scalings("validation")},
+        "test": {s: _curve_entry(by_size, "test", s, score) for s in by_size[0].scalings("test")},
         "candidates": candidates,
         "chosen_size": chosen,
-        "rule": SIZE_RULE,
+        "rule": SIZE_RULE.format(score.upper()),
     }
 
 
-def _curve_entry(scored: Sequence[ScoredSystem], split: str, scaling: str) -> dict[str, list[float]]:
-    curve = nll_curve(scored, split, scaling)
-    return {"nll": curve.mean.tolist(), "nll_spread": curve.spread.tolist()}
+def _curve_entry(scored: Sequence[ScoredSystem], split: str, scaling: str, score: str) -> dict[str, list[float]]:
+    curve = size_curve(scored, split, scaling, score)
+    return {score: curve.mean.tolist(), f"{score}_spread": curve.spread.tolist()}
 
 
 def _left_out(inputs: ReportInputs) -> list[str]:
@@ -162,6 +174,8 @@ def _left_out(inputs: ReportInputs) -> list[str]:
         "No searched adapters were predicted: their ensemble is left out.": "searched" not in groups,
         "Only the probabilities of the reference answers' tokens are cached: accuracy, Brier score, ECE and "
         "temperature scaling do not apply.": inputs.kind == "completion",
+        "A predicted number has no probabilities: accuracy, NLL, Brier score, ECE and temperature scaling do not "
+        "apply.": inputs.kind == "regression",
         "This run has no training metrics: its training curve is left out.": not inputs.training.loss,
         "The plain LoRA run has no training metrics here: its training curve is left out.":
             "plain" in groups and not plain_curve,

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline import calibrate
 from pipeline.ensemble import EnsembleCurve, Space, average
+from pipeline.regression_scores import Correlation, RootMeanSquare, row_squared_error
 from pipeline.report.inputs import ReportInputs, ScoredSplit
 from pipeline.report.systems import System, ensemble_space
 from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Statistic, bootstrap
@@ -16,6 +17,8 @@ from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Stati
 BEFORE, AFTER = "before", "after"
 """Temperature scaling."""
 BOOTSTRAP_SEED = 0
+SELECTING_SCORE = {"choice": "nll", "completion": "nll", "regression": "mse"}
+"""Kind of rows -> the mean over rows by which validation chooses the size of an ensemble."""
 
 Resamples = Mapping[tuple[str, str, str], Floats]
 """(system key, scaling, score) -> (S,), all on the same resamples of one split's rows."""
@@ -27,7 +30,7 @@ class ScoredSystem:
 
     system: System
     temperatures: Floats | None
-    """(Q,), one per candidate, fitted on its own calibration predictions; None for completion data."""
+    """(Q,), one per candidate, fitted on its own calibration predictions; None where rows are not choices."""
     predictions: Mapping[tuple[str, str], Floats]
     """(split, scaling) -> (Q, L, C)."""
     statistics: Mapping[tuple[str, str], Mapping[str, Statistic]]
@@ -71,22 +74,30 @@ def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -
     return dict(zip(statistics, table.T, strict=True))
 
 
-def nll_curve(scored: Sequence[ScoredSystem], split: str, scaling: str) -> EnsembleCurve:
-    """NLL by number of members, of systems that differ in nothing else.
+def size_curve(scored: Sequence[ScoredSystem], split: str, scaling: str, score: str) -> EnsembleCurve:
+    """A mean over rows (NLL, squared error) by number of members, of systems that differ in nothing else.
 
     A row of completion data weighs as much as its tokens, so that the mean over rows is the mean per token.
     """
-    statistics = [one.statistics[split, scaling]["nll"] for one in scored]
+    statistics = [one.statistics[split, scaling][score] for one in scored]
     values = [s.values if s.sizes is None else s.values / s.sizes.mean() for s in statistics if isinstance(s, RowMean)]
     return EnsembleCurve.of([one.system.passes for one in scored], values)
 
 
 def _predict(split: ScoredSplit, system: System, space: Space) -> Floats:
     """(Q, L, C), one average per candidate."""
-    return np.stack([average(split.log_probs[list(candidate)], space) for candidate in system.candidates])
+    return np.stack([average(split.outputs[list(candidate)], space) for candidate in system.candidates])
 
 
 def _statistics(inputs: ReportInputs, split: ScoredSplit, predictions: Floats) -> dict[str, Statistic]:
+    if inputs.kind == "regression":
+        squares, values = row_squared_error(predictions, split.labels), predictions[..., 0]
+        return {
+            "pearson": Correlation(values, split.labels, "pearson"),
+            "spearman": Correlation(values, split.labels, "spearman"),
+            "rmse": RootMeanSquare(squares),
+            "mse": RowMean(squares),
+        }
     if inputs.kind == "completion":
         return {"nll": split.row_mean(-predictions[..., 0])}
     scores: dict[str, Statistic] = {name: RowMean(f(predictions, split.labels)) for name, f in ROW_SCORES.items()}

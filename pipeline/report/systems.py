@@ -98,7 +98,10 @@ def indices(members: Sequence[Member], group: Group) -> list[int]:
 
 
 def ensemble_space(inputs: ReportInputs) -> Space:
-    """The configured space; completion data know one token of the distribution, which only mixes as probability."""
+    """The configured space; completion data know one token of the distribution, which only mixes as probability;
+    numbers are averaged as they are."""
+    if inputs.kind == "regression":
+        return "value"
     return inputs.config.ensemble.average if inputs.kind == "choice" else "probability"
 
 
@@ -107,7 +110,7 @@ def _searched_systems(members: Sequence[Member], validation: ScoredSplit, space:
     searched = indices(members, "searched")
     if not searched:
         return []
-    order = choose_adapters([validation.log_probs[i] for i in searched], validation.labels, len(searched), space)
+    order = choose_adapters([validation.outputs[i] for i in searched], validation.labels, len(searched), space)
     systems = [_searched_system(f"{len(order)}", [searched[i] for i in order])]
     return systems + ([_searched_system(f"all {len(searched)}", searched)] if len(order) < len(searched) else [])
 

@@ -10,17 +10,26 @@ from pipeline.report.reading import REFERENCE_NAMES, interval_text, number_text
 Cell = tuple[str, str]
 """Main text, and a smaller one below it (an interval)."""
 
-DIGITS = {"accuracy": 3, "nll": 3, "brier": 3, "ece": 3, "perplexity": 2}
-HEADINGS = {"accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "perplexity": "Perplexity"}
-_SCORES = {"choice": ("accuracy", "nll", "brier", "ece"), "completion": ("nll", "perplexity")}
+HEADINGS = {
+    "accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "perplexity": "Perplexity",
+    "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE",
+}
+_SCORES = {
+    "choice": ("accuracy", "nll", "brier", "ece"),
+    "completion": ("nll", "perplexity"),
+    "regression": ("pearson", "spearman", "rmse"),
+}
 
 
 def format_table(result: dict[str, Any]) -> str:
     """The short table that a run ends with: plain text, one line per system, intervals for the NLL."""
-    choice = result["kind"] == "choice"
-    headings = ["", "passes", *(["accuracy"] if choice else []), "NLL [95 % interval]"]
-    headings += ["ECE", "NLL scaled", "ECE scaled"] if choice else ["perplexity"]
-    rows = [headings, *([_plain_row(system, choice) for system in result["systems"]])]
+    columns = {
+        "choice": ["accuracy", "NLL [95 % interval]", "ECE", "NLL scaled", "ECE scaled"],
+        "completion": ["NLL [95 % interval]", "perplexity"],
+        "regression": ["Pearson [95 % interval]", "Spearman", "RMSE"],
+    }
+    headings = ["", "passes", *columns[result["kind"]]]
+    rows = [headings, *([_plain_row(system, result["kind"]) for system in result["systems"]])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -44,7 +53,7 @@ def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     for system in result["systems"]:
         subsets = f"mean of {system['subsets']} subsets" if system["subsets"] > 1 else ""
         row = [(system["name"], subsets), (str(system["passes"]), "")]
-        row += [_interval_cell(system["test"][scaling][score], DIGITS[score]) for score, scaling in columns]
+        row += [_interval_cell(system["test"][scaling][score], _digits(score)) for score, scaling in columns]
         rows.append(row + ([_temperature_cell(system["temperature"])] if system["temperature"] else []))
     return headings, rows
 
@@ -91,10 +100,13 @@ def trial_table(search: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]
     return headings, rows
 
 
-def _plain_row(system: dict[str, Any], choice: bool) -> list[str]:
+def _plain_row(system: dict[str, Any], kind: str) -> list[str]:
     before = system["test"]["before"]
     row = [system["name"], str(system["passes"])]
-    if not choice:
+    if kind == "regression":
+        numbers = [number_text(before[score]["value"]) for score in ("spearman", "rmse")]
+        return [*row, interval_text(before["pearson"]), *numbers]
+    if kind == "completion":
         return [*row, interval_text(before["nll"]), number_text(before["perplexity"]["value"], 2)]
     after = system["test"]["after"]
     numbers = [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
@@ -102,11 +114,17 @@ def _plain_row(system: dict[str, Any], choice: bool) -> list[str]:
 
 
 def _footnote(result: dict[str, Any]) -> str:
+    if result["kind"] == "regression":
+        return f"{result['rows']['test']} test rows; RMSE in the units of the scores."
     rows = f"{result['rows']['test']} test rows; NLL in nats"
     if result["kind"] == "completion":
         return f"{rows} per token; passes = forward passes per row."
     return (f"{rows}; ECE debiased, {result['ece']['bins']} equal-mass bins; scaled = temperature fitted on "
             f"{result['rows']['calibration']} calibration rows.")
+
+
+def _digits(score: str) -> int:
+    return 2 if score == "perplexity" else 3
 
 
 def _interval_cell(entry: Mapping[str, float], digits: int) -> Cell:
