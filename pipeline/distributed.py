@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.errors import LoradropError
+from pipeline.errors import LoradropError, SetupError
 from pipeline.launch import free_port
 
 
@@ -95,6 +98,29 @@ def require_equal(what: str, value: str) -> None:
     values = gather_objects(value)
     if len(set(values)) > 1:
         raise LoradropError(f"processes disagree about {what}: {dict(enumerate(values))}; start all of them alike")
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Fail on every process where some cannot see a file that the main process has just written into `folder`.
+
+    Raises:
+        SetupError: naming the hosts that see another folder of that name.
+    """
+    token = gather_objects(secrets.token_hex(8))[0]
+    mark = folder / f".shared_{token}"
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    barrier()
+    seen = gather_objects((socket.gethostname(), mark.exists()))
+    if torch.distributed.get_rank() == 0:
+        mark.unlink()
+    blind = sorted({host for host, sees in seen if not sees})
+    if blind:
+        raise SetupError(
+            "--run-dir", str(folder), f"is not the same folder on {', '.join(blind)}",
+            "Give a folder on a file system that all nodes share.",
+        )
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:

@@ -16,7 +16,7 @@ from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
-from pipeline.distributed import barrier, stop
+from pipeline.distributed import barrier, require_shared_folder, stop
 from pipeline.distributed import start as start_world
 from pipeline.errors import RunFolderError
 from pipeline.predictions import Member as PredictedMember
@@ -47,6 +47,7 @@ def evaluate_run(run_dir: Path) -> None:
         say("predictions are complete")
         return
     world = start_world()
+    require_shared_folder(run_dir)
     reader = open_reader(config, splits, world.device)
     adapters = attach_stored(reader.base, stored, config.train.seed)
     rows = sum(len(getattr(splits, name)) for name in missing)

@@ -24,6 +24,7 @@ from types import FrameType
 
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, SetupError
+from pipeline.nodes import node_arguments
 from pipeline.runs import RunPaths, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,13 +42,16 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
     """The `deepspeed` launcher's command line for a stage that uses all processes.
 
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
-    honoured; on CPU the launcher has to be told.
+    honoured; on CPU the launcher has to be told. Several nodes: `launch.hostfile` has DeepSpeed reach them by ssh;
+    with `launch.nodes` each starts its own processes.
     """
     port = str(launch.master_port or free_port())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
-    if launch.hostfile:
+    if launch.nodes > 1:
+        command += node_arguments(launch, run_dir)
+    elif launch.hostfile:
         command += ["--hostfile", launch.hostfile]
-    if launch.processes or not has_accelerator():
+    if launch.nodes == 1 and (launch.processes or not has_accelerator()):
         command += ["--num_accelerators", str(process_count(launch))]
     return [*command, "--module", module, "--run-dir", str(run_dir.resolve())]
 

@@ -13,6 +13,7 @@ from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.launch import has_accelerator, process_count
+from pipeline.nodes import check_nodes
 from pipeline.preflight import check_inputs
 from pipeline.runner import (
     Folders,
@@ -40,6 +41,7 @@ def execute(
     folders = Folders((run_dir or Path("runs") / default_name(source, quick)).resolve())
     config = resolve(stage, source, folders, overrides, quick)
     check_inputs(config)
+    check_nodes(config.launch, stage)
     if dry_run:
         print(plan_text(stage, config, folders))
         return EXIT_OK

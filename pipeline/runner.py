@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.launch import launcher_command, launcher_environment, run_stage
+from pipeline.nodes import log_name
 from pipeline.runs import RunPaths, read_json, write_text
 
 
@@ -75,7 +76,7 @@ def run_export(config: RunConfig, folders: Folders) -> int:
 def _launch(stage: str, config: RunConfig, folders: Folders) -> int:
     return run_stage(
         launcher_command(f"pipeline.{stage}", folders.run, config.launch),
-        folders.run / "logs" / f"{stage}.log",
+        folders.run / "logs" / log_name(stage, config.launch),
         folders.run,
         stage,
         launcher_environment(config.launch),
@@ -90,8 +91,8 @@ def run_process(stage: str, folders: Folders) -> int:
 
 
 def refuse_other(saved: Path, config: RunConfig) -> None:
-    """Raises `RunFolderError` where a configuration other than `config` is saved."""
-    if saved.exists() and load_config(saved).sha256() != config.sha256():
+    """Raises `RunFolderError` where a configuration that asks for another result than `config` is saved."""
+    if saved.exists() and load_config(saved).result_sha256() != config.result_sha256():
         raise RunFolderError(
             "--run-dir",
             str(saved.parent),

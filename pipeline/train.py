@@ -39,6 +39,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     """
     world = distributed.start()
     distributed.require_equal("the configuration", config.sha256())
+    distributed.require_shared_folder(run_dir)
     paths = RunPaths(run_dir)
     micro_steps = micro_steps_of(config.train, world)
     splits = load_splits(config.data)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
-    0: ["errors", "config", "runs", "launch", "bootstrap", "installation", "ds_config"],
+    0: ["errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config"],
     1: [
         "distributed",
         "randomness",

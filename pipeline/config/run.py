@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.base import Section
@@ -36,5 +37,19 @@ class RunConfig(Section):
 
     def sha256(self) -> str:
         """Hash of the canonical JSON: equal configurations, equal hash."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256(self.model_dump(mode="json"))
+
+    def result_sha256(self) -> str:
+        """Hash of what decides the result: a run continues on other nodes, processes or ZeRO stages, where only the
+        order of sums differs.
+        """
+        values = self.model_dump(mode="json")
+        del values["launch"]
+        for name in ("deepspeed", "micro_batch", "activation_checkpointing"):
+            del values["train"][name]
+        return _sha256(values)
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

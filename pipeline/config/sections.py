@@ -212,6 +212,25 @@ class LaunchConfig(Section):
     processes: NonNegative = 0
     """Per node; 0 = one per accelerator, or one per core up to 2 on a CPU-only machine."""
     hostfile: str | None = None
-    """DeepSpeed hostfile for several nodes."""
+    """DeepSpeed hostfile for several nodes that one of them reaches by ssh."""
+    nodes: Positive = 1
+    """Nodes that each start the same command themselves, without ssh, with NODE_RANK (or SLURM_NODEID) saying which
+    they are. Needs launch.processes, launch.master_addr and launch.master_port."""
+    master_addr: str | None = None
+    """With `nodes`: address of node 0 as the others reach it."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Rendezvous port; 0 = a free one."""
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> LaunchConfig:
+        if self.nodes == 1:
+            if self.master_addr is not None:
+                raise ValueError("launch.master_addr goes with launch.nodes above 1: set both, or neither")
+            return self
+        if self.hostfile is not None:
+            raise ValueError("launch.hostfile is for ssh and launch.nodes for nodes that start themselves: set one")
+        missing = [name for name in ("processes", "master_addr", "master_port") if not getattr(self, name)]
+        if missing:
+            named = ", ".join(f"launch.{name}" for name in missing)
+            raise ValueError(f"launch.nodes = {self.nodes} needs {named} too, the same on every node")
+        return self
