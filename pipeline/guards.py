@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ class StepNumbers:
     """Global 2-norm before clipping."""
     spike: float | None
     """loss / running median, where it exceeds train.spike.factor."""
+    consistency: float | None = None
+    """Mean consistency term, unweighted, in the same unit as `loss`; None where the step has none."""
+
+    def terms(self) -> dict[str, float]:
+        """The parts of the loss by name."""
+        return {"loss": self.loss} | ({} if self.consistency is None else {"consistency": self.consistency})
 
 
 class Guards:
@@ -72,12 +79,15 @@ class Guards:
         masked = any(site.rate > 0 for site in adapters.specs[0].sites)
         self._patience = 2 if masked else 0
 
-    def check(self, step: int, losses: Sequence[float], supervised: float, rows_of: RowsOf) -> StepNumbers:
+    def check(
+        self, step: int, losses: Sequence[float], supervised: float, rows_of: RowsOf, divergences: Sequence[float] = ()
+    ) -> StepNumbers:
         """Judge a 0-based step by its own losses and by the reduced gradients, before the update.
 
         Args:
             losses: Σ nll of each micro-batch of this process.
             supervised: supervised tokens of the global batch.
+            divergences: Σ consistency term of each micro-batch, where there is one.
 
         Raises:
             NotFinite: naming the first bad module or parameter; the batch is saved under diagnosis/.
@@ -85,13 +95,16 @@ class Guards:
             LossSpike: where train.spike.action is `stop`.
         """
         squares = distributed.squared_gradient_norm(self._engine)
-        total, squares = distributed.sum_over_processes([math.fsum(losses), squares], self._world.device)
-        if not (math.isfinite(total) and math.isfinite(squares)):
-            self._explain(step, losses, rows_of)
+        total, apart, squares = distributed.sum_over_processes(
+            [math.fsum(losses), math.fsum(divergences), squares], self._world.device
+        )
+        if not math.isfinite(total + apart + squares):
+            self._explain(step, [sum(terms) for terms in zip_longest(losses, divergences, fillvalue=0.0)], rows_of)
         if step <= self._patience + 1:
             self._require_gradients(step)
         loss = total / supervised
-        return StepNumbers(loss, math.sqrt(squares), self._spike(step, loss))
+        consistency = apart / supervised if divergences else None
+        return StepNumbers(loss, math.sqrt(squares), self._spike(step, loss), consistency)
 
     def _spike(self, step: int, loss: float) -> float | None:
         """The ratio to the running median, where it is a spike."""
@@ -189,12 +202,12 @@ def first_bad_module(objective: nn.Module, adapters: Adapters, rows: Rows) -> st
         return hook
 
     handles = [
-        module.register_forward_hook(watch(name.removeprefix("model."), type(module).__name__))
-        for name, module in objective.named_modules() if name and module is not getattr(objective, "model", None)
+        module.register_forward_hook(watch(name, type(module).__name__))
+        for name, module in adapters.model.named_modules() if name
     ]
     try:
         with adapters.axis.active(rows.plan):  # with autograd, as before: other kernels would run without
-            objective(**rows.tensors, row_weights=rows.weights)
+            objective(**rows.inputs)
     finally:
         for handle in handles:
             handle.remove()

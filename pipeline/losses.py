@@ -1,4 +1,4 @@
-"""Supervised-token losses: logits are computed for supervised positions only, in chunks."""
+"""Losses: logits are computed for supervised positions only, in chunks, also where several branches are compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from pipeline.divergence import Kind, divergence
+
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""((n, D) features, (n,) targets) -> ((n,) loss in nats, (n, V) log-probabilities that branches are compared by)."""
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 2048
@@ -64,6 +69,62 @@ def weighted_class_nll(logits: Tensor, classes: Tensor, row_weights: Tensor) -> 
 def weighted_squared_error(values: Tensor, scores: Tensor, row_weights: Tensor) -> Tensor:
     """Σ over rows of weight(row) · (value - score)². All arguments (B,)."""
     return ((values.float() - scores).square() * row_weights).sum()
+
+
+def nll_and_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, V) logits, (n,) classes -> (n,) -log p(class) in nats, (n, V) float32 log-probabilities."""
+    log_probs = logits.float().log_softmax(-1)
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_probs
+
+
+def branch_terms(
+    moving: Tensor, fixed: Tensor | None, targets: Tensor, loss_weights: Tensor, weights: Tensor, score: Score,
+    kind: Kind,
+) -> tuple[Tensor, Tensor]:
+    """Σ_g Σ_i u_gi · loss_gi and Σ_i w_i · D_i, in nats, over n supervised places read by several branches.
+
+    Both terms share one pass of the head; log-probabilities never exist for more than CHUNK_TOKENS places × branches.
+
+    Args:
+        moving: (G, n, D) features of the branches that carry gradient.
+        fixed: (F, n, D) features of the branches that do not, or None.
+        targets: (n,) what is right at each place.
+        loss_weights: (G, n) u, the weight of each branch's loss.
+        weights: (n,) w, the weight of each place's divergence D over all G + F branches.
+        kind: which divergence.
+    """
+    size = max(CHUNK_TOKENS // (len(moving) + (0 if fixed is None else len(fixed))), 1)
+    parts = []
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        arguments = (
+            moving[:, part], None if fixed is None else fixed[:, part], targets[part], loss_weights[:, part],
+            weights[part], score, kind,
+        )  # fmt: skip
+        if torch.is_grad_enabled() and len(targets) > size:
+            parts.append(checkpoint(_chunk_terms, *arguments, use_reentrant=False))
+        else:
+            parts.append(_chunk_terms(*arguments))
+    total = torch.stack(parts).sum(0) if parts else moving.sum() * moving.new_zeros(2)
+    return total[0], total[1]
+
+
+def _chunk_terms(
+    moving: Tensor, fixed: Tensor | None, targets: Tensor, loss_weights: Tensor, weights: Tensor, score: Score,
+    kind: Kind,
+) -> Tensor:
+    losses, log_probs = _scored(moving, targets, score)
+    if fixed is not None:
+        with torch.no_grad():
+            _, others = _scored(fixed, targets, score)
+        log_probs = torch.cat([log_probs, others])
+    return torch.stack([(losses * loss_weights).sum(), (divergence(kind, log_probs) * weights).sum()])
+
+
+def _scored(features: Tensor, targets: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """(G, n, D) -> (G, n), (G, n, V)."""
+    losses, log_probs = score(features.flatten(0, 1), targets.repeat(len(features)))
+    return losses.view(len(features), -1), log_probs.view(*features.shape[:2], -1)
 
 
 def _chunk_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

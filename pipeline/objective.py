@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.anatomy import is_causal
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import RowLayout
 from pipeline.adapters.members import MemberPlan
+from pipeline.consistency import Pairs, Read, Reference
 from pipeline.data.batches import collate
 from pipeline.data.encode import Encoded
-from pipeline.losses import weighted_class_nll, weighted_nll, weighted_squared_error
-from pipeline.model.classifier import head_outputs
+from pipeline.divergence import representation_log_probs
+from pipeline.losses import (
+    nll_and_log_probs,
+    supervised_positions,
+    weighted_class_nll,
+    weighted_nll,
+    weighted_squared_error,
+)
+from pipeline.model.classifier import head_outputs, head_outputs_and_hidden
 from pipeline.model.head import head_of, hidden_states
 from pipeline.randomness import key64
 
@@ -32,6 +41,16 @@ class SupervisedLM(nn.Module):
         """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,)."""
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return weighted_nll(hidden, labels, head_of(self.model), row_weights)[0]
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor) -> Read:
+        """Hidden states (n, D) that predict the supervised tokens."""
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
+        rows, positions, targets = supervised_positions(labels)
+        return Read(hidden[rows, positions], rows, targets)
+
+    def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """nll of each token, and the distribution over the vocabulary."""
+        return nll_and_log_probs(head_of(self.model)(features), targets)
 
 
 class SupervisedClassifier(nn.Module):
@@ -53,6 +72,18 @@ class SupervisedClassifier(nn.Module):
         logits = head_outputs(self.model, input_ids, attention_mask, token_type_ids)
         return weighted_class_nll(logits, labels.amax(dim=1), row_weights)
 
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Read:
+        """Logits (M·B, C) of every row."""
+        logits = head_outputs(self.model, input_ids, attention_mask, token_type_ids)
+        return Read(logits, torch.arange(len(logits), device=logits.device), labels.amax(dim=1))
+
+    def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """nll of each row's class, and the distribution over the classes."""
+        return nll_and_log_probs(features, targets)
+
 
 class SupervisedRegressor(nn.Module):
     """A model whose head has one output and whose forward is the loss."""
@@ -69,6 +100,25 @@ class SupervisedRegressor(nn.Module):
         values = head_outputs(self.model, input_ids, attention_mask, token_type_ids)[:, 0]
         return weighted_squared_error(values, scores, row_weights)
 
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, scores: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Read:
+        """(M·B, 1 + D): the output of every row, and its last-layer representation.
+
+        That is the last hidden state of the token that the head reads: an encoder's first, a causal model's last.
+        """
+        values, hidden = head_outputs_and_hidden(self.model, input_ids, attention_mask, token_type_ids)
+        token = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+        order = attention_mask * (token if is_causal(self.model) else token.flip(0))
+        rows = torch.arange(len(hidden), device=hidden.device)
+        representation = hidden[rows, order.argmax(dim=1)].float()
+        return Read(torch.cat([values.float(), representation], dim=1), rows, scores)
+
+    def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of each row's output, and its representation as a distribution."""
+        return (features[:, 0] - targets).square(), representation_log_probs(features[:, 1:])
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -81,6 +131,14 @@ class Rows:
     plan: MemberPlan
     examples: tuple[str, ...] = ()
     """(M·B) example ids."""
+    pairs: Pairs | None = None
+    """Which rows are branches of one example, where the method has a consistency term."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the training objective is called with."""
+        paired = {} if self.pairs is None else {"pairs": self.pairs}
+        return {**self.tensors, "row_weights": self.weights, **paired}
 
 
 def build_rows(
@@ -96,7 +154,15 @@ def build_rows(
         keys = example_keys(batch.example_ids).to(device)
         plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
     weights = torch.tensor(layout.weights, dtype=torch.float32, device=device)
-    return Rows(tensors, weights, plan, tuple(batch.example_ids))
+    pairs = None
+    if layout.pairing is not None:
+        pairing, reference = layout.pairing, None
+        if pairing.reference is not None:
+            other = build_rows(adapters, examples, pairing.reference, pad_id, seed, phase, side)
+            reference = Reference(other.tensors, other.plan, pairing.reference_branches)
+        of_term = torch.tensor(pairing.weights, dtype=torch.float32, device=device)
+        pairs = Pairs(pairing.branches, of_term, layout.rows, reference)
+    return Rows(tensors, weights, plan, tuple(batch.example_ids), pairs)
 
 
 def example_keys(example_ids: list[str]) -> Tensor:

@@ -15,6 +15,7 @@ from pipeline import distributed
 from pipeline.adapters.layout import training_layout
 from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
+from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
 from pipeline.data.schedule import global_batch_indices, process_share
 from pipeline.environment import describe_environment
@@ -49,7 +50,8 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     adapters = attach_adapter(config, reader.base)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
-    run.engine = build_engine(config, adapters, reader.objective(), micro_steps)
+    objective = ConsistentObjective(reader.objective(), adapters.axis, adapters.specs[0].consistency)
+    run.engine = build_engine(config, adapters, objective, micro_steps)
     if world.is_main:
         if not paths.config.exists():
             write_text(paths.config, dump_config(config))
@@ -65,7 +67,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
 def training_loop(run: Run, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
-    guards = run.guards()
+    guards, consistency = run.guards(), adapters.specs[0].consistency
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
@@ -78,17 +80,21 @@ def training_loop(run: Run, micro_steps: int) -> None:
         )  # tokens of the global batch
 
         losses: list[float] = []
+        divergences: list[float] = []
         rows_of = partial(micro_rows, run, share, step)
         for micro in range(micro_steps):
             rows = rows_of(micro)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
-                loss = engine(**rows.tensors, row_weights=rows.weights)
+                nll, divergence = engine(**rows.inputs)
+                loss = nll + consistency.weight * divergence
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
-                # the gradient is that of Σ nll / (supervised tokens of the global batch).
+                # the gradient is that of Σ loss / (supervised tokens of the global batch).
                 engine.backward(loss * (micro_steps * world.world_size / supervised))
-            losses.append(float(loss.detach()))
-            if micro == micro_steps - 1:
-                numbers = guards.check(step, losses, supervised, rows_of)  # what is not finite is never applied
+            losses.append(float(nll.detach()))
+            if rows.pairs is not None:
+                divergences.append(float(divergence.detach()))
+            if micro == micro_steps - 1:  # what is not finite is never applied
+                numbers = guards.check(step, losses, supervised, rows_of, divergences)
             engine.step()
 
         run.counters = replace(run.counters, step=step + 1)
@@ -96,7 +102,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
         run.metrics.write(
             "train",
             step=step + 1,
-            loss=numbers.loss,
+            **numbers.terms(),
             learning_rate=learning_rate,
             seconds=round(seconds, 4),
             gradient_norm=numbers.gradient_norm,
@@ -107,7 +113,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
             run.validate()
         if run.due(train.checkpoint_every_steps):
             run.save()
-        progress.show(step + 1, progress_parts(numbers.loss, length / seconds, run.scores))
+        progress.show(step + 1, progress_parts(numbers.terms(), length / seconds, run.scores))
         run.stop_if_requested()
     progress.close()
 
@@ -125,17 +131,17 @@ def micro_rows(run: Run, share: list[tuple[int, int]], step: int, micro: int) ->
 
     `share` holds (position in the global batch, row) of this process's examples of the step.
     """
-    train, sites = run.config.train, run.adapters.specs[0].sites
+    train, spec = run.config.train, run.adapters.specs[0]
     part = share[micro * train.micro_batch : (micro + 1) * train.micro_batch]
-    masked = any(site.rate > 0 for site in sites)
-    layout = training_layout([position for position, _ in part], train.draws, train.draw_layout, masked)
+    masked, positions = any(site.rate > 0 for site in spec.sites), [position for position, _ in part]
+    layout = training_layout(positions, train.draws, train.draw_layout, masked, spec.consistency)
     examples, pad_id = [run.examples[row] for _, row in part], run.reader.base.tokenizer.pad_token_id
     return build_rows(run.adapters, examples, layout, pad_id, train.seed, step, run.reader.padding)
 
 
-def progress_parts(loss: float, tokens_per_second: float, scores: dict[str, float]) -> list[str]:
+def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: dict[str, float]) -> list[str]:
     """What the progress line says."""
-    parts = [f"loss {loss:.4f}", f"{tokens_per_second:.0f} tokens/s"]
+    parts = [*(f"{name} {value:.4f}" for name, value in losses.items()), f"{tokens_per_second:.0f} tokens/s"]
     if scores:
         parts.append("validation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return parts
@@ -156,6 +162,10 @@ def describe(run: Run, micro_steps: int) -> None:
     head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
     say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters (fp32)")
     say(f"dropout      {sites}; {train.draws} draws per step, layout {train.draw_layout}")
+    term = run.adapters.specs[0].consistency
+    if term.kind != "none":
+        carried = {"one": "one branch", "both": "all branches"}[term.branches]
+        say(f"consistency  {term.kind}, weight {term.weight:g}, {train.draws // 2} pairs, gradient through {carried}")
     say(f"data         {len(run.examples)} rows, {total:,} tokens, {run.reader.supervision(run.examples)}")
     say(
         f"batch        {train.global_batch} = {train.micro_batch} × {micro_steps} accumulation × {run.world.world_size}"

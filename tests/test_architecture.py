@@ -14,6 +14,7 @@ LAYERS = {
     1: [
         "distributed",
         "randomness",
+        "divergence",
         "tracking",
         "fetch",
         "scores",
@@ -28,6 +29,7 @@ LAYERS = {
     3: [
         "adapters.attach",
         "assembly",
+        "consistency",
         "objective",
         "checkpoint",
         "predict",

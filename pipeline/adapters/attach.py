@@ -85,7 +85,6 @@ def attach(
         ConfigError: nothing matches `target_modules` or the layers of an adapter, a match is no linear layer or is
             an MoE expert, or the model cannot honour a site.
     """
-    _refuse_consistency(specs)
     specs = [spec.resolved_for(is_causal(model)) for spec in specs]
     check_sites(model, specs)
     heads = heads or {}
@@ -224,12 +223,3 @@ def _wrap_head(
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, head)
     return head
-
-
-def _refuse_consistency(specs: Sequence[AdapterSpec]) -> None:
-    for spec in specs:
-        if spec.consistency.kind != "none":
-            raise ConfigError(
-                "adapter.method", spec.consistency.kind, "consistency terms are not available in this version",
-                "Use consistency: {kind: none}.",
-            )

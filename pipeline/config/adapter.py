@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from pipeline.config.base import Section
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
 
-UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}}
-"""Dotted keys of a configuration whose method keeps its own rates."""
+UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}, "adapter.consistency": {}}
+"""Dotted keys of a configuration whose method keeps its own rates (and its own consistency term)."""
 
 
 class RatesConfig(Section):
@@ -34,6 +34,28 @@ class RatesConfig(Section):
     def given(self) -> dict[str, float]:
         """position -> rate, where one is set."""
         return {position: rate for position, rate in self if rate is not None}
+
+
+class ConsistencyConfig(Section):
+    """Changes the consistency term of the method, without writing the method out. What is None stays as it is."""
+
+    kind: Literal["none", "kl", "js"] | None = None
+    """Divergence between the branches: bidirectional KL, Jensen-Shannon, or no term."""
+    weight: Annotated[float, Field(ge=0.0)] | None = None
+    """Multiplier of the term; 0 = only measured."""
+    branches: Literal["one", "both"] | None = None
+    """Branches that carry gradient."""
+
+    def applied_to(self, method: Method) -> Method:
+        """`method` with the values given here. Raises `ValueError` where they would say nothing."""
+        given = self.model_dump(exclude_none=True)
+        term = method.consistency.model_copy(update=given)
+        if term.kind == "none" and set(given) - {"kind"}:
+            raise ValueError(
+                f"adapter.consistency.{min(set(given) - {'kind'})} says nothing about a method without a consistency"
+                " term: set adapter.consistency.kind to kl or js, or take a method that has one, such as hiddenkey"
+            )
+        return method.model_copy(update={"consistency": term})
 
 
 class AdapterConfig(Section):
@@ -60,6 +82,8 @@ class AdapterConfig(Section):
     rescale: Literal["inverse", "none"] = "inverse"
     """`inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's literal equations, the same
     model as `inverse` with alpha × (1-rate_A)(1-rate_B)."""
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    """Changes the method's consistency term: its kind, weight, branches with gradient."""
     init_from: str | None = None
     """Folder of a PEFT LoRA checkpoint to start from (its rank and alpha must agree)."""
 
@@ -86,7 +110,7 @@ class AdapterConfig(Section):
             method = resolve_preset(self.method, self.rate, self.rescale)
         for position, rate in self.rates.given().items():
             method = _with_rate(method, position, rate)
-        return method
+        return self.consistency.applied_to(method)
 
     def takes_one_rate(self) -> bool:
         """Whether `rate` fits the method: a preset whose strength is one number."""

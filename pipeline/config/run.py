@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+from pydantic import model_validator
+
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.base import Section
 from pipeline.config.sections import (
@@ -18,6 +20,7 @@ from pipeline.config.sections import (
     SearchConfig,
     TrainConfig,
 )
+from pipeline.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -34,6 +37,16 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     label: str = ""
     """Shown in every table and report, e.g. "smoke run: no result"."""
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> RunConfig:
+        kind, draws = self.adapter.resolved_method().consistency.kind, self.train.draws
+        if kind != "none" and draws % 2:
+            raise ConfigError(
+                "train.draws", draws, f"must be even: the method's consistency term ({kind}) compares pairs of draws",
+                f"Set train.draws={draws + 1}, or adapter.consistency.kind=none.",
+            )
+        return self
 
     def sha256(self) -> str:
         """Hash of the canonical JSON: equal configurations, equal hash."""

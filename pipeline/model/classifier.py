@@ -63,6 +63,15 @@ def head_outputs(
     return model(input_ids=input_ids, attention_mask=attention_mask, **segments).logits
 
 
+def head_outputs_and_hidden(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`head_outputs` (B, C), and the last hidden states (B, T, D) below the head."""
+    segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **segments)
+    return outputs.logits, outputs.hidden_states[-1]
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Tokens of the longest text where positions are learned (RoBERTa counts from behind its pad id), else None."""
     limits = [
