@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.ds_config import fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError
+from pipeline.loggers import check_loggers
 from pipeline.runs import ADAPTER_CONFIG, read_json
 
 
@@ -26,6 +27,7 @@ def check_inputs(config: RunConfig) -> None:
         )
     if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
         raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
+    check_loggers(config)
     ds_file = find_ds_config(config.train.deepspeed)
     decided = {
         "train_batch_size": config.train.global_batch,

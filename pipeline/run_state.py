@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import distributed
-from pipeline.adapters.attach import Adapters
+from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import adapter_matrices, write_adapter
@@ -19,11 +20,13 @@ from pipeline.data.rows import Row
 from pipeline.distributed import World
 from pipeline.errors import EXIT_STOPPED, LoradropError
 from pipeline.guards import Guards, StepNumbers, recent_losses
+from pipeline.loggers import open_loggers
 from pipeline.predictions import Member as PredictedMember
 from pipeline.predictions import Predictions, write_members, write_predictions
 from pipeline.reader import Reader
 from pipeline.readout import predict_shared, validation_scores
 from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, publish_folder, read_json_lines, sha256_file, update_status
+from pipeline.throughput import Meter, Work
 from pipeline.tracking import Metrics, say
 
 OnValidation = Callable[[dict[str, float]], None]
@@ -105,12 +108,26 @@ class Run:
             self.counters = load_checkpoint(found, self.engine, self.trained)
             say(f"continuing from {found.name}", self.world.is_main)
         self.metrics.keep_until(self.counters.step)
+        if self.world.is_main:
+            self.metrics.send_to(open_loggers(self.config, self.paths.root, self.counters.step))
 
     def guards(self) -> Guards:
         """The checks before each update; they go on from the losses that metrics.jsonl holds."""
         rows, window = read_json_lines(self.paths.metrics), self.config.train.spike.window_steps
         losses = recent_losses(rows, self.counters.step, window)
         return Guards(self.engine, self.adapters, self.trained, self.config.train, self.paths, self.world, losses)
+
+    def meter(self) -> Meter:
+        """Counts what a step did."""
+        head = getattr(self.reader.base.model, "get_output_embeddings", lambda: None)()
+        linears = [m for m in self.reader.base.model.modules() if is_linear(m) and m is not head]
+        work = Work(
+            base=sum(math.prod(linear_shape(linear)) for linear in linears),
+            adapter=sum(parameter.numel() for parameter in self.trained.values()),
+            head=math.prod(linear_shape(head)) if head is not None else 0,
+            recomputed=self.config.train.activation_checkpointing,
+        )
+        return Meter(work, self.world.device, self.reader.base.identity.compute_dtype)
 
     def report_spike(self, numbers: StepNumbers) -> None:
         """One metrics row and one line, where the step's loss was a spike."""

@@ -9,14 +9,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.loggers import Logger
 from pipeline.runs import read_json_lines, write_text
 
 
 class Metrics:
-    """Append-only JSON lines, flushed row by row. Silent on all but the main process."""
+    """Append-only JSON lines, flushed row by row, and whatever else listens. Silent on all but the main process."""
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self._path, self._enabled = path, enabled
+        self._loggers: list[Logger] = []
+
+    def send_to(self, loggers: Iterable[Logger]) -> None:
+        """Pass the numbers of every further row on to these."""
+        self._loggers.extend(loggers)
+
+    def close(self) -> None:
+        """End what was opened beside the JSON lines."""
+        while self._loggers:
+            self._loggers.pop().close()
 
     def keep_until(self, step: int) -> None:
         """After a resume: forget rows of steps that are done again."""
@@ -29,6 +40,10 @@ class Metrics:
         if self._enabled:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **values}) + "\n")
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            step = int(numbers.pop("step", 0))
+            for logger in self._loggers:
+                logger.write(kind, step, numbers)
 
 
 class Progress:

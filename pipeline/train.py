@@ -60,14 +60,17 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         update_status(paths, "train", "running")
         describe(run, micro_steps)
     run.resume()
-    training_loop(run, micro_steps)
+    try:
+        training_loop(run, micro_steps)
+    finally:
+        run.metrics.close()
     return run.finish()
 
 
 def training_loop(run: Run, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
-    guards, consistency = run.guards(), adapters.specs[0].consistency
+    guards, meter, consistency = run.guards(), run.meter(), adapters.specs[0].consistency
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
@@ -84,6 +87,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
         rows_of = partial(micro_rows, run, share, step)
         for micro in range(micro_steps):
             rows = rows_of(micro)
+            meter.add(rows.tensors, rows.weights)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 nll, divergence = engine(**rows.inputs)
                 loss = nll + consistency.weight * divergence
@@ -107,6 +111,8 @@ def training_loop(run: Run, micro_steps: int) -> None:
             seconds=round(seconds, 4),
             gradient_norm=numbers.gradient_norm,
             tokens_per_second=round(length / seconds, 1),
+            supervised_tokens=int(supervised),
+            **meter.read(seconds),
         )
         run.report_spike(numbers)
         if run.due(train.validate_every_steps):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
-    0: ["errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config"],
+    0: ["errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config", "devices"],
     1: [
         "distributed",
         "randomness",
@@ -24,6 +24,8 @@ LAYERS = {
         "predictions",
         "environment",
         "stage",
+        "throughput",
+        "loggers",
     ],
     2: ["adapters", "model", "data", "losses"],
     3: [

@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.base import Section
+from pipeline.config.logging import LoggingConfig
 from pipeline.config.sections import (
     DataConfig,
     EnsembleConfig,
@@ -35,6 +36,7 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     search: SearchConfig = SearchConfig()
     launch: LaunchConfig = LaunchConfig()
+    logging: LoggingConfig = LoggingConfig()
     label: str = ""
     """Shown in every table and report, e.g. "smoke run: no result"."""
 

@@ -1,0 +1,119 @@
+"""What a run says in numbers: padding, operations, memory; TensorBoard and Weights & Biases beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.devices import machine_memory, peak_flops, resident_high_water
+from pipeline.errors import SetupError
+from pipeline.loggers import check_loggers
+from pipeline.runs import RunPaths, read_json_lines, write_json
+from pipeline.throughput import Meter, Work
+from pipeline.tracking import Metrics
+
+
+class Heard:
+    """A logger that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, dict[str, float]]] = []
+        self.closed = 0
+
+    def write(self, kind: str, step: int, values: Any) -> None:
+        self.rows.append((kind, step, dict(values)))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_loggers_hear_the_numbers_of_each_row(tmp_path: Path) -> None:
+    heard = Heard()
+    metrics = Metrics(tmp_path / "metrics.jsonl", True)
+    metrics.write("train", step=1, loss=3.0)
+    metrics.send_to([heard])
+    metrics.write("train", step=2, loss=2.5, mfu=None, note="text")
+    metrics.close()
+    metrics.close()
+    assert heard.rows == [("train", 2, {"loss": 2.5})] and heard.closed == 1
+    assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    setting = "logging.tensorboard=true" if package == "tensorboard" else "logging.wandb.mode=offline"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_loggers(load_config(None, []))
+    with pytest.raises(SetupError, match=rf"logging\.{package}.*pip install {package}"):
+        check_loggers(load_config(None, [setting]))
+
+
+def test_operations_are_those_of_lora_on_a_frozen_base() -> None:
+    # Per token: forward 2N + 2n, backward 2N for activations, 2n for activations and 2n for the adapter's weights.
+    work = Work(base=100, adapter=10, head=7, recomputed=False)
+    assert work.model_flops(3, 2) == 3 * (200 + 20 + 200 + 20 + 20) + 2 * (2 * 7 + 2 * 7)
+    assert work.hardware_flops(3, 2) == work.model_flops(3, 2)
+    again = Work(base=100, adapter=10, head=7, recomputed=True)
+    assert again.hardware_flops(3, 2) == work.model_flops(3, 2) + 3 * (200 + 20)
+
+
+def test_padding_and_fillers_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.throughput.peak_flops", lambda name, dtype: 1000.0)
+    meter = Meter(Work(base=10, adapter=0, head=5, recomputed=False), torch.device("cpu"), "bfloat16")
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    labels = torch.tensor([[-100, -100, 3, 4], [-100, -100, -100, 0], [-100, 1, 1, 1]])
+    meter.add({"input_ids": mask, "attention_mask": mask, "labels": labels}, torch.tensor([1.0, 0.5, 0.0]))
+    numbers = meter.read(seconds=2.0)
+    assert numbers["padding_share"] == pytest.approx(5 / 12, abs=1e-4)
+    assert numbers["mfu"] == numbers["hfu"] == (40 * 7 + 20 * 3) / 2000
+    assert numbers["memory_gib"] == pytest.approx(resident_high_water() / 2**30, rel=0.1)
+    assert meter.read(1.0)["padding_share"] is None
+
+
+def test_peaks_are_those_of_the_device_and_the_precision() -> None:
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12,
+             "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "Tesla T4": None, "cpu": None}
+    assert {name: peak_flops(name, "bfloat16") for name in names} == names
+    assert peak_flops("Tesla T4", "float16") == 65e12 and peak_flops("Tesla V100-PCIE-16GB", "float16") == 112e12
+    assert peak_flops("NVIDIA H100 PCIe", "float32") is None
+    assert 2**30 < resident_high_water() + 2**30 < 2 * machine_memory() + 2**30
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[str]) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from pipeline.run_state import Stopped
+    from pipeline.train import train_run
+
+    settings = [*tiny_settings, "logging.tensorboard=true"]
+    if importlib.util.find_spec("wandb"):
+        settings.append("logging.wandb.mode=offline")
+    run = tmp_path / "run"
+
+    def stop(row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            write_json(RunPaths(run).stop_request, {"signal": "TEST"})
+
+    with pytest.raises(Stopped):
+        train_run(load_config(None, settings), run, stop)
+    identity = (run / "wandb.json").read_text() if "logging.wandb.mode=offline" in settings else None
+    train_run(load_config(None, settings), run)
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rows = [row for row in read_json_lines(RunPaths(run).metrics) if row["kind"] == "train"]
+    for name in ("loss", "gradient_norm", "learning_rate", "padding_share", "memory_gib", "supervised_tokens"):
+        curve = events.Scalars(f"train/{name}")
+        assert [event.step for event in curve] == [1, 2, 3, 4, 5, 6]
+        assert [event.value for event in curve] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    assert [event.step for event in events.Scalars("validation/nll")] == [3, 6]
+    assert all(row["mfu"] is None and row["memory_gib"] > 0.1 for row in rows)
+    if identity is not None:
+        assert (run / "wandb.json").read_text() == identity
+        name = json.loads(identity)["id"]
+        assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
