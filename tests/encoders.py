@@ -39,6 +39,11 @@ SMALL = {
     "max_position_embeddings": POSITIONS, "pad_token_id": PAD, "initializer_range": 0.2,
 }
 """Dropout stays at the families' 0.1."""
+DEBERTA_V3 = {
+    "relative_attention": True, "position_buckets": 8, "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
+}
+"""What microsoft/deberta-v3-base sets, with fewer buckets than the tests have tokens."""
 
 
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,8 +74,9 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "mpnet": lambda: MPNetModel(MPNetConfig(**SMALL)),
     "distilbert": distilbert,
     "deberta": lambda: DebertaV2Model(DebertaV2Config(**SMALL)),
+    "deberta-v3": lambda: DebertaV2Model(DebertaV2Config(**{**SMALL, **DEBERTA_V3})),
 }
-EAGER = ("mpnet", "deberta")
+EAGER = ("mpnet", "deberta", "deberta-v3")
 """Families without scaled_dot_product_attention in transformers."""
 
 

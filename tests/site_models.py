@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.members import Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.support import TARGETS, tiny_model
+from pipeline.adapters.support import tiny_model
 from pipeline.config.method import ATTENTION_POSITIONS, Site
 
 DENSE = "dense-float64-reference"
@@ -32,7 +32,7 @@ def adapted(
     model = tiny_model(family, quantization, attention)
     stock = dequantized(model)
     spec = AdapterSpec(rank=4, alpha=8.0, sites=sites)
-    return with_random_B(attach(model, [spec], TARGETS.get(family, "all-linear"), seed=0)), stock
+    return with_random_B(attach(model, [spec], "all-linear", seed=0)), stock
 
 
 def with_random_B(adapters: Adapters) -> Adapters:

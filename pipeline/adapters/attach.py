@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.anatomy import check_sites, is_causal
 from pipeline.adapters.attention import install_attention_sites
+from pipeline.adapters.deberta import install_position_projections
 from pipeline.adapters.ffn import install_ffn_sites
 from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
@@ -109,6 +110,7 @@ def attach(
         sites[name] = _layer_sites(layer, specs, name, layer_count)
     install_attention_sites(model, axis, specs, layer_count)
     install_ffn_sites(model, axis, specs, layer_count)
+    install_position_projections(model, axis)
     trained = {name: _wrap_head(model, name, fresh, axis, len(specs), seed) for name, fresh in heads.items()}
     return Adapters(model, axis, layers, tuple(specs), sites, layer_count, dict(suffixes), trained)
 

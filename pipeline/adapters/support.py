@@ -58,9 +58,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {**_DECODER, "num_local_experts": 2},
 }
 """model type -> configuration of its tiny random model."""
-TARGETS: dict[str, tuple[str, ...]] = {"deberta-v2": ("value_proj", "dense")}
-"""model type -> target_modules, where `all-linear` does not fit: DeBERTa's query_proj and key_proj also project the
-relative positions, which belong to no row."""
 ENCODERS = ("bert", "roberta", "deberta-v2")
 
 
@@ -136,11 +133,11 @@ def try_cell(model: nn.Module, site: Site) -> None:
             causal model looks ahead.
     """
     family: str = model.config.model_type  # type: ignore[union-attr, assignment]
-    causal, targets = family not in ENCODERS, TARGETS.get(family, "all-linear")
+    causal = family not in ENCODERS
     ids, mask = _batch()
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
-    adapters = attach(copy.deepcopy(model), [AdapterSpec(rank=4, alpha=8.0, sites=(site,))], targets, seed=0)
+    adapters = attach(copy.deepcopy(model), [AdapterSpec(rank=4, alpha=8.0, sites=(site,))], "all-linear", seed=0)
     with torch.no_grad():
         for layer in adapters.layers.values():
             for bucket in layer.buckets:
@@ -226,12 +223,9 @@ def format_table(cells: Sequence[Cell]) -> str:
         compensation = site.compensation + (", no stop-gradient" if free else "")
         lines.append(f"{family:<12}{site.position:<19}{site.pattern:<9}{compensation:<30}"
                      + "".join(f"{found[backend].status:<13}" for backend in BACKENDS))
-    targets = [
-        f"{f}: target_modules = {', '.join(TARGETS[f])}" for f in dict.fromkeys(c.family for c in cells) if f in TARGETS
-    ]
     reasons = dict.fromkeys(cell.detail for cell in cells if cell.status != "tested")
     counts = ", ".join(f"{sum(c.status == s for c in cells)} {s}" for s in ("tested", "refused", "FAILED"))
-    return "\n".join([*lines, "", counts, *targets, *(f"- {reason}" for reason in reasons)])
+    return "\n".join([*lines, "", counts, *(f"- {reason}" for reason in reasons)])
 
 
 def main(argv: list[str] | None = None) -> int:
