@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline import distributed
@@ -15,10 +16,11 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
 from pipeline.distributed import World
-from pipeline.ds_config import fill_ds_config, find_ds_config
+from pipeline.ds_config import fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.model.load import BaseModel
 from pipeline.runs import read_json
+from pipeline.sharding import leave_head_outside, require_one_dtype
 
 
 def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
@@ -56,11 +58,14 @@ def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in adapters.model.named_parameters() if parameter.requires_grad}
 
 
-def build_engine(config: RunConfig, adapters: Adapters, objective: nn.Module, micro_steps: int) -> Any:
+def build_engine(
+    config: RunConfig, adapters: Adapters, objective: nn.Module, micro_steps: int, compute_dtype: torch.dtype
+) -> Any:
     """DeepSpeed around the objective, configured from ds_configs/ with every "auto" filled.
 
     Args:
         objective: the model as a module whose forward is the loss.
+        compute_dtype: the base's. Under ZeRO-3 the adapters have it, too, with fp32 masters; else they are fp32.
 
     Raises:
         ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
@@ -73,7 +78,13 @@ def build_engine(config: RunConfig, adapters: Adapters, objective: nn.Module, mi
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": train.max_gradient_norm,
     }
-    ds_config = fill_ds_config(read_json(path), decided, path.name)
+    source = read_json(path)
+    if zero_stage(source) == 3:
+        decided["bf16.enabled"] = compute_dtype == torch.bfloat16
+    ds_config = fill_ds_config(source, decided, path.name)
+    if zero_stage(source) == 3:
+        require_one_dtype(adapters.model, compute_dtype)
+        leave_head_outside(adapters.model)
     if train.activation_checkpointing:
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()

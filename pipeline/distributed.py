@@ -83,6 +83,11 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def largest(value: int) -> int:
+    """The largest value of any process."""
+    return max(gather_objects(value))
+
+
 def agree(flag: bool, device: torch.device) -> bool:
     """True on all processes where any of them says so."""
     return sum_over_processes([float(flag)], device)[0] > 0
@@ -130,6 +135,16 @@ def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict
     optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters: then every forward pass is a collective of all processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter, sharded or not."""
+    return int(_shape(parameter).numel())
 
 
 def full_fp32(parameter: nn.Parameter) -> torch.Tensor:

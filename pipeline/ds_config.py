@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.sections import ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.runs import read_json
 
 DS_CONFIG_FOLDERS = (
     Path(__file__).resolve().parent.parent / "ds_configs",  # a checkout
@@ -34,7 +36,7 @@ def fill_ds_config(source: dict[str, Any], decided: dict[str, Any], where: str) 
 
     Args:
         source: parsed JSON.
-        decided: dotted key -> value, e.g. `train_batch_size`, `zero_optimization.stage`.
+        decided: dotted key -> value, e.g. `train_batch_size`, `bf16.enabled`; None = decided later, so left as it is.
 
     Raises:
         ConfigError: a literal that contradicts the run, a value nobody decides left at "auto", a scheduler or
@@ -48,20 +50,63 @@ def fill_ds_config(source: dict[str, Any], decided: dict[str, Any], where: str) 
         if node[leaf] == "auto":
             if key not in decided:
                 raise ConfigError(f"{where}: {key}", "auto", "is not decided by the run", "Give it a value.")
-            node[leaf] = decided[key]
-        elif key in decided and node[leaf] != decided[key]:
+            node[leaf] = node[leaf] if decided[key] is None else decided[key]
+        elif decided.get(key) is not None and node[leaf] != decided[key]:
             raise ConfigError(
                 f"{where}: {key}", node[leaf], f"contradicts the run, which has {decided[key]}", 'Set it to "auto".'
             )
     for block in ("bf16", "fp16"):
-        if filled.get(block, {}).get("enabled") and filled.get("zero_optimization", {}).get("stage", 0) < 3:
+        if filled.get(block, {}).get("enabled") and zero_stage(filled) < 3:
             raise ConfigError(
                 f"{where}: {block}.enabled",
                 True,
                 "would cast the fp32 adapters and accumulate in 16 bits",
                 "Remove the block; model.compute_dtype sets the precision of the base.",
             )
+    if zero_stage(filled) == 3:
+        _check_stage_3(filled, where)
     return filled
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """0, 1, 2 or 3."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def shards_parameters(name: str) -> bool:
+    """Whether `train.deepspeed` names a file of ZeRO-3."""
+    return zero_stage(read_json(find_ds_config(name))) == 3
+
+
+def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigError | None:
+    """Why a base cannot be trained under a DeepSpeed file. Trainer and `pipeline.deepspeed_matrix` both ask here."""
+    if zero_stage(ds_config) < 3:
+        return None
+    if model.quantization == "int8":
+        return ConfigError(
+            "model.quantization", "int8", "ZeRO-3 would shard nothing: bitsandbytes keeps a second reference to the"
+            " whole 8-bit weights in every process", "Set model.quantization=nf4, or train.deepspeed=zero2.",
+        )
+    if model.compute_dtype == "float16":
+        return ConfigError(
+            "model.compute_dtype", "float16", "ZeRO-3 holds the adapters in the base's precision, and float16 would"
+            " need loss scaling", "Set model.compute_dtype=bfloat16 or float32, or train.deepspeed=zero2.",
+        )
+    return None
+
+
+def _check_stage_3(filled: dict[str, Any], where: str) -> None:
+    """ZeRO-3 gathers parameters in flat buffers of one precision; sums stay fp32."""
+    if filled.get("fp16", {}).get("enabled"):
+        raise ConfigError(f"{where}: fp16.enabled", True, "would need loss scaling", "Use bf16.")
+    wanted = {"bf16": "enabled", "data_types": "grad_accum_dtype"}
+    for block, key in wanted.items():
+        if key not in filled.get(block, {}):
+            remedy = "Start from ds_configs/zero3.json."
+            raise ConfigError(f"{where}: {block}.{key}", None, "is missing; ZeRO-3 needs it", remedy)
+    if filled["data_types"]["grad_accum_dtype"] != "fp32":
+        accumulated = filled["data_types"]["grad_accum_dtype"]
+        raise ConfigError(f"{where}: data_types.grad_accum_dtype", accumulated, "must be fp32", "Set it to fp32.")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -276,7 +276,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             values = parameter.detach().flatten()[:8].float().cpu().tolist()
             digest.update(f"{name} {tuple(parameter.shape)} {values}\n".encode())
     return digest.hexdigest()

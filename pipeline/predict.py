@@ -21,6 +21,7 @@ from pipeline.data.schedule import length_sorted_chunks
 from pipeline.model.classifier import head_outputs
 from pipeline.model.head import head_of, hidden_states
 from pipeline.objective import example_keys
+from pipeline.sharding import lockstep
 
 HEAD_ROWS = 256
 """Hidden states turned into logits at a time (memory: rows × vocabulary)."""
@@ -171,7 +172,8 @@ def _passes(
             masks = adapters.plan(members, 1, settings.seed, settings.phase)
             done = 0
             lengths = [len(text.input_ids) for text in texts]
-            for chunk in length_sorted_chunks(lengths, settings.budget_tokens, len(members)):
+            chunks = length_sorted_chunks(lengths, settings.budget_tokens, len(members))
+            for chunk, counts in lockstep(chunks, adapters.model):
                 batch = collate([texts[i] for i in chunk], settings.pad_id, side)
                 tensors = {name: replicate_rows(t, masks.size) for name, t in batch.tensors(adapters.device).items()}
                 plan = replace(masks, rows=len(chunk))
@@ -180,6 +182,8 @@ def _passes(
                     plan = with_row_keys(plan, settings.seed, settings.phase, keys, tensors["position_ids"])
                 with adapters.axis.active(plan):
                     output = forward(tensors)
+                if not counts:
+                    continue
                 yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
                 done += len(chunk)
                 if settings.on_chunk is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.ds_config import fill_ds_config, find_ds_config
+from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError
 from pipeline.loggers import check_loggers
 from pipeline.runs import ADAPTER_CONFIG, read_json
@@ -32,10 +32,13 @@ def check_inputs(config: RunConfig) -> None:
     decided = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": "decided by the number of processes",
+        "gradient_accumulation_steps": None,  # by the number of processes
         "gradient_clipping": config.train.max_gradient_norm,
+        "bf16.enabled": None,  # by the device
     }
-    fill_ds_config(read_json(ds_file), decided, ds_file.name)
+    ds_config = fill_ds_config(read_json(ds_file), decided, ds_file.name)
+    if fault := combination_fault(ds_config, config.model):
+        raise fault
     from pipeline.data import check_data
     from pipeline.model.kind import local_kind
 

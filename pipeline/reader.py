@@ -25,6 +25,7 @@ from pipeline.data.classes import (
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
+from pipeline.ds_config import shards_parameters
 from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
@@ -183,14 +184,15 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """
+    one_dtype = shards_parameters(config.train.deepspeed)
     rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
     if model_kind(config.model) == "classifier":
-        base = load_base(config.model, device, output_count(rows))
+        base = load_base(config.model, device, output_count(rows), one_dtype)
         longest = config.data.max_tokens
         reader = RegressionReader if rows[0].kind == "regression" else ClassifierReader
         return reader(base, config, min(longest, position_limit(base.model) or longest))
     refuse_for_causal(rows)
-    base = load_base(config.model, device)
+    base = load_base(config.model, device, one_dtype=one_dtype)
     check_halves(base.model, device)
     return CausalReader(base, config)
 

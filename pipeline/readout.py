@@ -26,6 +26,8 @@ def predict_shared(
     Rows are divided among all processes; every process returns the whole.
     """
     own = rows[world.process_rank :: world.world_size]
+    if not own and distributed.is_sharded(adapters.model):
+        reader.predict(adapters, rows[:1], members)  # every pass needs every process
     mine = reader.predict(adapters, own, members, on_chunk) if own else None
     parts = [part for part in distributed.gather_objects(mine) if part is not None]
     return merge_predictions(parts, [row.id for row in rows])

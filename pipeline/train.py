@@ -51,7 +51,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
     objective = ConsistentObjective(reader.objective(), adapters.axis, adapters.specs[0].consistency)
-    run.engine = build_engine(config, adapters, objective, micro_steps)
+    run.engine = build_engine(config, adapters, objective, micro_steps, reader.base.compute_dtype)
     if world.is_main:
         if not paths.config.exists():
             write_text(paths.config, dump_config(config))
@@ -156,7 +156,7 @@ def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: d
 def describe(run: Run, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.reader.base.identity
-    trained = sum(parameter.numel() for parameter in run.trained.values())
+    trained = sum(distributed.numel(parameter) for parameter in run.trained.values())
     total = sum(len(example.input_ids) for example in run.examples)
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
     stage = run.engine.zero_optimization_stage()

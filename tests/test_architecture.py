@@ -40,10 +40,11 @@ LAYERS = {
         "preflight",
         "run_state",
         "guards",
+        "sharding",
     ],
     4: [
         "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",
-        "stock_parity", "adapters.support",
+        "stock_parity", "adapters.support", "deepspeed_matrix",
     ],
     5: ["tune"],
 }

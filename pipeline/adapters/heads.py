@@ -56,13 +56,13 @@ class TrainedHead(nn.Module):
                         parameter.copy_(_fresh_value(name, parameter.shape, deviation, generator))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(M·B, …) -> (M·B, …) fp32, each member's rows through its own copy.
+        """(M·B, …) -> (M·B, …), each member's rows through its own copy: fp32, or as ZeRO-3 holds the copies.
 
         Raises:
             MemberAxisError: the input's leading size is not M·B.
         """
         plan = self._axis.plan_for(x.shape[0], self.name)
-        x = x.to(torch.float32)
+        x = x.to(next(self.start.parameters()).dtype)
         members: dict[int | None, list[int]] = {}
         for m, member in enumerate(plan.members):
             members.setdefault(member.adapter, []).append(m)

@@ -51,6 +51,11 @@ class BaseModel:
     heads: Heads = field(default_factory=dict)
     """Modules that are trained whole beside the adapter; none in a causal model."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of matrix products."""
+        return DTYPES[self.identity.compute_dtype]
+
 
 def resolve_model_path(config: ModelConfig) -> str:
     """A local folder or hub name; the embedded default is prepared in the cache first.
@@ -90,11 +95,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_base(config: ModelConfig, device: torch.device, classes: int | None = None) -> BaseModel:
+def load_base(
+    config: ModelConfig, device: torch.device, classes: int | None = None, one_dtype: bool = False
+) -> BaseModel:
     """Model and tokenizer, frozen, without dropout of its own, every quantized layer pinned to training mode.
 
     Args:
         classes: outputs of a classification head, 1 for a number; None loads a causal language model.
+        one_dtype: store 4-bit weights in tensors of the compute dtype, as ZeRO-3's flat buffers need it.
 
     Raises:
         ConfigError: the folder or hub name cannot be loaded, or lacks weights.
@@ -105,7 +113,7 @@ def load_base(config: ModelConfig, device: torch.device, classes: int | None = N
     unquantized = () if classes is None else UNQUANTIZED
     weights: dict[str, Any] = {
         "dtype": dtype, "attn_implementation": config.attention, "device_map": {"": device},
-        "quantization_config": quantization_config(config, dtype, unquantized),
+        "quantization_config": quantization_config(config, dtype, unquantized, dtype if one_dtype else None),
     }
     tokenizer = load_tokenizer(config)
     with _transformers_errors(config.path):
@@ -180,8 +188,10 @@ def _zero_rates(owner: Any) -> None:
             setattr(owner, name, 0.0)
 
 
-def quantization_config(config: ModelConfig, dtype: torch.dtype, unquantized: tuple[str, ...] = ()) -> Any:
-    """The transformers quantization configuration, or None."""
+def quantization_config(
+    config: ModelConfig, dtype: torch.dtype, unquantized: tuple[str, ...] = (), storage: torch.dtype | None = None
+) -> Any:
+    """The transformers quantization configuration, or None; 4-bit weights lie in tensors of `storage` (uint8)."""
     from transformers import BitsAndBytesConfig
 
     skip = list(unquantized) or None
@@ -189,6 +199,7 @@ def quantization_config(config: ModelConfig, dtype: torch.dtype, unquantized: tu
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=config.double_quantization, llm_int8_skip_modules=skip,
+            bnb_4bit_quant_storage=storage,
         )
     if config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)

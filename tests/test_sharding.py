@@ -1,0 +1,145 @@
+"""ZeRO-3: what it asks of the model, what is refused, and training under it on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from pipeline.config import load_config
+from pipeline.config.sections import ModelConfig
+from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
+from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
+from pipeline.errors import ConfigError, LoradropError
+from pipeline.model.head import head_of, hidden_states
+from pipeline.preflight import check_inputs
+from pipeline.runs import read_json, read_json_lines, write_json
+from pipeline.sharding import leave_head_outside, lockstep, require_one_dtype
+
+STAGE_3 = {
+    "bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_stays_outside_and_is_called_as_before(tied: bool) -> None:
+    model = tiny_llama()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    ids = torch.tensor([[3, 4, 5]])
+    ones, positions = torch.ones_like(ids), torch.arange(3).unsqueeze(0)
+
+    def logits() -> torch.Tensor:
+        return head_of(model)(hidden_states(model, ids, ones, positions))
+
+    before, names = logits(), {name for name, _ in model.named_modules()}
+    outside = leave_head_outside(model)
+    assert set(outside) == ({"lm_head", "model.embed_tokens"} if tied else {"lm_head"})
+    assert names - {name for name, _ in model.named_modules()} == set(outside)
+    assert torch.equal(logits(), before)
+    assert not any("lm_head" in name for name, _ in model.named_parameters())
+
+
+def test_packed_weights_of_another_precision_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    require_one_dtype(model, torch.bfloat16)  # the engine casts what is not packed
+    model[1].weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(LoradropError, match=r"1\.weight stored as torch\.bfloat16, not torch\.uint8"):
+        require_one_dtype(model, torch.bfloat16)
+    model[1].weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    model[1].weight.quant_state = object()  # type: ignore[attr-defined]
+    with pytest.raises(LoradropError, match=r"not torch\.float32"):
+        require_one_dtype(model, torch.bfloat16)
+
+
+def test_a_process_with_fewer_chunks_keeps_the_others_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, model = [[0], [1, 2]], torch.nn.Linear(1, 1)
+    assert list(lockstep(chunks, model)) == [([0], True), ([1, 2], True)]
+    model.weight.ds_id = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr("pipeline.distributed.largest", lambda count: 4)
+    assert list(lockstep(chunks, model))[2:] == [([1, 2], False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"bf16": {}}, r"bf16\.enabled: is missing"),
+        ({"data_types": {}}, r"data_types\.grad_accum_dtype: is missing"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "must be fp32"),
+        ({"fp16": {"enabled": True}}, "loss scaling"),
+        ({"bf16": {"enabled": False}}, "contradicts the run, which has True"),
+    ],
+)
+def test_a_file_that_would_lose_precision_under_zero_3_is_refused(change: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        fill_ds_config({**STAGE_3, **change}, {"bf16.enabled": True}, "x.json")
+
+
+def test_what_is_decided_later_passes_preflight_and_is_filled_then() -> None:
+    assert fill_ds_config(STAGE_3, {"bf16.enabled": None}, "x.json")["bf16"] == {"enabled": "auto"}
+    assert fill_ds_config(STAGE_3, {"bf16.enabled": False}, "x.json")["bf16"] == {"enabled": False}
+
+
+def test_the_trainer_refuses_what_the_matrix_refuses(tiny_settings: list[str]) -> None:
+    source = read_json(find_ds_config("zero3"))
+    fault = combination_fault(source, ModelConfig(quantization="int8"))
+    assert fault is not None and "shard nothing" in str(fault)
+    assert combination_fault(source, ModelConfig()) is None
+    assert combination_fault({"zero_optimization": {"stage": 2}}, ModelConfig(quantization="int8")) is None
+    for wrong in ("model.quantization=int8", "model.compute_dtype=float16"):
+        config = load_config(None, [*tiny_settings, "train.deepspeed=zero3", wrong])
+        with pytest.raises(ConfigError) as caught:
+            check_inputs(config)
+        assert str(caught.value) == str(combination_fault(source, config.model))
+
+
+def test_the_table_names_what_is_refused_and_what_failed() -> None:
+    cells = [Cell("zero3", "nf4", "float32", c, p) for p in (1, 2) for c in (False, True)]
+    states = ["tested", "refused", "FAILED", "tested"]
+    outcomes = [Outcome(cell, state, f"reason of {state}") for cell, state in zip(cells, states, strict=True)]
+    lines = format_table(outcomes).splitlines()
+    assert lines[1].split() == ["zero3", "nf4", "float32", *states]
+    assert "2 tested, 1 refused, 1 FAILED" in lines[3]
+    assert lines[-2:] == ["- refused: reason of refused", "- FAILED: reason of FAILED"]
+
+
+@pytest.mark.slow
+def test_zero_3_trains_a_4_bit_base_like_plain_training(tmp_path: Path) -> None:
+    cells = [
+        Cell("zero0", "nf4", "float32", False, 1, 8),
+        Cell("zero0", "nf4", "bfloat16", False, 1, 8),
+        Cell("zero3", "nf4", "float32", False, 1),
+        Cell("zero3", "nf4", "float32", True, 2),
+        Cell("zero3", "nf4", "bfloat16", True, 2),
+        Cell("zero2", "int8", "float32", False, 1),  # whose reference is missing
+        Cell("zero3", "int8", "float32", False, 2),
+    ]
+    outcomes = run_matrix(cells, tmp_path)
+    assert [outcome.status for outcome in outcomes] == ["tested"] * 5 + ["FAILED", "refused"], outcomes
+    assert "its reference" in outcomes[5].detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("zero3", "zero3"), ("zero3", "zero2"), ("zero0", "zero3")])
+def test_a_checkpoint_resumes_under_another_stage(
+    tmp_path: Path, tiny_settings: list[str], stages: tuple[str, str]
+) -> None:
+    from pipeline.run_state import Stopped
+    from pipeline.runs import RunPaths
+    from pipeline.train import train_run
+
+    configs = [load_config(None, [*tiny_settings, f"train.deepspeed={stage}"]) for stage in stages]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    expected = train_run(configs[0], whole)
+    with pytest.raises(Stopped):
+        train_run(configs[0], parted, lambda _: write_json(RunPaths(parted).stop_request, {"signal": "TEST"}))
+    found = train_run(configs[1], parted)
+    rows = [[r["loss"] for r in read_json_lines(f / "metrics.jsonl") if r["kind"] == "train"] for f in (whole, parted)]
+    if stages[0] == stages[1]:
+        assert found == expected and rows[0] == rows[1]  # bitwise: hash of the adapter, losses
+    else:
+        assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+        assert found["validation_nll"] == pytest.approx(expected["validation_nll"], rel=1e-5)
