@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "calibrate": ("apply_temperature", "fit_temperature"),
     "config": ("RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
+    "config.adapter": ("SERVED_RANKS",),
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
     "data": ("load_splits",),
     "ensemble": ("average", "choose_adapters"),

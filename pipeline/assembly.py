@@ -31,7 +31,7 @@ def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
     Raises:
         ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
     """
-    spec = AdapterSpec.from_config(config.adapter)
+    spec = AdapterSpec.from_config(config.adapter, config.train.max_steps)
     if config.adapter.init_from is None:
         return attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
     stored = read_adapter(Path(config.adapter.init_from))
@@ -130,6 +130,11 @@ def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str
 
 
 def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: StoredAdapter) -> None:
+    if stored.spec.kind != "lora":
+        raise ConfigError(
+            "adapter.init_from", config.init_from, "is an AdaLoRA adapter",
+            "Give the plain LoRA that `export` makes of it.",
+        )
     for name in stored.matrices:
         ours, theirs = spec.scaling_of(name), stored.spec.scaling_of(name)
         if spec.rank_of(name) != stored.spec.rank_of(name) or not math.isclose(ours, theirs, rel_tol=1e-6):

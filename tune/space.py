@@ -24,13 +24,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from pipeline import ConfigError, RunConfig, UserError, config_keys, read_yaml, validate, with_values
+from pipeline import SERVED_RANKS, ConfigError, RunConfig, UserError, config_keys, read_yaml, validate, with_values
 from tune.dimensions import Dimension, Options, Range, Space, Values
 
 SPACES = Path(__file__).resolve().parent / "spaces"
-
-SERVED_RANKS = (8, 16, 32, 64, 128, 256)
-"""LoRA ranks vLLM has kernels for; other ranks are padded to the next of them."""
 
 SEARCHABLE = ("adapter.", "train.")
 """A trial's score may depend on nothing but these sections: all trials share base, rows and templates."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.adalora import SvdBucket
 from pipeline.adapters.anatomy import check_sites, is_causal
 from pipeline.adapters.attention import install_attention_sites
 from pipeline.adapters.deberta import install_position_projections
@@ -23,6 +24,8 @@ from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.errors import ConfigError
 from pipeline.randomness import key64
 
+BUCKETS: dict[str, type[RankBucket] | type[SvdBucket]] = {"lora": RankBucket, "adalora": SvdBucket}
+"""kind of an adapter -> what holds its matrices."""
 EXPERTS = re.compile(r"(^|\.)experts\.")
 
 
@@ -153,13 +156,13 @@ def _wrap(
     base: nn.Module, name: str, axis: MemberAxis, specs: Sequence[AdapterSpec], layer_count: int, seed: int
 ) -> LoRALinear:
     inputs, outputs = linear_shape(base)
-    by_rank: dict[int, list[int]] = {}
+    alike: dict[tuple[str, int], list[int]] = {}
     for k, spec in enumerate(specs):
         if spec.adapts(name):
-            by_rank.setdefault(spec.rank_of(name), []).append(k)
+            alike.setdefault((spec.kind, spec.rank_of(name)), []).append(k)
     buckets = []
-    for rank, members in by_rank.items():
-        bucket = RankBucket(members, rank, inputs, outputs, [specs[k].scaling_of(name) for k in members])
+    for (kind, rank), members in alike.items():
+        bucket = BUCKETS[kind](members, rank, inputs, outputs, [specs[k].scaling_of(name) for k in members])
         bucket.reset([torch.Generator().manual_seed(key64(seed, "init", k, name) >> 1) for k in members])
         buckets.append(bucket.to(base.weight.device))  # type: ignore[arg-type]
     layer = LoRALinear(base, name, axis, buckets)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,30 @@ from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for
 from pipeline.config.method import Site
 
 
+class Bucket(Protocol):
+    """Adapters of one kind and one rank in one layer, each in a slot of stacked parameters."""
+
+    names: tuple[str, ...]
+    """Its parameters, as PEFT calls them."""
+    slot: dict[int, int]
+    """adapter -> its index in them."""
+
+    def reset(self, generators: Sequence[torch.Generator]) -> None:
+        """Fresh start: the identity."""
+
+    def __call__(
+        self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
+    ) -> Tensor:
+        """Updates of the members in `adapters`, (M, N, O)."""
+
+
 class RankBucket(nn.Module):
     """Adapters of equal rank R in one layer, stacked: lora_A (K, R, I), lora_B (K, O, R).
 
     A starts as kaiming-uniform with a = sqrt(5) (PEFT's choice), B as zero: attaching is the identity.
     """
+
+    names = ("lora_A", "lora_B")
 
     def __init__(
         self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]
@@ -54,26 +74,40 @@ class RankBucket(nn.Module):
             means: per member, the mean-field factor of a member without a draw, else 1.
         """
         slots = [self.slot[adapter] for adapter in adapters]
-        if same_for_all(slots):  # one adapter under M masks: no copy of the matrices
-            A, B = self.lora_A[slots[0]].unsqueeze(0), self.lora_B[slots[0]].unsqueeze(0)
-        else:
-            index = as_index(slots, x_MNI.device)
-            A, B = self.lora_A.index_select(0, index), self.lora_B.index_select(0, index)
-        if (mask_MI := masks.get("lora_A")) is not None:
-            A = A * mask_MI.unsqueeze(1)
-        if (mask_MO := masks.get("lora_B")) is not None:
-            B = B * mask_MO.unsqueeze(2)
-        if (mask_MR := masks.get("lora_rank")) is not None:
-            B = B * mask_MR[:, : self.rank].unsqueeze(1)  # members of other buckets may be wider
         scale = [self.scalings[slot] * mean for slot, mean in zip(slots, means, strict=True)]
-        if same_for_all(scale):
-            B = B * scale[0]
-        else:
-            B = B * torch.tensor(scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)
-        A, B = A.to(x_MNI.dtype), B.to(x_MNI.dtype)
-        if A.shape[0] == 1:
-            return (x_MNI @ A[0].T) @ _per_member(B)
-        return torch.bmm(torch.bmm(x_MNI, A.transpose(1, 2)), B.expand(len(slots), -1, -1).transpose(1, 2))
+        return low_rank_update(x_MNI, pick(self.lora_A, slots), pick(self.lora_B, slots), masks, scale)
+
+
+def pick(parameter_K: Tensor, slots: Sequence[int]) -> Tensor:
+    """The members' slices of a stacked parameter, (M, …); (1, …), uncopied, where one adapter serves all."""
+    if same_for_all(slots):
+        return parameter_K[slots[0]].unsqueeze(0)
+    return parameter_K.index_select(0, as_index(slots, parameter_K.device))
+
+
+def low_rank_update(
+    x_MNI: Tensor, A: Tensor, B: Tensor, masks: dict[str, Tensor | None], scale: Sequence[float]
+) -> Tensor:
+    """s·(x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ of every member, (M, N, O).
+
+    Args:
+        A: (M, R, I), or (1, R, I) where all members share it.
+        B: (M, O, R), or (1, O, R).
+        masks: as `RankBucket.forward`.
+        scale: s of each member.
+    """
+    if (mask_MI := masks.get("lora_A")) is not None:
+        A = A * mask_MI.unsqueeze(1)
+    if (mask_MO := masks.get("lora_B")) is not None:
+        B = B * mask_MO.unsqueeze(2)
+    if (mask_MR := masks.get("lora_rank")) is not None:
+        B = B * mask_MR[:, : A.shape[1]].unsqueeze(1)  # members of other buckets may be wider
+    same = same_for_all(scale)
+    B = B * (scale[0] if same else torch.tensor(scale, dtype=B.dtype, device=B.device).view(-1, 1, 1))
+    A, B = A.to(x_MNI.dtype), B.to(x_MNI.dtype)
+    if A.shape[0] == 1:
+        return (x_MNI @ A[0].T) @ _per_member(B)
+    return torch.bmm(torch.bmm(x_MNI, A.transpose(1, 2)), B.expand(len(scale), -1, -1).transpose(1, 2))
 
 
 def _per_member(B: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from pipeline.adapters.adalora_schedule import RankSchedule
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.method import Consistency, Method, Site
 
@@ -25,13 +27,18 @@ class AdapterSpec:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers: frozenset[str] | None = None
     """Names of the layers it adapts; None = every targeted layer."""
+    schedule: RankSchedule | None = None
+    """AdaLoRA's rank budget; its `rank` is then that of the start, and `rank_pattern` holds the pruned ones."""
 
     @classmethod
-    def from_config(cls, config: AdapterConfig) -> AdapterSpec:
-        """The spec that an `adapter:` section describes."""
+    def from_config(cls, config: AdapterConfig, max_steps: int = 0) -> AdapterSpec:
+        """The spec that an `adapter:` section describes; AdaLoRA's depends on the length of the run, too."""
         method: Method = config.resolved_method()
+        adaptive = config.kind == "adalora"
+        schedule = RankSchedule.from_config(config.adalora, config.rank, max_steps) if adaptive else None
         return cls(
-            rank=config.rank,
+            schedule=schedule,
+            rank=config.rank if schedule is None else schedule.initial_rank,
             alpha=config.alpha,
             rslora=config.rslora,
             sites=method.sites,
@@ -39,6 +46,11 @@ class AdapterSpec:
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
         )
+
+    @property
+    def kind(self) -> Literal["lora", "adalora"]:
+        """Which matrices it has."""
+        return "lora" if self.schedule is None else "adalora"
 
     def resolved_for(self, causal: bool) -> AdapterSpec:
         """The spec with `layers: auto` replaced: the latter half of a causal decoder, all layers of an encoder."""
@@ -59,7 +71,9 @@ class AdapterSpec:
         return float(_by_pattern(self.alpha_pattern, layer, self.alpha))
 
     def scaling_of(self, layer: str) -> float:
-        """s = alpha / R, or alpha / sqrt(R) with rsLoRA (arXiv 2312.03732)."""
+        """s = alpha / R, or alpha / sqrt(R) with rsLoRA (arXiv 2312.03732); of AdaLoRA, R is that of the start."""
+        if self.kind == "adalora":
+            return self.alpha_of(layer) / (self.rank + 1e-5)  # as PEFT has it
         rank = self.rank_of(layer)
         return self.alpha_of(layer) / (math.sqrt(rank) if self.rslora else rank)
 

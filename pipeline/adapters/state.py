@@ -1,4 +1,4 @@
-"""Adapters on disk: always ordinary PEFT adapters. The only place where PEFT's own names appear.
+"""Adapters on disk: always ordinary PEFT adapters. PEFT's own names appear here and in `adalora_state` alone.
 
 An adapter is written in the `inverse` convention: with rescale `none`, alpha is multiplied by the mean-field
 factor, which gives the same model (and stock PEFT then computes its mean-field read-out).
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.adapters.adalora_state import peft_adalora, with_peft_schedule
 from pipeline.adapters.heads import HeadState
 from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.spec import AdapterSpec
@@ -25,12 +26,15 @@ from pipeline.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_fil
 
 METHOD_FILE = "loradrop.json"
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<name>lora_[ABE])(?:\.weight)?")
 
 NO_HEAD = HeadState()
 
-Matrices = dict[str, tuple[Tensor, Tensor]]
-"""layer name -> (A (R, I), B (O, R)), fp32 on the CPU."""
+NAMES = {"LORA": ("lora_A", "lora_B"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
+"""PEFT's name of a kind -> its tensors of one layer."""
+
+Matrices = dict[str, tuple[Tensor, ...]]
+"""layer name -> (A (R, I), B (O, R)), of AdaLoRA (A, B, E (R,)); fp32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,8 @@ def adapter_matrices(
     for name, layer in layers.items():
         for bucket in layer.buckets:
             if adapter in bucket.slot:
-                slot = bucket.slot[adapter]
-                A, B = value_of(bucket.lora_A)[slot], value_of(bucket.lora_B)[slot]
-                matrices[name] = (A.to("cpu", torch.float32).clone(), B.to("cpu", torch.float32).clone())
+                values = [value_of(getattr(bucket, part))[bucket.slot[adapter]] for part in bucket.names]
+                matrices[name] = tuple(value.to("cpu", torch.float32).clone() for value in values)
     return matrices
 
 
@@ -68,7 +71,7 @@ def write_adapter(
     suffixes: Mapping[str, int],
     head: HeadState = NO_HEAD,
 ) -> None:
-    """Write a PEFT LoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
+    """Write a PEFT LoRA or AdaLoRA adapter: adapter_model.safetensors, adapter_config.json, loradrop.json.
 
     Args:
         layer_count: transformer layers of the model, to resolve sites that cover a part of them.
@@ -79,25 +82,31 @@ def write_adapter(
     from peft import LoraConfig
 
     stored = in_inverse_convention(spec, list(matrices), layer_count)
-    config = LoraConfig(
-        r=stored.rank,
-        lora_alpha=stored.alpha,
-        use_rslora=stored.rslora,
-        lora_dropout=0.0,
-        bias="none",  # type: ignore[arg-type]
-        target_modules=_shorten(list(matrices), suffixes),
-        rank_pattern=dict(stored.rank_pattern),
-        alpha_pattern=dict(stored.alpha_pattern),
-        inference_mode=True,
-        base_model_name_or_path=base,
-        task_type="SEQ_CLS" if head.modules else "CAUSAL_LM",
-        modules_to_save=list(head.modules) or None,
-    )
-    config.save_pretrained(str(folder))
+    common = {
+        "lora_alpha": stored.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _shorten(list(matrices), suffixes),
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "task_type": "SEQ_CLS" if head.modules else "CAUSAL_LM",
+        "modules_to_save": list(head.modules) or None,
+    }
     tensors: dict[str, Tensor] = {}
-    for name, (A, B) in matrices.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    if stored.schedule is not None:
+        config, tensors = peft_adalora(stored, stored.schedule, matrices, _PREFIX, common)
+    else:
+        config = LoraConfig(
+            r=stored.rank,
+            use_rslora=stored.rslora,
+            rank_pattern=dict(stored.rank_pattern),
+            alpha_pattern=dict(stored.alpha_pattern),
+            **common,  # type: ignore[arg-type]
+        )
+        for name, (A, B) in matrices.items():
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    config.save_pretrained(str(folder))
     tensors.update({f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in head.tensors.items()})
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     sites = [site.model_dump(mode="json") for site in stored.sites]
@@ -105,7 +114,7 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Read any PEFT LoRA adapter; sites come from loradrop.json where there is one.
+    """Read any PEFT LoRA or AdaLoRA adapter; sites come from loradrop.json where there is one.
 
     Raises:
         RunFolderError: missing or broken files, a kind of adapter that is no plain LoRA, or matrices that are
@@ -119,18 +128,22 @@ def read_adapter(folder: Path) -> StoredAdapter:
     found: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     modules = tuple(config.get("modules_to_save") or ())
+    names = NAMES[config["peft_type"]]
     for key, tensor in load_file(weights).items():
         match = _KEY.fullmatch(key)
         name = key.removeprefix(_PREFIX)
         if match is None and tensor.numel() and any(module in name for module in modules):
             whole[name] = tensor.to(torch.float32)
             continue
-        if match is None or tensor.dim() != 2 or tensor.numel() == 0:
-            raise RunFolderError(str(weights), key, "is not a LoRA matrix", "Only plain LoRA adapters are read.")
-        found.setdefault(match["layer"], {})[match["side"]] = tensor.to(torch.float32)
-    matrices = {name: (pair["A"], pair["B"]) for name, pair in found.items() if len(pair) == 2}
-    if len(matrices) != len(found) or not found:
-        raise RunFolderError(str(weights), None, "lacks lora_A or lora_B of some layer", "Save the adapter again.")
+        is_matrix = match is not None and match["name"] in names and tensor.dim() == 2
+        if match is None or not is_matrix or (tensor.numel() == 0 and "lora_E" not in names):
+            remedy = "Only LoRA and AdaLoRA adapters are read."
+            raise RunFolderError(str(weights), key, f"is no matrix of a {config['peft_type']} adapter", remedy)
+        found.setdefault(match["layer"], {})[match["name"]] = tensor.to(torch.float32)
+    complete = {layer: parts for layer, parts in found.items() if len(parts) == len(names)}
+    if len(complete) != len(found) or not found:
+        raise RunFolderError(str(weights), None, f"lacks {' or '.join(names)} of some layer", "Save the adapter again.")
+    matrices: Matrices = {layer: tuple(parts[name] for name in names) for layer, parts in complete.items()}
     base = config.get("base_model_name_or_path")
     head = HeadState(modules if whole else (), whole)
     return StoredAdapter(_spec_of(folder, config, matrices), matrices, sha256_file(weights), base, head)
@@ -151,20 +164,20 @@ def load_matrices(layers: Mapping[str, LoRALinear], adapter: int, matrices: Matr
             f"adapts other layers than the model ({', '.join(odd)}, …)",
             "Use its own base model and target_modules.",
         )
-    for name, (A, B) in matrices.items():
+    for name, tensors in matrices.items():
         bucket = next(b for b in layers[name].buckets if adapter in b.slot)
-        slot = bucket.slot[adapter]
-        if A.shape != bucket.lora_A[slot].shape or B.shape != bucket.lora_B[slot].shape:
+        own = [getattr(bucket, part)[bucket.slot[adapter]] for part in bucket.names]
+        theirs, ours = [tuple(t.shape) for t in tensors], [tuple(t.shape) for t in own]
+        if theirs != ours:
             raise ConfigError(
                 field,
                 None,
-                f"has {tuple(A.shape)} and {tuple(B.shape)} at {name}, not"
-                f" {tuple(bucket.lora_A[slot].shape)} and {tuple(bucket.lora_B[slot].shape)}",
+                f"has {' and '.join(map(str, theirs))} at {name}, not {' and '.join(map(str, ours))}",
                 "Set adapter.rank to the checkpoint's, and use its base model.",
             )
         with torch.no_grad():
-            bucket.lora_A[slot].copy_(A)
-            bucket.lora_B[slot].copy_(B)
+            for value, tensor in zip(own, tensors, strict=True):
+                value.copy_(tensor)
 
 
 def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int) -> AdapterSpec:
@@ -185,35 +198,41 @@ def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int
 
 
 def masked_matrices(matrices: Matrices, masks: Mapping[str, Mapping[str, Tensor]], member: int) -> Matrices:
-    """The plain LoRA that one mask draw is: A diag(a), diag(b) B diag(r)."""
+    """The adapter without masks that one mask draw is: A diag(a), diag(b) B diag(r)."""
     masked: Matrices = {}
-    for name, (A, B) in matrices.items():
+    for name, (A, B, *rest) in matrices.items():
         layer = {position: mask[member].cpu() for position, mask in masks.get(name, {}).items()}
         A = A * layer["lora_A"] if "lora_A" in layer else A
         B = B * layer["lora_B"].unsqueeze(1) if "lora_B" in layer else B
         B = B * layer["lora_rank"][: B.shape[1]] if "lora_rank" in layer else B
-        masked[name] = (A, B)
+        masked[name] = (A, B, *rest)
     return masked
 
 
 def _spec_of(folder: Path, config: Mapping[str, Any], matrices: Matrices) -> AdapterSpec:
     method = read_json(folder / METHOD_FILE) if (folder / METHOD_FILE).exists() else {"sites": []}
-    return AdapterSpec(
-        rank=int(config["r"]),
+    spec = AdapterSpec(
         alpha=float(config["lora_alpha"]),
-        rslora=bool(config.get("use_rslora", False)),
         sites=tuple(Site.model_validate(site) for site in method["sites"]),
         consistency=Consistency.model_validate(method.get("consistency", {})),
+        layers=frozenset(matrices),
+    )
+    if config["peft_type"] == "ADALORA":
+        return with_peft_schedule(spec, config, matrices)
+    return replace(
+        spec,
+        rank=int(config["r"]),
+        rslora=bool(config.get("use_rslora", False)),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
-        layers=frozenset(matrices),
     )
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     where = str(folder / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise RunFolderError(where, config.get("peft_type"), "is not a LoRA adapter", "Convert it to LoRA first.")
+    if config.get("peft_type") not in NAMES:
+        remedy = "Convert it to LoRA first."
+        raise RunFolderError(where, config.get("peft_type"), "is neither a LoRA nor an AdaLoRA adapter", remedy)
     whole = () if config.get("task_type") == "SEQ_CLS" else ("modules_to_save",)
     for key in ("use_dora", *whole, "layer_replication", "use_qalora", "lora_bias"):
         if config.get(key):

@@ -1,5 +1,6 @@
 """Typed configuration: importable without torch."""
 
+from pipeline.config.adalora import AdaLoRAConfig
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.load import build_config, dump_config, load_config
 from pipeline.config.method import Consistency, Method, Site
@@ -17,6 +18,7 @@ from pipeline.config.sections import (
 )
 
 __all__ = [
+    "AdaLoRAConfig",
     "AdapterConfig",
     "Consistency",
     "DataConfig",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.adalora import AdaLoRAConfig
 from pipeline.config.base import Section
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
 
@@ -35,6 +36,9 @@ class RatesConfig(Section):
         """position -> rate, where one is set."""
         return {position: rate for position, rate in self if rate is not None}
 
+SERVED_RANKS = (8, 16, 32, 64, 128, 256)
+"""LoRA ranks vLLM has kernels for; other ranks are padded to the next of them."""
+
 
 class ConsistencyConfig(Section):
     """Changes the consistency term of the method, without writing the method out. What is None stays as it is."""
@@ -61,10 +65,12 @@ class ConsistencyConfig(Section):
 class AdapterConfig(Section):
     """LoRA matrices, where they sit, and what is dropped while they are trained."""
 
+    kind: Literal["lora", "adalora"] = "lora"
+    """`lora`: ΔW = s·B A. `adalora`: ΔW = s·P Λ Q, whose ranks are pruned by importance while it is trained."""
     rank: Annotated[int, Field(ge=1)] = 8
-    """R of lora_A (R, I) and lora_B (O, R)."""
+    """R of lora_A (R, I) and lora_B (O, R); of AdaLoRA, the average rank that is kept in the end."""
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    """scaling = alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    """scaling = alpha / rank (alpha / sqrt(rank) with `rslora`; alpha / adalora.initial_rank of AdaLoRA)."""
     rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -86,6 +92,8 @@ class AdapterConfig(Section):
     """Changes the method's consistency term: its kind, weight, branches with gradient."""
     init_from: str | None = None
     """Folder of a PEFT LoRA checkpoint to start from (its rank and alpha must agree)."""
+    adalora: AdaLoRAConfig = AdaLoRAConfig()
+    """The rank budget of `kind: adalora`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -97,8 +105,33 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _check_method(self) -> AdapterConfig:
-        self.resolved_method()
+        method = self.resolved_method()
+        if self.kind == "adalora":
+            self._check_adalora(method)
+        elif self.adalora != AdaLoRAConfig():
+            raise ValueError("adapter.adalora has no effect on adapter.kind = lora; set adapter.kind = adalora")
         return self
+
+    def _check_adalora(self, method: Method) -> None:
+        """Refuse what AdaLoRA has no meaning for, or what PEFT's format of it cannot express."""
+        if any(site.position == "lora_rank" and site.rate > 0 for site in method.sites):
+            raise ValueError(
+                "the site lora_rank goes with adapter.kind = lora: AdaLoRA prunes ranks itself, and LoRA Dropout never"
+                " drops them (arXiv 2404.09610); use lora_A and lora_B"
+            )
+        for key, remedy in (
+            ("init_from", "start from a fresh adapter"),
+            ("rslora", "set adapter.alpha; the scaling is alpha / adapter.adalora.initial_rank"),
+            ("rank_pattern", "ranks follow from importance: set adapter.rank, their average"),
+            ("alpha_pattern", "set adapter.alpha; PEFT's AdaLoRA has one alpha"),
+        ):
+            if getattr(self, key):
+                raise ValueError(f"adapter.{key} is not available for adapter.kind = adalora; {remedy}")
+        if self.adalora.initial_rank_for(self.rank) < self.rank:
+            raise ValueError(
+                f"adapter.adalora.initial_rank = {self.adalora.initial_rank} is below adapter.rank = {self.rank}, the"
+                " rank in the end; raise it, or leave it out for 1.5 × adapter.rank"
+            )
 
     def resolved_method(self) -> Method:
         """The sites and the consistency term in force, presets and rates resolved."""

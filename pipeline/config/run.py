@@ -50,6 +50,12 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_rank_budget(self) -> RunConfig:
+        if self.adapter.kind == "adalora":
+            self.adapter.adalora.steps(self.train.max_steps)
+        return self
+
     def sha256(self) -> str:
         """Hash of the canonical JSON: equal configurations, equal hash."""
         return _sha256(self.model_dump(mode="json"))

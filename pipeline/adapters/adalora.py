@@ -1,0 +1,70 @@
+"""AdaLoRA's matrices on the member axis (arXiv 2303.10512), with LoRA Dropout's masks (arXiv 2404.09610, eq. 4-6).
+
+P is PEFT's lora_B, Λ its lora_E, Q its lora_A. Shapes as in `linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.linear import low_rank_update, pick
+
+DEVIATION = 0.02
+"""Of the entries of P and Q at a fresh start (PEFT's and the authors' choice)."""
+
+
+class SvdBucket(nn.Module):
+    """AdaLoRA adapters of equal rank R in one layer, stacked: Q = lora_A (K, R, I), Λ = lora_E (K, R), P = lora_B.
+
+    ΔW = s · diag(m_P) P diag(Λ) Q diag(m_Q): rows of P and columns of Q are dropped, Λ never is. Pruned triplets have
+    Λ = 0. P, Q ~ N(0, 0.02²) and Λ = 0 at a fresh start: attaching is the identity.
+    """
+
+    names = ("lora_A", "lora_B", "lora_E")
+
+    def __init__(
+        self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.adapters = tuple(adapters)
+        self.slot = {adapter: slot for slot, adapter in enumerate(self.adapters)}
+        self.rank, self.inputs, self.outputs = rank, inputs, outputs
+        self.scalings = tuple(scalings)
+        self.lora_A = nn.Parameter(torch.zeros(len(self.adapters), rank, inputs, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(len(self.adapters), outputs, rank, dtype=torch.float32))
+        self.lora_E = nn.Parameter(torch.zeros(len(self.adapters), rank, dtype=torch.float32))
+
+    def reset(self, generators: Sequence[torch.Generator]) -> None:
+        """Fresh start, one generator per adapter: Q, then P ~ N(0, 0.02²); Λ = 0."""
+        with torch.no_grad():
+            self.lora_E.zero_()
+            for slot, generator in enumerate(generators):
+                for matrix in (self.lora_A[slot], self.lora_B[slot]):
+                    matrix.copy_(torch.randn(matrix.shape, generator=generator) * DEVIATION)
+
+    def forward(
+        self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
+    ) -> Tensor:
+        """Updates of the members in `adapters`, (M, N, O). Arguments as `RankBucket.forward`."""
+        slots = [self.slot[adapter] for adapter in adapters]
+        A, B, E = (pick(parameter, slots) for parameter in (self.lora_A, self.lora_B, self.lora_E))
+        scale = [self.scalings[slot] * mean for slot, mean in zip(slots, means, strict=True)]
+        return low_rank_update(x_MNI, A * E.unsqueeze(2), B, masks, scale)
+
+
+def orthogonality(buckets: Sequence[SvdBucket]) -> Tensor:
+    """Mean over all P and Q of ||PᵀP - I||_F and ||QQᵀ - I||_F.
+
+    As the authors' code and PEFT have it, so that published weights carry over: the paper's section 3.1 writes the sum
+    of the squared norms.
+    """
+    norms = []
+    for bucket in buckets:
+        identity = torch.eye(bucket.rank, dtype=bucket.lora_A.dtype, device=bucket.lora_A.device)
+        A_KRI, B_KOR = bucket.lora_A, bucket.lora_B
+        for gram_KRR in (A_KRI @ A_KRI.transpose(1, 2), B_KOR.transpose(1, 2) @ B_KOR):
+            norms.append(torch.linalg.matrix_norm(gram_KRR - identity))
+    return torch.cat(norms).mean()
