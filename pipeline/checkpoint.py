@@ -1,7 +1,7 @@
 """Resumable checkpoints: independent of ZeRO stage and process count, never half-written, nothing pickled.
 
 checkpoints/step_000123/
-  state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq
+  state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq; budget/…: AdaLoRA's importance
   counters.json         step, seed, configuration hash, best validation so far
   manifest.json         sizes and hashes
 """
@@ -79,6 +79,12 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return candidate, faults
         faults.append(f"{candidate.name} is damaged ({'; '.join(found)}): using the one before it")
     return None, faults
+
+
+def load_extra(path: Path, prefix: str) -> dict[str, Tensor]:
+    """What was saved as `prefix/…` beside the parameters and their moments."""
+    state = load_file(path / STATE)
+    return {key.removeprefix(f"{prefix}/"): value for key, value in state.items() if key.startswith(f"{prefix}/")}
 
 
 def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -> Counters:

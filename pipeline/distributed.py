@@ -160,9 +160,11 @@ def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
 
 def full_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     """The whole reduced gradient between the last backward pass and the step (a collective under ZeRO)."""
-    from deepspeed.utils import safe_get_full_grad
+    value = parameter.grad
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
 
-    value = safe_get_full_grad(parameter)
+        value = safe_get_full_grad(parameter)
     return None if value is None else value.detach()
 
 
@@ -201,9 +203,9 @@ def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor
 
 def set_full_fp32(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Overwrite a parameter and its fp32 master."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
         safe_set_full_fp32_param(parameter, value.to(parameter.device).reshape(_shape(parameter)))
     if not hasattr(parameter, "ds_id"):
         with torch.no_grad():

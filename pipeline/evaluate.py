@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
@@ -102,7 +103,7 @@ def member_list(
     described = [PredictedMember("base", "base", extra={"head": "untrained"} if stored[0].head.modules else {})]
     for k, ((group, name, folder), adapter) in enumerate(zip(folders, stored, strict=True)):
         rates = {site.position: site.rate for site in adapter.spec.sites if site.rate > 0}
-        extra: dict[str, Any] = {"rank": adapter.spec.rank, "alpha": adapter.spec.alpha, "rates": rates}
+        extra: dict[str, Any] = {"rank": shown_rank(adapter.spec), "alpha": adapter.spec.alpha, "rates": rates}
         members.append(Member(k))
         described.append(PredictedMember(name, group, str(folder), adapter.sha256, None, extra))  # type: ignore[arg-type]
         if k == 0 and rates:

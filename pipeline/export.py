@@ -1,6 +1,7 @@
 """The export stage: PEFT folders that stock tools load, each proven in a clean process before it is published.
 
-A LoRA-Dropout adapter is a plain LoRA at inference, and so is each of its weight-mask draws.
+A LoRA-Dropout adapter is a plain LoRA at inference, and so is each of its weight-mask draws. AdaLoRA is exported as
+the LoRA that it is then: one rank, padded with zeros to one that serving engines have kernels for, Λ folded into B.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 
 from pipeline import distributed
+from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.adapters.state import StoredAdapter, masked_matrices, read_adapter, write_adapter
+from pipeline.adapters.state import StoredAdapter, as_plain_lora, masked_matrices, read_adapter, write_adapter
 from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.config.method import WEIGHT_POSITIONS
@@ -71,12 +73,16 @@ def export_run(run_dir: Path) -> None:
     result = read_json(paths.result) if paths.result.exists() else {}
 
     def fill(folder: Path) -> None:
-        write_exports(folder, exported, adapters, stored, config, identity.resolved)
+        plain = as_plain_lora(stored)
+        if stored.spec.kind != plain.spec.kind:
+            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
+        write_exports(folder, exported, adapters, plain, config, identity.resolved)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
         parity = measure_parity(folder, exported, reader, adapters, config, splits.calibration[:PROBE_PROMPTS])
         manifest = {
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
+            "adapter": {"kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank},
             "exports": [
                 {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
             ],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
+from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.loggers import check_loggers
 from pipeline.runs import ADAPTER_CONFIG, read_json
@@ -39,11 +40,20 @@ def check_inputs(config: RunConfig) -> None:
     ds_config = fill_ds_config(read_json(ds_file), decided, ds_file.name)
     if fault := combination_fault(ds_config, config.model):
         raise fault
+    _check_rank_budget(config, ds_config)
     from pipeline.data import check_data
     from pipeline.model.kind import local_kind
 
     kind = local_kind(config.model)
     check_data(config.data, classifier=None if kind is None else kind == "classifier")
+
+
+def _check_rank_budget(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    if config.adapter.kind == "adalora" and zero_stage(ds_config) == 3:
+        raise ConfigError(
+            "adapter.kind", "adalora", f"cannot be trained under {config.train.deepspeed}, which is ZeRO-3: importance"
+            " and orthogonality need whole matrices", "Set train.deepspeed to zero2, zero1 or zero0.",
+        )
 
 
 def check_model_path(path: str) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import distributed
+from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import adapter_matrices, write_adapter
 from pipeline.assembly import trained_parameters
-from pipeline.checkpoint import Counters, collect_state, find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import Counters, collect_state, find_checkpoint, load_checkpoint, load_extra, save_checkpoint
 from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
@@ -58,6 +59,8 @@ class Run:
         self.counters = Counters(0, self.config.train.seed, self.config.sha256())
         self.metrics = Metrics(self.paths.metrics, self.world.is_main)
         self.trained = trained_parameters(self.adapters)
+        schedule = self.adapters.specs[0].schedule
+        self.budget = RankBudget(self.adapters.layers, schedule, self.config.train.max_gradient_norm)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -69,6 +72,8 @@ class Run:
         self.scores = validation_scores(predictions, self.validation_rows)
         self.metrics.write("validation", step=self.counters.step, **self.scores)
         best = self.counters.best_validation_nll
+        if self.budget.supersedes(self.counters.step, self.counters.best_step or 0):
+            best = None
         if best is None or self.scores["nll"] < best or not self.config.train.keep_best:
             self.counters = replace(self.counters, best_step=self.counters.step, best_validation_nll=self.scores["nll"])
             self.publish_adapter(predictions)
@@ -95,6 +100,7 @@ class Run:
     def save(self) -> None:
         """Publish a checkpoint."""
         state = collect_state(self.engine, self.trained)  # a collective
+        state.update({f"budget/{name}": value for name, value in self.budget.state().items()})
         if self.world.is_main:
             save_checkpoint(self.paths.checkpoints, state, self.counters, self.config.train.keep_checkpoints)
         distributed.barrier()
@@ -106,6 +112,7 @@ class Run:
             say(fault, self.world.is_main)
         if found is not None:
             self.counters = load_checkpoint(found, self.engine, self.trained)
+            self.budget.load_state(load_extra(found, "budget"))
             say(f"continuing from {found.name}", self.world.is_main)
         self.metrics.keep_until(self.counters.step)
         if self.world.is_main:

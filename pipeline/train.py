@@ -93,13 +93,15 @@ def training_loop(run: Run, micro_steps: int) -> None:
                 loss = nll + consistency.weight * divergence
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
                 # the gradient is that of Σ loss / (supervised tokens of the global batch).
-                engine.backward(loss * (micro_steps * world.world_size / supervised))
+                engine.backward(loss * (micro_steps * world.world_size / supervised) + run.budget.penalty())
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
                 divergences.append(float(divergence.detach()))
             if micro == micro_steps - 1:  # what is not finite is never applied
                 numbers = guards.check(step, losses, supervised, rows_of, divergences)
+                run.budget.observe(step + 1)  # the whole gradients, before the step clears them
             engine.step()
+        run.budget.apply(step + 1, numbers.gradient_norm)  # AdaLoRA's pruning
 
         run.counters = replace(run.counters, step=step + 1)
         seconds = time.monotonic() - started
@@ -113,6 +115,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
             tokens_per_second=round(length / seconds, 1),
             supervised_tokens=int(supervised),
             **meter.read(seconds),
+            **run.budget.progress(),
         )
         run.report_spike(numbers)
         if run.due(train.validate_every_steps):
@@ -167,6 +170,8 @@ def describe(run: Run, micro_steps: int) -> None:
     )
     head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
     say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters (fp32)")
+    for line in run.budget.describe():
+        say(line)
     say(f"dropout      {sites}; {train.draws} draws per step, layout {train.draw_layout}")
     term = run.adapters.specs[0].consistency
     if term.kind != "none":

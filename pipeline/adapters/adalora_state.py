@@ -55,10 +55,12 @@ def with_peft_schedule(spec: AdapterSpec, config: Mapping[str, Any], matrices: S
     return replace(spec, rank=schedule.initial_rank, rank_pattern=ranks, schedule=schedule)
 
 
-def kept_rank(spec: AdapterSpec) -> float:
-    """Average rank of a stored AdaLoRA adapter's layers."""
-    layers = sorted(spec.layers or ())
-    return sum(spec.rank_of(name) for name in layers) / len(layers)
+def shown_rank(spec: AdapterSpec) -> int | str:
+    """For people: a LoRA's rank; of a stored AdaLoRA target/kept, the average that was asked for and that there is."""
+    if spec.schedule is None:
+        return spec.rank
+    ranks = [spec.rank_of(name) for name in sorted(spec.layers or ())]
+    return f"{spec.schedule.target_rank}/{sum(ranks) / len(ranks):.3g}"
 
 
 def plain_lora(spec: AdapterSpec, matrices: SvdMatrices) -> tuple[AdapterSpec, dict[str, tuple[Tensor, ...]]]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.adapters.adalora_state import peft_adalora, with_peft_schedule
+from pipeline.adapters.adalora_state import peft_adalora, plain_lora, with_peft_schedule
 from pipeline.adapters.heads import HeadState
 from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.spec import AdapterSpec
@@ -139,7 +139,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if match is None or not is_matrix or (tensor.numel() == 0 and "lora_E" not in names):
             remedy = "Only LoRA and AdaLoRA adapters are read."
             raise RunFolderError(str(weights), key, f"is no matrix of a {config['peft_type']} adapter", remedy)
-        found.setdefault(match["layer"], {})[match["name"]] = tensor.to(torch.float32)
+        value = tensor.flatten() if match["name"] == "lora_E" else tensor
+        found.setdefault(match["layer"], {})[match["name"]] = value.to(torch.float32)
     complete = {layer: parts for layer, parts in found.items() if len(parts) == len(names)}
     if len(complete) != len(found) or not found:
         raise RunFolderError(str(weights), None, f"lacks {' or '.join(names)} of some layer", "Save the adapter again.")
@@ -178,6 +179,14 @@ def load_matrices(layers: Mapping[str, LoRALinear], adapter: int, matrices: Matr
         with torch.no_grad():
             for value, tensor in zip(own, tensors, strict=True):
                 value.copy_(tensor)
+
+
+def as_plain_lora(stored: StoredAdapter) -> StoredAdapter:
+    """The LoRA that an adapter is at inference: itself, or AdaLoRA's triplets as one padded rank (`plain_lora`)."""
+    if stored.spec.kind == "lora":
+        return stored
+    spec, matrices = plain_lora(stored.spec, stored.matrices)
+    return replace(stored, spec=spec, matrices=matrices)
 
 
 def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int) -> AdapterSpec:

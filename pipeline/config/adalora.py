@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.config.base import Section
 
-Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
+
+def _check_span(span: int | float) -> int | float:
+    if span < 0 or (isinstance(span, float) and span >= 1.0):
+        raise ValueError("must be a whole number of steps, or a fraction of train.max_steps below 1")
+    return span
+
+
+Span = Annotated[int | float, AfterValidator(_check_span)]
 """Optimizer steps (a whole number), or a fraction of train.max_steps (rounded down)."""
 Decay = Annotated[float, Field(gt=0.0, lt=1.0)]
 

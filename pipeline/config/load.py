@@ -172,7 +172,7 @@ def _meaning(model: type[BaseModel], location: Sequence[str]) -> str:
 
 def _is_union_tag(part: object) -> bool:
     """pydantic names the union branch it tried; that is no part of the user's key."""
-    return isinstance(part, str) and (part in {"str", "Method", "tuple[str, ...]"} or "[" in part)
+    return isinstance(part, str) and (part in {"str", "int", "float", "Method", "tuple[str, ...]"} or "[" in part)
 
 
 def _merge_union_errors(errors: list[ConfigError]) -> list[UserError]:
