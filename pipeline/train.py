@@ -101,8 +101,8 @@ def training_loop(run: Run, micro_steps: int) -> None:
                 numbers = guards.check(step, losses, supervised, rows_of, divergences)
                 run.budget.observe(step + 1)  # the whole gradients, before the step clears them
             engine.step()
-        run.budget.apply(step + 1, numbers.gradient_norm)  # AdaLoRA's pruning
 
+        run.budget.apply(step + 1, numbers.gradient_norm)  # AdaLoRA prunes
         run.counters = replace(run.counters, step=step + 1)
         seconds = time.monotonic() - started
         run.metrics.write(
