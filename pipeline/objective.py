@@ -13,7 +13,7 @@ from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import RowLayout
 from pipeline.adapters.members import MemberPlan
 from pipeline.consistency import Pairs, Read, Reference
-from pipeline.data.batches import collate
+from pipeline.data.batches import Batch, collate
 from pipeline.data.encode import Encoded
 from pipeline.divergence import representation_log_probs
 from pipeline.losses import (
@@ -36,13 +36,19 @@ class SupervisedLM(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,)."""
+        """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,).
+
+        Packed rows come without attention mask: see `Batch.tensors`.
+        """
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return weighted_nll(hidden, labels, head_of(self.model), row_weights)[0]
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor) -> Read:
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> Read:
         """Hidden states (n, D) that predict the supervised tokens."""
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         rows, positions, targets = supervised_positions(labels)
@@ -125,7 +131,8 @@ class Rows:
     """The rows of one pass on the device, and the plan they follow."""
 
     tensors: dict[str, Tensor]
-    """input_ids, attention_mask, position_ids, labels (M·B, T); pairs: token_type_ids; regression: scores (M·B,)."""
+    """input_ids, attention_mask (unless packed), position_ids, labels (M·B, T); pairs: token_type_ids; regression:
+    scores (M·B,)."""
     weights: Tensor
     """(M·B,) weight of each row in the loss."""
     plan: MemberPlan
@@ -151,7 +158,7 @@ def build_rows(
     tensors = batch.tensors(device)
     plan = adapters.plan(layout.members, layout.rows, seed, phase)
     if adapters.needs_row_keys():
-        keys = example_keys(batch.example_ids).to(device)
+        keys = batch_keys(batch).to(device)
         plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
     weights = torch.tensor(layout.weights, dtype=torch.float32, device=device)
     pairs = None
@@ -163,6 +170,17 @@ def build_rows(
         of_term = torch.tensor(pairing.weights, dtype=torch.float32, device=device)
         pairs = Pairs(pairing.branches, of_term, layout.rows, reference)
     return Rows(tensors, weights, plan, tuple(batch.example_ids), pairs)
+
+
+def batch_keys(batch: Batch) -> Tensor:
+    """`example_keys` of a batch; (B, T), one per token, where rows are packed."""
+    if not batch.packed:
+        return example_keys(batch.example_ids)
+    keys = torch.zeros_like(batch.input_ids)
+    for row, parts in enumerate(batch.parts):
+        for key, (_, place) in zip(example_keys([name for name, _ in parts]), parts, strict=True):
+            keys[row, place] = key
+    return keys
 
 
 def example_keys(example_ids: list[str]) -> Tensor:

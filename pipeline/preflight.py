@@ -46,6 +46,11 @@ def check_inputs(config: RunConfig) -> None:
 
     kind = local_kind(config.model)
     check_data(config.data, classifier=None if kind is None else kind == "classifier")
+    if config.train.packing and kind == "classifier":
+        raise ConfigError(
+            "train.packing", True, "a classifier reads one text per row", "Set train.packing=false; train.micro_tokens"
+            " saves padding, too.",
+        )
 
 
 def _check_rank_budget(config: RunConfig, ds_config: dict[str, Any]) -> None:

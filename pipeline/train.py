@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from pipeline import distributed
-from pipeline.adapters.layout import training_layout
 from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
-from pipeline.data.schedule import global_batch_indices, process_share
 from pipeline.environment import describe_environment
+from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.guards import require_same_inputs
+from pipeline.model.head import check_packing
 from pipeline.objective import Rows, build_rows
 from pipeline.reader import open_reader
 from pipeline.run_state import OnValidation, Run
@@ -50,6 +50,9 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     adapters = attach_adapter(config, reader.base)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
+    if config.train.packing:
+        check_packing(reader.base.model, config.model.attention)
+    feed = open_feed(config, examples, adapters.specs[0], world.process_rank, world.world_size)
     objective = ConsistentObjective(reader.objective(), adapters.axis, adapters.specs[0].consistency)
     run.engine = build_engine(config, adapters, objective, micro_steps, reader.base.compute_dtype)
     if world.is_main:
@@ -58,16 +61,16 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         identity = reader.base.identity.as_dict()
         write_json(paths.environment, describe_environment(identity, splits.fingerprint, world.world_size))
         update_status(paths, "train", "running")
-        describe(run, micro_steps)
+        describe(run, feed, micro_steps)
     run.resume()
     try:
-        training_loop(run, micro_steps)
+        training_loop(run, feed, micro_steps)
     finally:
         run.metrics.close()
     return run.finish()
 
 
-def training_loop(run: Run, micro_steps: int) -> None:
+def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
     guards, meter, consistency = run.guards(), run.meter(), adapters.specs[0].consistency
@@ -75,17 +78,15 @@ def training_loop(run: Run, micro_steps: int) -> None:
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
         learning_rate = set_learning_rate(engine, train, step)
-        indices = global_batch_indices(len(run.examples), train.global_batch, step, train.seed)
-        share = process_share(indices, world.process_rank, world.world_size)  # (position in the batch, row)
-        own = [run.examples[row] for _, row in share]
-        supervised, length = distributed.sum_over_processes(
-            [sum(example.supervised for example in own), sum(len(example.input_ids) for example in own)], world.device
-        )  # tokens of the global batch
+        batch = feed.of_step(step)
+        supervised, length = distributed.sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
 
         losses: list[float] = []
         divergences: list[float] = []
-        rows_of = partial(micro_rows, run, share, step)
-        for micro in range(micro_steps):
+        rows_of = partial(micro_rows, run, batch, step)
+        for micro in range(len(batch.micros)):
+            last = micro == len(batch.micros) - 1
+            engine.set_gradient_accumulation_boundary(last)
             rows = rows_of(micro)
             meter.add(rows.tensors, rows.weights)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
@@ -97,7 +98,7 @@ def training_loop(run: Run, micro_steps: int) -> None:
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
                 divergences.append(float(divergence.detach()))
-            if micro == micro_steps - 1:  # what is not finite is never applied
+            if last:  # what is not finite is never applied
                 numbers = guards.check(step, losses, supervised, rows_of, divergences)
                 run.budget.observe(step + 1)  # the whole gradients, before the step clears them
             engine.step()
@@ -135,17 +136,11 @@ def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:
     return train.learning_rate * factor
 
 
-def micro_rows(run: Run, share: list[tuple[int, int]], step: int, micro: int) -> Rows:
-    """The rows of one micro-batch of this process: a function of the step, so that it can be made again.
-
-    `share` holds (position in the global batch, row) of this process's examples of the step.
-    """
-    train, spec = run.config.train, run.adapters.specs[0]
-    part = share[micro * train.micro_batch : (micro + 1) * train.micro_batch]
-    masked, positions = any(site.rate > 0 for site in spec.sites), [position for position, _ in part]
-    layout = training_layout(positions, train.draws, train.draw_layout, masked, spec.consistency)
-    examples, pad_id = [run.examples[row] for _, row in part], run.reader.base.tokenizer.pad_token_id
-    return build_rows(run.adapters, examples, layout, pad_id, train.seed, step, run.reader.padding)
+def micro_rows(run: Run, batch: StepBatch, step: int, micro: int) -> Rows:
+    """The rows of one pass of this process: a function of the step, so that it can be made again."""
+    pass_, pad_id = batch.micros[micro], run.reader.base.tokenizer.pad_token_id
+    seed, side = run.config.train.seed, run.reader.padding
+    return build_rows(run.adapters, pass_.examples, pass_.layout, pad_id, seed, step, side)
 
 
 def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: dict[str, float]) -> list[str]:
@@ -156,7 +151,7 @@ def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: d
     return parts
 
 
-def describe(run: Run, micro_steps: int) -> None:
+def describe(run: Run, feed: Feed, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.reader.base.identity
     trained = sum(distributed.numel(parameter) for parameter in run.trained.values())
@@ -178,9 +173,7 @@ def describe(run: Run, micro_steps: int) -> None:
         carried = {"one": "one branch", "both": "all branches"}[term.branches]
         say(f"consistency  {term.kind}, weight {term.weight:g}, {train.draws // 2} pairs, gradient through {carried}")
     say(f"data         {len(run.examples)} rows, {total:,} tokens, {run.reader.supervision(run.examples)}")
-    say(
-        f"batch        {train.global_batch} = {train.micro_batch} × {micro_steps} accumulation × {run.world.world_size}"
-    )
+    say(f"batch        {feed.describe(micro_steps)}")
 
 
 def train_stage(run_dir: Path) -> None:

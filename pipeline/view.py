@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig
 from pipeline.data.classes import encode_answered, output_count, refuse_for_causal
 from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
 from pipeline.data.rows import Row
-from pipeline.data.schedule import global_batch_indices, length_sorted_chunks
+from pipeline.data.schedule import length_sorted_chunks
 from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import DataError
+from pipeline.feed import open_feed
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
 
@@ -168,14 +170,11 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfi
 
 
 def training_padding(encoded: Sequence[Encoded], config: RunConfig) -> float:
-    """Padding ÷ all positions of the micro-batches of one epoch."""
-    train, real, padded = config.train, 0, 0
-    for step in range(-(-len(encoded) // train.global_batch)):
-        indices = global_batch_indices(len(encoded), train.global_batch, step, train.seed)
-        for begin in range(0, len(indices), train.micro_batch):
-            lengths = [len(encoded[index].input_ids) for index in indices[begin : begin + train.micro_batch]]
-            real, padded = real + sum(lengths), padded + max(lengths) * len(lengths)
-    return 1.0 - real / padded
+    """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
+    feed = open_feed(config, encoded, AdapterSpec.from_config(config.adapter))
+    steps = range(-(-feed.rows // config.train.global_batch))
+    micros = [micro for step in steps for micro in feed.of_step(step).micros]
+    return 1.0 - sum(micro.tokens for micro in micros) / sum(micro.places for micro in micros)
 
 
 def evaluation_padding(lengths: Sequence[int], config: RunConfig) -> float:

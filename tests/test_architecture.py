@@ -39,6 +39,7 @@ LAYERS = {
         "readout",
         "preflight",
         "run_state",
+        "feed",
         "guards",
         "sharding",
     ],

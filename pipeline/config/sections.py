@@ -106,6 +106,12 @@ class TrainConfig(Section):
     """Examples per optimizer update, over all processes."""
     micro_batch: Positive = 8
     """Examples per process in one forward pass."""
+    packing: bool = False
+    """Put several short examples into one row of at most data.max_tokens tokens; they do not see each other.
+    `global_batch` and `micro_batch` then count such rows, and a row has one mask draw."""
+    micro_tokens: Positive | None = None
+    """Cut the global batch by length into passes of at most so many tokens (rows × longest row), instead of into
+    passes of `micro_batch` examples. Which examples and masks a step has does not change, so neither does its loss."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     """Peak learning rate."""
     lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -22,18 +23,30 @@ class Batch:
     labels: Tensor
     """As in `Encoded`, unshifted; IGNORE_INDEX on padding."""
     position_ids: Tensor
-    """Real tokens counted from 0, whatever the padding side; 0 on padding."""
+    """Real tokens counted from 0 in every example, whatever the padding side; 0 on padding."""
     example_ids: list[str]
     """(B) row ids."""
+    parts: list[list[tuple[str, slice]]]
+    """Per row the examples in it: (row id, their tokens)."""
     token_types: Tensor | None = None
     """Segment of each token, 0 on padding; None where no row has segments."""
     scores: Tensor | None = None
     """(B,) float32 numbers to be predicted; None where rows are answered otherwise."""
 
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds several examples."""
+        return any(len(parts) > 1 for parts in self.parts)
+
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
-        """The tensors that there are by name, on a device."""
+        """The tensors that there are by name, on a device; of packed rows without the attention mask.
+
+        Without one, transformers keeps tokens apart wherever their positions do not follow each other: the examples of
+        a row from each other, and padding, whose positions are all 0, from everything.
+        """
+        attention_mask = None if self.packed else self.attention_mask
         named = {
-            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
+            "input_ids": self.input_ids, "attention_mask": attention_mask, "position_ids": self.position_ids,
             "labels": self.labels, "token_type_ids": self.token_types, "scores": self.scores,
         }
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
@@ -67,6 +80,7 @@ def collate(
     ids = torch.full((len(encoded), total), pad_id, dtype=torch.int64)
     mask, labels, positions = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
     types = torch.zeros_like(ids) if any(row.token_types is not None for row in encoded) else None
+    parts = []
     numbers = [row.score for row in encoded if row.score is not None]
     for i, row in enumerate(encoded):
         count = len(row.input_ids)
@@ -74,11 +88,18 @@ def collate(
         ids[i, span] = torch.tensor(row.input_ids)
         mask[i, span] = 1
         labels[i, span] = torch.tensor(row.labels)
-        positions[i, span] = torch.arange(count)
+        parts.append(_places(row, span.start or 0))
+        for _, place in parts[-1]:
+            positions[i, place] = torch.arange(place.stop - place.start)
         if types is not None and row.token_types is not None:
             types[i, span] = torch.tensor(row.token_types)
     scores = torch.tensor(numbers, dtype=torch.float32) if len(numbers) == len(encoded) else None
-    return Batch(ids, mask, labels, positions, [row.example for row in encoded], types, scores)
+    return Batch(ids, mask, labels, positions, [row.example for row in encoded], parts, types, scores)
+
+
+def _places(row: Encoded, start: int) -> list[tuple[str, slice]]:
+    ends = list(accumulate((len(part.input_ids) for part in row.parts), initial=start))
+    return [(part.example, slice(begin, end)) for part, begin, end in zip(row.parts, ends, ends[1:], strict=False)]
 
 
 def filler(length: int = 1) -> Encoded:

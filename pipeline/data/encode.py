@@ -44,6 +44,11 @@ class Encoded:
         """Supervised tokens."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
+    @property
+    def parts(self) -> tuple[Encoded, ...]:
+        """The examples that share the row: itself alone (see `pipeline.data.packing` for several)."""
+        return (self,)
+
 
 class AnswerTooLong(DataError):
     """An answer that data.max_tokens cannot hold; `needed` tokens would."""

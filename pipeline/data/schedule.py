@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,12 @@ from pipeline.errors import ConfigError
 
 
 def global_batch_indices(rows: int, global_batch: int, step: int, seed: int) -> list[int]:
-    """Row indices of one optimizer step.
+    """Row indices of one optimizer step: those of `global_batch_places`."""
+    return [index for _, index in global_batch_places(rows, global_batch, step, seed)]
+
+
+def global_batch_places(rows: int, global_batch: int, step: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, row index) of the rows of one optimizer step.
 
     Rows are drawn from an endless chain of permutations of 0..rows-1, one per epoch, keyed by (seed, epoch);
     step s takes positions s·global_batch to (s+1)·global_batch - 1 of the chain. Every row is thus used
@@ -25,7 +30,8 @@ def global_batch_indices(rows: int, global_batch: int, step: int, seed: int) -> 
         seed: `train.seed`.
     """
     positions = range(step * global_batch, (step + 1) * global_batch)
-    return [int(_permutation(rows, seed, position // rows)[position % rows]) for position in positions]
+    places = [divmod(position, rows) for position in positions]
+    return [(epoch, int(permutation(rows, seed, epoch)[place])) for epoch, place in places]
 
 
 def process_share(indices: Sequence[int], process_rank: int, world_size: int) -> list[tuple[int, int]]:
@@ -63,8 +69,38 @@ def length_sorted_chunks(lengths: Sequence[int], budget_tokens: int, copies: int
     return chunks
 
 
+def token_chunks(
+    lengths: Sequence[int], budget_tokens: int, rows_of: Callable[[Sequence[int]], int], classes: int = 1
+) -> list[list[int]]:
+    """The positions of a global batch in chunks of similar length: rows · longest length <= `budget_tokens`.
+
+    The longest of every class (draw) come first, then the second longest of each, and so on: the members of a pass
+    then have equally many rows, and no fillers are needed. A single row may exceed the budget.
+
+    Args:
+        lengths: tokens of the row at each position.
+        rows_of: rows of a pass over some positions, as its layout has them.
+        classes: a position's class is its remainder by this; S under layout `split`.
+    """
+    ranked: list[tuple[int, int, int]] = []
+    for remainder in range(classes):
+        own = sorted(range(remainder, len(lengths), classes), key=lambda position: -lengths[position])
+        ranked += [(rank, remainder, position) for rank, position in enumerate(own)]
+    chunks: list[list[int]] = []
+    for _, _, position in sorted(ranked):
+        if chunks:
+            wider = [*chunks[-1], position]
+            if rows_of(wider) * max(lengths[p] for p in wider) <= budget_tokens:
+                chunks[-1] = wider
+                continue
+        chunks.append([position])
+    return chunks
+
+
 @lru_cache(maxsize=4)
-def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.intp]:
-    """Order of the raw Philox stream: unlike `Generator.permutation`, it is the same in every numpy version."""
+def permutation(rows: int, seed: int, epoch: int) -> NDArray[np.intp]:
+    """0..rows-1 in an order drawn for (seed, epoch).
+
+    Order of the raw Philox stream: unlike `Generator.permutation`, it is the same in every numpy version."""
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(rows)
     return np.argsort(np.asarray(stream), kind="stable")

@@ -15,8 +15,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """(B, T) token ids -> (B, T, D) last hidden states."""
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+    """(B, T) token ids -> (B, T, D) last hidden states. Without a mask, packed examples are told by their positions."""
     return decoder_of(model)(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
@@ -53,4 +53,33 @@ def check_halves(model: nn.Module, device: torch.device) -> None:
         raise ConfigError(
             "model.path", type(model).__name__, "computes its logits in a way this version does not know",
             "Please report the model family.",
+        )
+
+
+def check_packing(model: nn.Module, attention: str) -> None:
+    """Two examples in one row and in rows of their own: refuse a model whose packed examples see each other.
+
+    Raises:
+        ConfigError: the hidden states differ, with the family and the attention implementation.
+    """
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ConfigError("train.packing", True, "a classifier reads one text per row", "Set train.packing=false.")
+    device = next(model.parameters()).device
+    first, other, second = (torch.tensor([ids]) for ids in ([5, 6, 7, 8, 9], [8, 9, 6, 5, 7], [7, 5, 9, 6]))
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+
+    def behind(tokens: Tensor) -> Tensor:
+        ids = torch.cat([tokens, second], dim=1)
+        return hidden_states(model, ids.to(device), None, positions.to(device))[:, 5:].float()
+
+    with torch.no_grad():
+        alone = hidden_states(model, second.to(device), None, torch.arange(4)[None].to(device)).float()
+        packed, beside_another = behind(first), behind(other)
+    size = float(alone.abs().max())
+    if not torch.allclose(packed, alone, rtol=0.0, atol=3e-2 * size) or not torch.allclose(
+        packed, beside_another, rtol=0.0, atol=1e-5 * size
+    ):
+        raise ConfigError(
+            "train.packing", True, f"{type(model).__name__} with model.attention={attention} does not keep the examples"
+            " of a packed row apart", "Set train.packing=false, or another model.attention.",
         )

@@ -1,0 +1,154 @@
+"""What every optimizer step trains on: the global batch, cut into the passes of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pipeline.adapters.layout import RowLayout, plain_layout, training_layout
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.data.encode import Encoded
+from pipeline.data.packing import PackedRows
+from pipeline.data.schedule import global_batch_places, process_share, token_chunks
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one pass and how they lie along the member axis."""
+
+    examples: list[Encoded]
+    layout: RowLayout
+
+    @property
+    def places(self) -> int:
+        """Tokens that the pass computes, padding and fillers included."""
+        return len(self.layout.source) * max(len(example.input_ids) for example in self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Those of them that count."""
+        rows = zip(self.layout.source, self.layout.weights, strict=True)
+        return sum(len(self.examples[index].input_ids) for index, weight in rows if weight > 0)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This process's part of a global batch; every process has equally many passes."""
+
+    micros: list[MicroBatch]
+    supervised: int
+    """Supervised tokens."""
+    tokens: int
+
+
+class RowSource(Protocol):
+    """Rows by epoch and index, the same number in every epoch."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, epoch: int, index: int) -> Encoded:
+        """A row: one example, or several packed ones."""
+
+    def length(self, epoch: int, index: int) -> int:
+        """Its tokens."""
+
+
+class SingleRows:
+    """Every example is a row."""
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def row(self, epoch: int, index: int) -> Encoded:
+        """Example `index`, in every epoch."""
+        return self._examples[index]
+
+    def length(self, epoch: int, index: int) -> int:
+        """Its tokens."""
+        return len(self._examples[index].input_ids)
+
+
+class Feed:
+    """Step -> what this process does in it: a function of the step alone, so that resuming needs no state."""
+
+    def __init__(
+        self, source: RowSource, train: TrainConfig, spec: AdapterSpec, process_rank: int, world_size: int
+    ) -> None:
+        """`spec`: whether its sites mask anything, and its consistency term, decide how rows lie along draws."""
+        self._source, self._train, self._spec = source, train, spec
+        self._rank, self._world = process_rank, world_size
+        self._masked = any(site.rate > 0 for site in spec.sites)
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch: examples, or packed rows."""
+        return len(self._source)
+
+    def describe(self, micro_steps: int) -> str:
+        """For people: what a global batch is made of.
+
+        Args:
+            micro_steps: passes per process where they have a fixed number of rows.
+        """
+        train = self._train
+        unit = f"of {len(self._source)} packed rows" if train.packing else "rows"
+        if train.micro_tokens is not None:
+            return f"{train.global_batch} {unit} in passes of up to {train.micro_tokens} tokens, {self._world} at once"
+        return f"{train.global_batch} {unit} = {train.micro_batch} × {micro_steps} accumulation × {self._world}"
+
+    def of_step(self, step: int) -> StepBatch:
+        """The passes of a 0-based step.
+
+        Raises:
+            ConfigError: the global batch is no multiple of the number of processes.
+        """
+        train = self._train
+        places = global_batch_places(len(self._source), train.global_batch, step, train.seed)
+        share = [position for position, _ in process_share(range(len(places)), self._rank, self._world)]
+        if train.micro_tokens is None:
+            chunks = [share[i : i + train.micro_batch] for i in range(0, len(share), train.micro_batch)]
+        else:
+            chunks = self._chunks_by_tokens(places, train.micro_tokens)
+        rows = {position: self._source.row(*places[position]) for chunk in chunks for position in chunk}
+        micros = [
+            MicroBatch([rows[position] for position in chunk], self._layout(chunk)) if chunk else self._idle(places)
+            for chunk in chunks
+        ]
+        return StepBatch(
+            micros, sum(row.supervised for row in rows.values()), sum(len(row.input_ids) for row in rows.values())
+        )
+
+    def _chunks_by_tokens(self, places: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+        """This process's chunks of the global batch; chunks of one round have similar lengths on all processes."""
+        train = self._train
+        lengths = [self._source.length(*place) for place in places]
+        branches = 1 if self._spec.consistency.kind == "none" else 2
+        classes = train.draws // branches if self._masked and train.draw_layout == "split" else 1
+        chunks = token_chunks(lengths, budget, lambda positions: len(self._layout(positions).source), classes)
+        rounds = -(-len(chunks) // self._world)
+        return [*chunks[self._rank :: self._world], []][:rounds]
+
+    def _layout(self, positions: Sequence[int]) -> RowLayout:
+        train = self._train
+        return training_layout(positions, train.draws, train.draw_layout, self._masked, self._spec.consistency)
+
+    def _idle(self, places: Sequence[tuple[int, int]]) -> MicroBatch:
+        """A pass without loss over the shortest row: all processes make the same number of passes."""
+        shortest = min(places, key=lambda place: self._source.length(*place))
+        return MicroBatch([self._source.row(*shortest)], replace(plain_layout(1), weights=(0.0,)))
+
+
+def open_feed(
+    config: RunConfig, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0, world_size: int = 1
+) -> Feed:
+    """The feed of a run over its training examples."""
+    source: RowSource = SingleRows(examples)
+    if config.train.packing:
+        lengths = [len(example.input_ids) for example in examples]
+        source = PackedRows(examples, lengths, config.data.max_tokens, config.train.seed)
+    return Feed(source, config.train, spec, process_rank, world_size)
