@@ -1,7 +1,7 @@
 """How far apart the distributions of several branches are: the consistency terms of arXiv 2403.00812.
 
-G branches of one example give G distributions P_1 … P_G over the same V outcomes. In nats, each ≥ 0, and 0 exactly
-where all branches agree:
+G branches of one example give G distributions P_1 … P_G over the same V outcomes. In nats; at least 0 (but for
+rounding), and 0 only where all branches agree:
 
     kl   D = ½ [KL(P_1 ‖ P_2) + KL(P_2 ‖ P_1)]           the bidirectional KL of R-Drop (arXiv 2106.14448, eq. 2)
     js   D = 1/G Σ_g KL(P_g ‖ M),  M = 1/G Σ_g P_g       the generalized Jensen-Shannon divergence, at most ln G

@@ -48,6 +48,8 @@ HIDDENKEY = tuple(
 )
 FORMS = [Consistency(kind=k, branches=b, weight=0.7) for k in ("kl", "js") for b in ("one", "both")]  # type: ignore[arg-type]
 form = pytest.mark.parametrize("term", FORMS, ids=[f"{t.kind}-{t.branches}" for t in FORMS])
+extreme_forms = pytest.mark.parametrize("term", [FORMS[0], FORMS[3]], ids=["kl-one", "js-both"])
+"""Two branches of which one moves; three that all move."""
 Gradients = dict[str, Tensor]
 
 
@@ -131,7 +133,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 @given(st.integers(2, 4), st.integers(1, 7), st.floats(0.01, 20.0), st.integers(0, 10_000))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_divergences_equal_their_definitions_and_keep_their_bounds(g: int, v: int, spread: float, seed: int) -> None:
     logits = torch.randn(g, v, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
     probabilities = logits.softmax(-1)
@@ -256,8 +258,9 @@ def assert_terms(
     assert_close_gradients(ours[2], wanted, tolerance)
 
 
-@form
-@pytest.mark.parametrize("draw_layout", ["split", "replicate"])
+@pytest.mark.parametrize(
+    ("term", "draw_layout"), list(zip(FORMS, ("split", "replicate", "replicate", "split"), strict=True))
+)
 def test_lora_dropout_with_consistency_equals_the_dense_reference(term: Consistency, draw_layout: str) -> None:
     """Two pairs, three padded rows, weight masks with rescale `none`: the mask-free branch is the mean-field update."""
     sites = tuple(s.model_copy(update={"compensation": "none"}) for s in LORA_DROPOUT)
@@ -328,8 +331,7 @@ def add(parts: list[tuple[float, float, Gradients]]) -> tuple[float, float, Grad
     return sum(p[0] for p in parts), sum(p[1] for p in parts), gradient  # type: ignore[return-value]
 
 
-@form
-@pytest.mark.parametrize("draw_layout", ["split", "replicate"])
+@pytest.mark.parametrize(("term", "draw_layout"), [(FORMS[0], "split"), (FORMS[3], "split"), (FORMS[2], "replicate")])
 def test_accumulation_and_processes_change_neither_loss_nor_gradient(term: Consistency, draw_layout: str) -> None:
     """(batch 4 × 1) = (1 × 4) = two processes, with every kind of site and both terms of the loss."""
     adapters, rows = adapted_llama(AdapterSpec(rank=4, sites=EVERYTHING)), examples([7, 5, 9, 4])
@@ -346,13 +348,13 @@ def test_accumulation_and_processes_change_neither_loss_nor_gradient(term: Consi
 
     whole = total(4, 1)
     assert whole[1] > 1e-3
-    for micro_batch, worlds in ((1, 1), (2, 2), (1, 2)):
+    for micro_batch, worlds in ((1, 1), (2, 2)):
         found = total(micro_batch, worlds)
         assert found[:2] == pytest.approx(whole[:2], rel=1e-3)
         assert_close_gradients(found[2], whole[2], 2e-3)
 
 
-@form
+@extreme_forms
 def test_activation_checkpointing_changes_no_bit(term: Consistency) -> None:
     """What is recomputed in the backward pass follows the plan with gradient, not that of the other branch."""
     results = []
@@ -366,7 +368,7 @@ def test_activation_checkpointing_changes_no_bit(term: Consistency) -> None:
     assert all(torch.equal(gradient, results[1][2][name]) for name, gradient in results[0][2].items())
 
 
-@form
+@extreme_forms
 def test_padding_side_changes_nothing(term: Consistency) -> None:
     adapters, rows = adapted_llama(AdapterSpec(rank=4, sites=EVERYTHING)), examples([9, 4, 6])
     layout = training_layout(range(3), 4, "split", True, term)
@@ -375,7 +377,7 @@ def test_padding_side_changes_nothing(term: Consistency) -> None:
     assert_close_gradients(left[2], right[2], 2e-3)
 
 
-@form
+@extreme_forms
 def test_chunks_of_the_head_change_no_value_and_bound_the_logits(
     term: Consistency, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -391,6 +391,8 @@ PRESETS = [
     "hiddencut",
     "hiddenkey_minus",
     "lora_dropout+hiddenkey_minus",
+    "hiddenkey",
+    "lora_dropout+hiddenkey",
     "input_dropout+dropkey",
 ]
 
