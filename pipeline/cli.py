@@ -21,6 +21,7 @@ stages:
   report     scores, calibration, cost: result.json and report.html
   export     adapter and ensemble members as PEFT folders, checked with stock PEFT
   data       real rows as the model will see them, supervised tokens coloured; nothing is trained
+  compare    several methods at several learning rates on the same base, data and budget: one table
   test       the project's own tests (--fast: without the slow tier)
 """
 EXAMPLES = """\
@@ -36,7 +37,7 @@ train.micro_batch train.learning_rate train.seed train.draws ensemble.size.
 
 exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
 """
-STAGES = ("run", "search", "train", "evaluate", "report", "export", "data", "test")
+STAGES = ("run", "search", "train", "evaluate", "report", "export", "compare", "data", "test")
 
 
 def build_parser() -> argparse.ArgumentParser:

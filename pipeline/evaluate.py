@@ -1,13 +1,14 @@
 """The evaluation stage: every member's predictions on three splits, without reading a label.
 
-All members - base, adapter, its mask draws, the plain run, the best searched adapters - share one pass.
+All members share one pass: base, adapter, its mask draws, the plain run, the best searched adapters; of a comparison
+every trained adapter, and mask draws of those that validation chose.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
+from pipeline.comparison import read_comparison
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
 from pipeline.distributed import barrier, require_shared_folder, stop
 from pipeline.distributed import start as start_world
 from pipeline.errors import RunFolderError
+from pipeline.predictions import Group, Predictions, read_members, read_predictions, write_members, write_predictions
 from pipeline.predictions import Member as PredictedMember
-from pipeline.predictions import Predictions, read_members, read_predictions, write_members, write_predictions
 from pipeline.reader import open_reader
 from pipeline.readout import predict_shared
 from pipeline.runs import RunPaths, read_json, update_status
@@ -39,9 +41,9 @@ def evaluate_run(run_dir: Path) -> None:
     """
     paths = RunPaths(run_dir)
     config = load_config(paths.config)
-    folders = compared_adapters(paths, config)
-    stored = [read_adapter(folder) for _, _, folder in folders]
-    members, described = member_list(config, folders, stored)
+    entries = listed_adapters(paths, config)
+    stored = [read_adapter(entry.folder) for entry in entries]
+    members, described = member_list(config, entries, stored)
     splits = load_splits(config.data)
     missing = _missing_splits(paths, described, {name: [row.id for row in getattr(splits, name)] for name in SPLITS})
     if not missing:
@@ -75,50 +77,63 @@ def evaluate_run(run_dir: Path) -> None:
     stop()
 
 
-def compared_adapters(paths: RunPaths, config: RunConfig) -> list[tuple[str, str, Path]]:
-    """(group, name, adapter folder) of the run's own adapter and of those members.json refers to, best first."""
+@dataclass(frozen=True)
+class Entry:
+    """An adapter to predict with."""
+
+    group: Group
+    name: str
+    folder: Path
+    draws: int = 0
+    """Mask draws beside its mask-free read-out, if it has masks at all."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def listed_adapters(paths: RunPaths, config: RunConfig) -> list[Entry]:
+    """Of a comparison all that were trained; else the run's own and those members.json refers to, best first."""
+    compared = read_comparison(paths)
+    if compared is not None:
+        return [
+            Entry("compared", one.name, paths.root / one.run / "adapter", config.ensemble.size if one.chosen else 0,
+                  {"method": one.method, "values": one.values, "train_seed": one.seed})
+            for one in compared if one.state == "done"
+        ]
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
-    folders = [("mean_field", "mean-field", paths.adapter)]
+    entries = [Entry("mean_field", "mean-field", paths.adapter, config.ensemble.size)]
     related: dict[str, Any] = read_json(paths.members) if paths.members.exists() else {}
     if related.get("plain"):
-        folders.append(("plain", "plain LoRA", _resolve(paths, related["plain"]["run"]) / "adapter"))
+        entries.append(Entry("plain", "plain LoRA", _resolve(paths, related["plain"]["run"]) / "adapter"))
     if related.get("search"):
         search = _resolve(paths, related["search"]["folder"])
         trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
         trials.sort(key=lambda trial: trial["validation_nll"])
         for trial in trials[: config.search.adapters]:
-            folders.append(("searched", trial["name"], _resolve(RunPaths(search), trial["run"]) / "adapter"))
-    return folders
+            entries.append(Entry("searched", trial["name"], _resolve(RunPaths(search), trial["run"]) / "adapter"))
+    return entries
 
 
 def member_list(
-    config: RunConfig, folders: list[tuple[str, str, Path]], stored: list[StoredAdapter]
+    config: RunConfig, entries: list[Entry], stored: list[StoredAdapter]
 ) -> tuple[list[Member], list[PredictedMember]]:
-    """The members of the pass and their descriptions: base, every adapter mask-free, the first one's draws.
+    """The members of the pass and their descriptions: base, then every adapter mask-free and its draws.
 
     The base of a classifier has an untrained head: its scores say what chance is.
     """
     members = [Member(None)]
     described = [PredictedMember("base", "base", extra={"head": "untrained"} if stored[0].head.modules else {})]
-    for k, ((group, name, folder), adapter) in enumerate(zip(folders, stored, strict=True)):
+    for k, (entry, adapter) in enumerate(zip(entries, stored, strict=True)):
         rates = {site.position: site.rate for site in adapter.spec.sites if site.rate > 0}
-        extra: dict[str, Any] = {"rank": shown_rank(adapter.spec), "alpha": adapter.spec.alpha, "rates": rates}
+        extra = {"rank": shown_rank(adapter.spec), "alpha": adapter.spec.alpha, "rates": rates, **entry.extra}
+        own = PredictedMember(entry.name, entry.group, str(entry.folder), adapter.sha256, None, extra)
         members.append(Member(k))
-        described.append(PredictedMember(name, group, str(folder), adapter.sha256, None, extra))  # type: ignore[arg-type]
-        if k == 0 and rates:
-            for draw in range(config.ensemble.size):
-                members.append(Member(0, draw))
-                described.append(
-                    PredictedMember(
-                        f"draw {draw}",
-                        "mask_draw",
-                        str(folder),
-                        adapter.sha256,
-                        draw,
-                        {**extra, "seed": config.ensemble.seed},
-                    )
-                )
+        described.append(own)
+        group: Group = "mask_draw" if entry.group == "mean_field" else entry.group
+        name = "draw {}" if group == "mask_draw" else f"{entry.name}, draw {{}}"
+        extra = {**extra, "seed": config.ensemble.seed}
+        for draw in range(entry.draws if rates else 0):
+            members.append(Member(k, draw))
+            described.append(replace(own, name=name.format(draw), group=group, draw=draw, extra=extra))
     return members, described
 
 

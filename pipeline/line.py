@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
@@ -86,7 +87,7 @@ def resolve(stage: str, source: str | None, folders: Folders, overrides: list[st
             raise RunFolderError("--run-dir", str(folders.run), "holds no run", "Train first, or give its folder.")
         base = read_yaml(saved)
     else:
-        base = read_yaml(find_recipe(source or "default"))
+        base = read_yaml(find_recipe(source or ("compare" if stage == "compare" else "default")))
     if quick:
         base = merge_trees(base, read_yaml(find_recipe("quick")))
     return build_config(overridden_tree(base, overrides))
@@ -119,6 +120,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunConfig, Folders], int]] = {
     "evaluate": run_evaluate,
     "report": run_report,
     "export": run_export,
+    "compare": run_comparison,
 }
 
 
@@ -164,7 +166,7 @@ def plan_text(stage: str, config: RunConfig, folders: Folders) -> str:
         "report": f"{folders.run / 'report.html'}",
         "export": f"{', '.join(config.export.forms)} -> {folders.run / 'export'}",
     }
-    shown = steps if stage == "run" else {stage: steps[stage]}
+    shown = steps if stage == "run" else plan_steps(config, folders) if stage == "compare" else {stage: steps[stage]}
     lines = [dump_config(config).rstrip(), "", "plan (nothing has been started):"]
     return "\n".join([*lines, *(f"  {name:9} {text}" for name, text in shown.items())])
 

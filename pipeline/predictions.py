@@ -24,7 +24,7 @@ MEMBERS = "members.json"
 REMEDY = "Run the evaluate stage (again)."
 _NORMALISATION_TOLERANCE = 1e-3
 
-Group = Literal["base", "mean_field", "mask_draw", "plain", "searched"]
+Group = Literal["base", "mean_field", "mask_draw", "plain", "searched", "compared"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Member:
     name: str
     group: Group
     """base: no adapter; mean_field: the run's adapter without masks; mask_draw: one draw of it; plain: the run
-    without dropout; searched: adapters of other runs, best first."""
+    without dropout; searched: adapters of other runs, best first; compared: of the trainings of a comparison, and
+    their draws."""
     adapter: str | None = None
     """Folder of the adapter."""
     adapter_sha256: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,9 +91,9 @@ def run_process(stage: str, folders: Folders) -> int:
     return run_stage(command, folders.run / "logs" / f"{stage}.log", folders.run, stage)
 
 
-def refuse_other(saved: Path, config: RunConfig) -> None:
-    """Raises `RunFolderError` where a configuration that asks for another result than `config` is saved."""
-    if saved.exists() and load_config(saved).result_sha256() != config.result_sha256():
+def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], RunConfig] = lambda whole: whole) -> None:
+    """Raises `RunFolderError` where a configuration that asks for another result (in the part that counts) is saved."""
+    if saved.exists() and part(load_config(saved)).result_sha256() != part(config).result_sha256():
         raise RunFolderError(
             "--run-dir",
             str(saved.parent),

@@ -72,6 +72,11 @@ class RunPaths:
         return self.root / "members.json"
 
     @property
+    def comparison(self) -> Path:
+        """Trainings of other run folders that make this folder a comparison of methods."""
+        return self.root / "compare.json"
+
+    @property
     def predictions(self) -> Path:
         """Folder of cached predictions."""
         return self.root / "predictions"

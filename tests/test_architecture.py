@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
-    0: ["errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config", "devices"],
+    0: [
+        "errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config", "devices", "comparison",
+    ],
     1: [
         "distributed",
         "randomness",

@@ -2,6 +2,7 @@
 
 from pipeline.config.adalora import AdaLoRAConfig
 from pipeline.config.adapter import AdapterConfig
+from pipeline.config.compare import CompareConfig
 from pipeline.config.load import build_config, dump_config, load_config
 from pipeline.config.method import Consistency, Method, Site
 from pipeline.config.run import RunConfig
@@ -20,6 +21,7 @@ from pipeline.config.sections import (
 __all__ = [
     "AdaLoRAConfig",
     "AdapterConfig",
+    "CompareConfig",
     "Consistency",
     "DataConfig",
     "EnsembleConfig",

@@ -124,8 +124,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(key, text, "is not a valid YAML value", "Quote it.") from error
-    if isinstance(value, str):
-        value = _number_or_text(value)
+    value = _with_numbers(value)
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -135,12 +134,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _number_or_text(text: str) -> object:
-    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number."""
+def _with_numbers(value: object) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text, also within lists and mappings; people mean the number."""
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
     try:
-        return float(text) if any(c.isdigit() for c in text) else text
+        return float(value) if isinstance(value, str) and any(c.isdigit() for c in value) else value
     except ValueError:
-        return text
+        return value
 
 
 def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:

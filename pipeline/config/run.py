@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.base import Section
+from pipeline.config.compare import CompareConfig
 from pipeline.config.logging import LoggingConfig
 from pipeline.config.sections import (
     DataConfig,
@@ -35,6 +36,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     search: SearchConfig = SearchConfig()
+    compare: CompareConfig = CompareConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
     label: str = ""

@@ -133,6 +133,24 @@ def load_base(
     return BaseModel(model, tokenizer, identity, heads)
 
 
+def load_skeleton(config: ModelConfig, classes: int | None = None) -> BaseModel:
+    """The base's modules on the meta device, not quantized: what an adapter finds there, without reading a weight.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    resolved = resolve_model_path(config)
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    with _transformers_errors(config.path), torch.device("meta"):
+        description = AutoConfig.from_pretrained(resolved, revision=config.revision, **common)
+        loader = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+        model = loader.from_config(description, attn_implementation=config.attention, **common)
+    identity = BaseIdentity(config.path, resolved, config.revision, "none", False, "none", 0, 0, classes)
+    return BaseModel(model, None, identity, {} if classes is None else find_heads(model, (), config.path))
+
+
 def _load_weights(resolved: str, classes: int | None, settings: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model, and (of a classifier) the names of parameters that the checkpoint lacks or has in another shape."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

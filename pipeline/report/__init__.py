@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
 from pipeline.report.tables import format_table
 from pipeline.runs import write_json, write_text
 
-__all__ = ["format_table", "write_report"]
+__all__ = ["format_comparison", "format_table", "write_report"]
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
@@ -25,7 +26,10 @@ def write_report(run_dir: Path) -> dict[str, Any]:
             rows than the configured data has.
     """
     inputs = read_inputs(run_dir)
-    result, scored = build_result(inputs)
+    if inputs.trainings is None:
+        result, scored = build_result(inputs)
+    else:
+        result, scored = build_comparison(inputs, inputs.trainings)
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)

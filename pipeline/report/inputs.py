@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.comparison import Training, read_comparison
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
 from pipeline.errors import RunFolderError
@@ -79,8 +80,10 @@ class ReportInputs:
     """choice, completion or regression."""
     members: list[Member]
     splits: dict[str, ScoredSplit]
-    training: TrainingCurve
-    plain_training: TrainingCurve | None
+    curves: dict[str, TrainingCurve]
+    """Of the run and of plain LoRA, by their groups; of a comparison, by the names of its trainings."""
+    trainings: list[Training] | None
+    """What was compared, where the folder is a comparison."""
     search: dict[str, Any] | None
 
 
@@ -93,7 +96,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     members = read_members(paths.predictions)
     predictions = {split: _read_split(paths, split, len(members)) for split in SPLITS}
     labelled = load_splits(config.data)
-    links = _read_links(paths)
+    links, trainings = _read_links(paths), read_comparison(paths)
     joined = {s: join_labels(p, getattr(labelled, s), paths.predictions / f"{s}.npz") for s, p in predictions.items()}
     return ReportInputs(
         paths=paths,
@@ -103,8 +106,8 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         kind=_common_kind(paths, predictions),
         members=members,
         splits=joined,
-        training=read_training(paths.metrics),
-        plain_training=_read_plain_training(paths, links),
+        curves=_read_curves(paths, links, trainings),
+        trainings=trainings,
         search=_read_search(paths, links),
     )
 
@@ -181,9 +184,17 @@ def _read_links(paths: RunPaths) -> dict[str, Any]:
     return links
 
 
-def _read_plain_training(paths: RunPaths, links: dict[str, Any]) -> TrainingCurve | None:
-    run = (links.get("plain") or {}).get("run")
-    return None if run is None else read_training(RunPaths(paths.root / run).metrics)
+def _read_curves(
+    paths: RunPaths, links: dict[str, Any], trainings: list[Training] | None
+) -> dict[str, TrainingCurve]:
+    """The curves that have points."""
+    if trainings is None:
+        plain = (links.get("plain") or {}).get("run")
+        runs = {"mean_field": paths.root} | ({} if plain is None else {"plain": paths.root / plain})
+    else:
+        runs = {one.name: paths.root / one.run for one in trainings}
+    curves = {name: read_training(RunPaths(folder).metrics) for name, folder in runs.items()}
+    return {name: curve for name, curve in curves.items() if curve.loss}
 
 
 def _read_search(paths: RunPaths, links: dict[str, Any]) -> dict[str, Any] | None:

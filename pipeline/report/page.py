@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from pipeline import __version__
 from pipeline.report import plots, tables
+from pipeline.report.comparison import training_table
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
-from pipeline.report.systems import mean_field_name
 from pipeline.scores import reliability
 
 _TEMPLATE = "page.html"
@@ -40,6 +40,7 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         reliability_bins=_reliability_bins(inputs),
         config=inputs.config_text,
         environment=tables.flatten(inputs.environment),
+        trainings=training_table(result) if inputs.trainings is not None else None,
     )
 
 
@@ -47,7 +48,7 @@ def _plots(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[Scored
     scores = {"choice": ("accuracy", "nll", "ece"), "regression": ("pearson", "spearman", "rmse")}
     return {
         "scores": plots.scores_plot(result["systems"], scores.get(inputs.kind, ("nll",))),
-        "training": _training(inputs),
+        "training": _training(inputs, scored),
         "reliability": _reliability(inputs, scored) if inputs.kind == "choice" else None,
         "ensemble": _ensemble(result),
         "search": plots.search_plot(inputs.search.get("trials", ()), inputs.search.get("best"))
@@ -55,17 +56,16 @@ def _plots(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[Scored
     }
 
 
-def _training(inputs: ReportInputs) -> str | None:
-    curves = {"mean_field": (mean_field_name(inputs.config), inputs.training)}
-    if inputs.plain_training is not None:
-        curves["plain"] = ("Plain LoRA", inputs.plain_training)
-    shown = {key: named for key, named in curves.items() if named[1].loss}
-    return plots.training_plot(shown) if shown else None
+def _training(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> str | None:
+    systems = [one.system for one in scored if one.system.curve in inputs.curves]
+    curves = {system.key: (system.name, inputs.curves[str(system.curve)]) for system in systems}
+    return plots.training_plot(curves) if curves else None
 
 
 def _reliability(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> str:
-    """The single predictors and the largest mask ensemble (the adapter ensemble where there is none)."""
-    singles = [one for one in scored if one.system.key in ("base", "plain", "mean_field")]
+    """The single predictors (of a comparison, as validation chose them), and the largest mask ensemble (the adapter
+    ensemble where there is none)."""
+    singles = [one for one in scored if one.system.key.startswith(("base", "plain", "mean_field", "method_"))]
     ensembles = [one for one in scored if one.system.key.startswith("masks_")] or \
                 [one for one in scored if one.system.key.startswith("adapters_")]
     labels, bins = inputs.splits["test"].labels, _reliability_bins(inputs)

@@ -20,6 +20,9 @@ _INK, _FAINT = "#010203", "#040506"
 """Stand-ins, replaced by the page's own colours so that dark pages work."""
 COLOURS = {"base": "#8a8f98", "plain": "#d1700f", "mean_field": "#1f77c9", "masks": "#0a9484", "adapters": "#b0569b"}
 """Colour-blind-safe, readable on white and on black; by the first part of a system's key."""
+METHOD_COLOURS = ("#d1700f", "#1f77c9", "#0a9484", "#b0569b", "#b59410", "#7d6fd0", "#c8504f", "#5f8f3e")
+"""Of compared methods; the first is plain LoRA's."""
+_PANELS_PER_ROW = 5
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "axes.titlesize": 10.5,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT, "xtick.color": _INK, "ytick.color": _INK,
@@ -31,15 +34,18 @@ _MARKERS: dict[str, dict[str, Any]] = {"before": {"marker": "o", "mfc": "none"},
 
 
 def colour(key: str) -> str:
-    """Of a system, by its key."""
-    return COLOURS[key if key in COLOURS else key.rpartition("_")[0]]
+    """Of a system, by its key; compared methods are numbered: method_2, variant_2_1 and ensemble_2 share a colour."""
+    kind, _, number = key.partition("_")
+    if kind in ("method", "variant", "ensemble"):
+        return METHOD_COLOURS[int(number.partition("_")[0]) % len(METHOD_COLOURS)]
+    return COLOURS[key if key in COLOURS else kind]
 
 
-def draw(name: str, size: tuple[float, float], columns: int, fill: Callable[[list[Axes]], None]) -> str:
+def draw(name: str, size: tuple[float, float], columns: int, fill: Callable[[list[Axes]], None], rows: int = 1) -> str:
     """An SVG element. `name` keeps the element ids of several plots on one page apart."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
+        axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         fill(axes)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -101,17 +107,21 @@ def reliability_plot(panels: Sequence[tuple[str, str, Reliability, Reliability]]
     low = max(0.0, lowest - 0.1)
 
     def fill(axes: list[Axes]) -> None:
-        for axis, (key, name, before, after) in zip(axes, panels, strict=True):
+        for axis, (key, name, before, after) in zip(axes, panels, strict=False):
             axis.plot([low, 1], [low, 1], color=_FAINT, linewidth=1)
             for points, scaling, label in ((before, "before", "before"), (after, "after", "after temperature")):
                 errors = 2.0 * np.sqrt(points.accuracy * (1.0 - points.accuracy) / points.rows)
                 axis.errorbar(points.confidence, points.accuracy, errors, color=colour(key), linewidth=0.9,
                               elinewidth=0.5, markersize=5, label=label, **_MARKERS[scaling])
             axis.set(title=name, xlabel="confidence", xlim=(low, 1.02), ylim=(low, 1.03), aspect="equal")
+        for axis in axes[len(panels):]:
+            axis.set_visible(False)
         axes[0].set_ylabel("accuracy")
         axes[0].legend(loc="upper left")
 
-    return draw("plot-reliability", (2.85 * len(panels), 3.2), len(panels), fill)
+    rows = -(-len(panels) // _PANELS_PER_ROW)
+    columns = -(-len(panels) // rows)
+    return draw("plot-reliability", (2.85 * columns, 3.2 * rows), columns, fill, rows)
 
 
 def ensemble_plot(ensemble: Mapping[str, Any], lines: Sequence[tuple[str, str, dict[str, float]]]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-REFERENCE_NAMES = {"base": "the base model", "plain": "plain LoRA"}
+REFERENCES = ("base", "plain")
+"""Keys of the systems that others are compared with."""
 _FEW_ROWS = 50
 """Below this a percentile bootstrap covers clearly less than 95 %."""
 _LOWER_IS_BETTER = ("lower (better)", "higher (worse)")
@@ -19,7 +20,7 @@ _NAMES = {"nll": "NLL", "accuracy": "accuracy", "pearson": "Pearson's correlatio
 def write_reading(result: dict[str, Any]) -> str:
     """One paragraph: the scores of the run's adapter, which differences exclude 0, and what limits them."""
     sentences = [_own_scores(result)]
-    for versus in REFERENCE_NAMES:
+    for versus in REFERENCES:
         sentences += [_verdict(result, versus, score) for score in _WORDS]
     sentences += [_validation(result), _chosen_size(result), _chosen_adapters(result), _limits(result)]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -67,7 +68,7 @@ def _verdict(result: dict[str, Any], versus: str, score: str) -> str:
     if not before:
         return ""
     names = {system["key"]: system["short_name"] for system in result["systems"]}
-    text = f"Against {REFERENCE_NAMES[versus]}, {_NAMES[score]} is {_clauses(before, names, score)}"
+    text = f"Against {names[versus]}, {_NAMES[score]} is {_clauses(before, names, score)}"
     return text + (f"; after temperature scaling of both it is {_clauses(after, names, score)}." if after else ".")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import calibrate
 from pipeline.ensemble import SUBSET_LIMIT, choose_size
 from pipeline.report.inputs import ReportInputs
-from pipeline.report.reading import write_reading
+from pipeline.report.reading import REFERENCES, write_reading
 from pipeline.report.scoring import (
     BEFORE,
     BOOTSTRAP_SEED,
@@ -33,8 +33,6 @@ from pipeline.report.systems import (
 )
 from pipeline.scores import LEVEL, Floats, bin_count, percentile_interval, plugin_ece
 
-REFERENCES = ("base", "plain")
-"""Keys of the systems that others are compared with."""
 COMPARED_SCORES = ("nll", "accuracy", "pearson", "spearman", "rmse")
 ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
 SIZE_RULE = "smallest size whose validation {}, unscaled, is within one standard error of the best size's"
@@ -42,11 +40,20 @@ SIZE_RULE = "smallest size whose validation {}, unscaled, is within one standard
 
 def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
     """Score every system: the content of result.json, and what plots need besides."""
-    config = inputs.config
     scored = [score_system(inputs, system) for system in build_systems(inputs)]
     singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
+    own = {"ensemble": _ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
+    result = {**score_entries(inputs, scored, singles), **own}
+    return {**result, "reading": write_reading(result)}, scored
+
+
+def score_entries(
+    inputs: ReportInputs, scored: Sequence[ScoredSystem], singles: Sequence[ScoredSystem]
+) -> dict[str, Any]:
+    """What is scored and how, every system's scores, and paired differences; those of `singles` on validation, too."""
+    config = inputs.config
     test, validation = resample(inputs, scored, "test"), resample(inputs, singles, "validation")
-    result = {
+    return {
         "label": config.label,
         "config_sha256": config.sha256(),
         "method": method_name(config.adapter),
@@ -60,10 +67,7 @@ def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSyste
         "subset_limit": SUBSET_LIMIT,
         "systems": [_system_entry(inputs, one, test) for one in scored],
         "comparisons": [*_comparisons(scored, test, "test"), *_comparisons(singles, validation, "validation")],
-        "ensemble": _ensemble_entry(inputs, scored),
-        "left_out": _left_out(inputs),
     }
-    return {**result, "reading": write_reading(result)}, scored
 
 
 def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: Resamples) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: Resamples)
             scaling: {score: statistic.point() for score, statistic in one.statistics["validation", scaling].items()}
             for scaling in one.scalings("validation")
         },
-        "test": {scaling: _score_entries(inputs, one, scaling, resamples) for scaling in one.scalings("test")},
+        "test": {scaling: _test_entry(inputs, one, scaling, resamples) for scaling in one.scalings("test")},
     }
 
 
@@ -93,7 +97,7 @@ def _temperature_entry(temperatures: Floats) -> dict[str, Any]:
     }
 
 
-def _score_entries(inputs: ReportInputs, one: ScoredSystem, scaling: str, resamples: Resamples) -> dict[str, Any]:
+def _test_entry(inputs: ReportInputs, one: ScoredSystem, scaling: str, resamples: Resamples) -> dict[str, Any]:
     entries: dict[str, Any] = {
         score: asdict(percentile_interval(statistic.point(), resamples[one.system.key, scaling, score]))
         for score, statistic in one.statistics["test", scaling].items()
@@ -166,7 +170,6 @@ def _curve_entry(scored: Sequence[ScoredSystem], split: str, scaling: str, score
 def _left_out(inputs: ReportInputs) -> list[str]:
     """What this report cannot show, and why, in sentences."""
     groups = {member.group for member in inputs.members}
-    plain_curve = inputs.plain_training is not None and inputs.plain_training.loss
     reasons = {
         "The base model was not predicted: comparisons with it are left out.": "base" not in groups,
         "No plain LoRA run was predicted: comparisons with it are left out.": "plain" not in groups,
@@ -176,9 +179,9 @@ def _left_out(inputs: ReportInputs) -> list[str]:
         "temperature scaling do not apply.": inputs.kind == "completion",
         "A predicted number has no probabilities: accuracy, NLL, Brier score, ECE and temperature scaling do not "
         "apply.": inputs.kind == "regression",
-        "This run has no training metrics: its training curve is left out.": not inputs.training.loss,
+        "This run has no training metrics: its training curve is left out.": "mean_field" not in inputs.curves,
         "The plain LoRA run has no training metrics here: its training curve is left out.":
-            "plain" in groups and not plain_curve,
+            "plain" in groups and "plain" not in inputs.curves,
         "No search belongs to this run: its plot is left out.": inputs.search is None,
     }
     return [sentence for sentence, applies in reasons.items() if applies]

@@ -38,6 +38,8 @@ class System:
     """In sentences that have named the method."""
     candidates: tuple[tuple[int, ...], ...]
     """Q subsets of member indices, all of one size."""
+    curve: str | None = None
+    """Key of its training curve among the inputs."""
 
     @property
     def passes(self) -> int:
@@ -57,16 +59,25 @@ def build_systems(inputs: ReportInputs) -> list[System]:
     members, config = inputs.members, inputs.config
     name, own = method_name(config.adapter), mean_field_name(config)
     singles: dict[Group, tuple[str, str]] = {
-        "base": ("Base model", "the base model"),
         "plain": ("Plain LoRA", "plain LoRA"),
         "mean_field": (own, "mean-field" if own != name else own),
     }
-    systems = [
-        System(group, *names, ((index,),)) for group, names in singles.items() for index in indices(members, group)[:1]
+    systems = base_system(members) + [
+        System(group, *names, ((index,),), group)
+        for group, names in singles.items() for index in indices(members, group)[:1]
     ]
     draws = indices(members, "mask_draw")
     systems += [mask_system(name, draws, size) for size in table_sizes(len(draws))]
     return systems + _searched_systems(members, inputs.splits["validation"], ensemble_space(inputs))
+
+
+def base_system(members: Sequence[Member]) -> list[System]:
+    """The base model alone, where it was predicted; a classifier's base has a head that nobody has trained."""
+    found = indices(members, "base")[:1]
+    untrained = any(members[index].extra.get("head") == "untrained" for index in found)
+    names = ("Base model, untrained head", "the base with an untrained head") if untrained else (
+        "Base model", "the base model")
+    return [System("base", *names, ((index,),)) for index in found]
 
 
 def mean_field_name(config: RunConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.reading import REFERENCE_NAMES, interval_text, number_text
+from pipeline.report.reading import interval_text, number_text
 
 Cell = tuple[str, str]
 """Main text, and a smaller one below it (an interval)."""
@@ -30,14 +30,19 @@ def format_table(result: dict[str, Any]) -> str:
     }
     headings = ["", "passes", *columns[result["kind"]]]
     rows = [headings, *([_plain_row(system, result["kind"]) for system in result["systems"]])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
+    title = [f"*** {result['label']} ***"] if result["label"] else []
+    return "\n".join([*title, *align(rows), _footnote(result)])
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain-text table, the headings first: its first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     rule = "─" * len(lines[0])
-    title = [f"*** {result['label']} ***"] if result["label"] else []
-    return "\n".join([*title, lines[0], rule, *lines[1:], rule, _footnote(result)])
+    return [lines[0], rule, *lines[1:], rule]
 
 
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
@@ -65,12 +70,13 @@ def comparison_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]
     headings = ["System", "Minus", "Split"]
     headings += [f"Δ {HEADINGS[score]}" + (", scaled" if scaling == "after" else "") for score, scaling in kinds]
     names = {system["key"]: system["name"] for system in result["systems"]}
+    short_names = {system["key"]: system["short_name"] for system in result["systems"]}
     lines: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
     for entry in result["comparisons"]:
         line = lines.setdefault((entry["versus"], entry["split"], entry["system"]), {})
         line[entry["score"], entry["scaling"]] = entry
     rows = [
-        [(names[system], ""), (REFERENCE_NAMES[versus], ""), (split, ""), *(_difference_cell(line[k]) for k in kinds)]
+        [(names[system], ""), (short_names[versus], ""), (split, ""), *(_difference_cell(line[k]) for k in kinds)]
         for (versus, split, system), line in lines.items()
     ]
     return headings, rows

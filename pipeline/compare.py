@@ -1,0 +1,149 @@
+"""The comparison of methods: train each at each setting, predict with all of them at once, report.
+
+Every training is a run of its own (`trainings/`), started and continued as `loradrop train` does it. What the base
+model cannot honour is found before the first one starts; a training that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.comparison import (
+    REFUSALS,
+    Training,
+    choose,
+    outcome,
+    plan_trainings,
+    shared_part,
+    values_text,
+    write_comparison,
+)
+from pipeline.config import RunConfig, dump_config
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
+from pipeline.runner import (
+    Folders,
+    headline,
+    is_done,
+    refuse_other,
+    run_evaluate,
+    run_process,
+    run_report,
+    run_training,
+)
+from pipeline.runs import RunPaths, read_json, write_text
+
+CHECK = "method_check"
+
+
+def run_comparison(config: RunConfig, folders: Folders) -> int:
+    """Train, evaluate and report the methods of `config.compare`; the same command continues where it was stopped.
+
+    Returns 0 where every training is in the table, 1 where one failed, 2 where a method was refused.
+
+    Raises:
+        StageFailed: no training succeeded.
+    """
+    here, started = Folders(folders.comparison), time.monotonic()
+    paths, planned = RunPaths(here.run), plan_trainings(config)
+    refuse_other(paths.config, config, shared_part)
+    write_text(paths.config, dump_config(config))
+    trainings = [training for training, _ in planned]
+    if not all(is_done(RunPaths(here.run / one.run), "train") for one in trainings):
+        if code := run_process(CHECK, here):
+            return code
+        trainings = mark_refused(trainings, read_json(here.run / REFUSALS))
+    trainings, code = train_all(trainings, [own for _, own in planned], here.run, config)
+    if code == EXIT_STOPPED:
+        return code
+    if not any(one.state == "done" for one in trainings):
+        first = next(one for one in trainings if one.error)
+        raise StageFailed(f"no training of the comparison succeeded; the first, {first.name}, said: {first.error}")
+    for stage in (run_evaluate, run_report):
+        if stage_code := stage(config, here):
+            return stage_code
+    print_comparison(here.run, time.monotonic() - started)
+    return code
+
+
+def plan_steps(config: RunConfig, folders: Folders) -> dict[str, str]:
+    """What --dry-run prints."""
+    return {
+        **{
+            f"{number}": f"{one.method}, {values_text(one.values)}, seed {one.seed}: {own.train.max_steps} steps"
+            for number, (one, own) in enumerate(plan_trainings(config), 1)
+        },
+        "evaluate": f"all of them in one pass, {config.ensemble.size} mask draws per method -> {folders.comparison}",
+    }
+
+
+def train_all(
+    trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, config: RunConfig
+) -> tuple[list[Training], int]:
+    """Run what is not done yet, one after another; compare.json says after each how it ended."""
+    found, paths, clock = list(trainings), RunPaths(folder), Clock()
+    for i, (training, own) in enumerate(zip(trainings, configs, strict=True)):
+        if training.state == "refused":
+            continue
+        waiting = sum(not is_done(RunPaths(folder / one.run), "train") for one in found[i:] if one.state == "waiting")
+        headline(f"{i + 1}/{len(found)} {training.method}, {values_text(training.values)}{clock.left(waiting)}")
+        started, was_done = time.monotonic(), is_done(RunPaths(folder / training.run), "train")
+        code = run_training(own, Folders(folder / training.run))
+        if code == EXIT_STOPPED:
+            return found, code
+        found[i] = outcome(training, folder, own) if code == EXIT_OK else _failed(training, folder, code)
+        write_comparison(paths, config, found)
+        if not was_done:
+            clock.add(time.monotonic() - started)
+    found = choose(found)
+    write_comparison(paths, config, found)
+    states = {one.state for one in found}
+    return found, EXIT_FAILED if "failed" in states else EXIT_USER if "refused" in states else EXIT_OK
+
+
+class Clock:
+    """The time left, from the trainings of this sitting."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        """Count a training that ran from its start (or its newest checkpoint) to its end."""
+        self._seconds.append(seconds)
+
+    def left(self, trainings: int) -> str:
+        """For people; empty while nothing is known."""
+        if not self._seconds or not trainings:
+            return ""
+        minutes = trainings * sum(self._seconds) / len(self._seconds) / 60
+        return f" (about {minutes:.0f} min of training left)"
+
+
+def mark_refused(trainings: Sequence[Training], refusals: dict[str, str]) -> list[Training]:
+    """The trainings, those of refused methods marked; every refusal is shown."""
+    for method, error in refusals.items():
+        print(f"left out: {method}: {error}", file=sys.stderr)
+    return [
+        replace(one, state="refused", error=refusals[one.method]) if one.method in refusals else one
+        for one in trainings
+    ]
+
+
+def print_comparison(folder: Path, seconds: float) -> None:
+    """The table, what is missing in it, and where the rest lies."""
+    from pipeline.report import format_comparison
+
+    print(format_comparison(read_json(RunPaths(folder).result)))
+    print(f"\nfinished in {seconds / 60:.1f} minutes\n  report   {os.path.relpath(folder / 'report.html')}")
+
+
+def _failed(training: Training, folder: Path, code: int) -> Training:
+    paths = RunPaths(folder / training.run)
+    status = read_json(paths.status).get("train", {}) if paths.status.exists() else {}
+    error = status.get("detail") if status.get("state") == "failed" else None
+    log = paths.root / "logs" / "train.log"
+    return replace(training, state="failed", error=error or f"ended with exit code {code}; see {log}")

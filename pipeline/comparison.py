@@ -1,0 +1,189 @@
+"""A comparison of methods as plain records: what is trained, what became of it, which settings validation chooses.
+
+    runs/NAME-compare/
+      config.yaml  compare.json     what was asked for; every training by name, hash and outcome
+      refused.json                  methods that the base model cannot honour
+      trainings/METHOD-lr…/         one run folder each
+      predictions/                  of all adapters, from one pass over the base
+      result.json  report.html
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.config.adapter import UNSET_RATES
+from pipeline.config.compare import NamedMethod
+from pipeline.config.load import config_keys, with_values
+from pipeline.errors import ConfigError, RunFolderError, UserError
+from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, read_json_lines, sha256_file, write_json
+
+TRAININGS = "trainings"
+REFUSALS = "refused.json"
+"""method -> why the base model cannot honour it."""
+REFERENCE = "none"
+"""The method that the others are compared with: plain LoRA."""
+LEARNING_RATE = "train.learning_rate"
+_SHORT = {LEARNING_RATE: "lr"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a comparison, and what became of it."""
+
+    name: str
+    """Its folder in `trainings/`."""
+    method: str
+    values: dict[str, Any]
+    """Dotted key -> value of what is varied within the method, the seed apart."""
+    seed: int
+    config_sha256: str
+    state: str = "waiting"
+    """waiting; done; failed: its process ended with an error; refused: the method does not fit the model."""
+    error: str = ""
+    adapter_sha256: str | None = None
+    validation_nll: float | None = None
+    """Of the published adapter, nats."""
+    steps: int = 0
+    seconds: float = 0.0
+    """In optimizer steps: validation, checkpoints and loading apart."""
+    step_seconds: float = 0.0
+    """Median of a step."""
+    chosen: bool = False
+    """Whether validation chose these values for the method."""
+
+    @property
+    def run(self) -> str:
+        """Its folder, relative to the comparison's."""
+        return f"{TRAININGS}/{self.name}"
+
+
+def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
+    """Every training that `config.compare` asks for, method by method. The run's own method and rates play no part.
+
+    Raises:
+        ConfigError: an unknown method or key, an illegal value, or two trainings of one name.
+    """
+    compare = config.compare
+    settings = {LEARNING_RATE: compare.learning_rates, **compare.vary}
+    for key in compare.vary:
+        _check_key(key)
+    combinations = [dict(zip(settings, row, strict=True)) for row in itertools.product(*settings.values())]
+    seeds = compare.seeds or (config.train.seed,)
+    planned: dict[str, tuple[Training, RunConfig]] = {}
+    for method, values, seed in itertools.product(compare.methods, combinations, seeds):
+        name = _method_name(method)
+        folder = _folder_name(name, values, seed if len(seeds) > 1 else None)
+        if folder in planned:
+            raise ConfigError("compare.methods", name, "is listed twice", "Give it another name.")
+        own = _config_of(config, method, values, seed)
+        planned[folder] = (Training(folder, name, values, seed, own.sha256()), own)
+    return list(planned.values())
+
+
+def choose(trainings: Sequence[Training]) -> list[Training]:
+    """The same trainings; `chosen` marks, per method, the values with the lowest mean validation NLL over seeds.
+
+    Values of which a seed is missing count only where no others have all theirs.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for one in trainings:
+        if one.state == "done" and one.validation_nll is not None:
+            scores.setdefault(one.method, {}).setdefault(str(one.values), []).append(one.validation_nll)
+    best = {
+        method: min(by_values, key=lambda values: (-len(by_values[values]), mean(by_values[values])))
+        for method, by_values in scores.items()
+    }
+    return [replace(one, chosen=one.state == "done" and best[one.method] == str(one.values)) for one in trainings]
+
+
+def outcome(training: Training, folder: Path, config: RunConfig) -> Training:
+    """`training` with what its finished run folder says."""
+    paths = RunPaths(folder / training.run)
+    rows = list(read_json_lines(paths.metrics))
+    seconds = [row["seconds"] for row in rows if row["kind"] == "train"]
+    validations = [row["nll"] for row in rows if row["kind"] == "validation"]
+    return replace(
+        training,
+        state="done",
+        error="",
+        adapter_sha256=sha256_file(paths.adapter / ADAPTER_WEIGHTS),
+        validation_nll=min(validations) if config.train.keep_best else validations[-1],
+        steps=len(seconds),
+        seconds=sum(seconds),
+        step_seconds=median(seconds),
+    )
+
+
+def write_comparison(paths: RunPaths, config: RunConfig, trainings: Sequence[Training]) -> None:
+    """compare.json, whole or not at all."""
+    content = {"label": config.label, "reference": REFERENCE, "trainings": [asdict(one) for one in trainings]}
+    write_json(paths.comparison, content)
+
+
+def read_comparison(paths: RunPaths) -> list[Training] | None:
+    """The trainings in compare.json; None where the folder is no comparison.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    if not paths.comparison.is_file():
+        return None
+    try:
+        return [Training(**entry) for entry in read_json(paths.comparison)["trainings"]]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(str(paths.comparison), None, f"is damaged ({error})", "Compare again.") from error
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """`lr 0.0005, rank 8`: as short as it stays clear."""
+    return ", ".join(f"{_SHORT.get(key, key.rpartition('.')[2])} {_text(value)}" for key, value in values.items())
+
+
+def shared_part(config: RunConfig) -> RunConfig:
+    """What may not change between two calls for one comparison: methods, values and read-out may."""
+    return config.model_copy(update={
+        name: RunConfig.model_fields[name].default for name in ("compare", "ensemble", "evaluate", "search", "export")
+    })
+
+
+def _config_of(config: RunConfig, method: str | NamedMethod, values: Mapping[str, Any], seed: int) -> RunConfig:
+    """The configuration of one training; it names nothing of the comparison, so that a longer one can keep it."""
+    adapter = {"method": method} if isinstance(method, str) else method.adapter
+    name = _method_name(method)
+    label = f"{config.label}: {name}" if config.label else name
+    own = {**UNSET_RATES, **{f"adapter.{key}": value for key, value in adapter.items()}}
+    try:
+        return with_values(shared_part(config), {**own, **values, "train.seed": seed, "label": label})
+    except UserError as error:
+        raise ConfigError(f"compare.methods: {name}, {values_text(values)}", None, str(error)) from error
+
+
+def _check_key(key: str) -> None:
+    keys = [k for k in config_keys() if k.startswith(("adapter.", "train.")) and k not in (LEARNING_RATE, "train.seed")]
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"It can vary: {', '.join(keys)}."
+        raise ConfigError(f"compare.vary: {key}", None, "is not a key that can vary here", remedy)
+
+
+def _method_name(method: str | NamedMethod) -> str:
+    return method if isinstance(method, str) else method.name
+
+
+def _folder_name(method: str, values: Mapping[str, Any], seed: int | None) -> str:
+    parts = [method, *(f"{_SHORT.get(key, key.rpartition('.')[2])}{_text(value)}" for key, value in values.items())]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts + ([] if seed is None else [f"seed{seed}"])))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+

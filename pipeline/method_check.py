@@ -1,0 +1,45 @@
+"""Which methods of a comparison the base model cannot honour: found out on its modules alone, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.assembly import attach_adapter
+from pipeline.comparison import REFUSALS, plan_trainings
+from pipeline.config import AdapterConfig, RunConfig, load_config
+from pipeline.errors import UserError
+from pipeline.model.kind import model_kind
+from pipeline.model.load import load_skeleton
+from pipeline.runs import RunPaths, update_status, write_json
+from pipeline.stage import stage_main
+
+
+def check_methods(run_dir: Path) -> None:
+    """Write refused.json: method -> why the model cannot honour it; empty where all can be trained."""
+    paths = RunPaths(run_dir)
+    write_json(run_dir / REFUSALS, refused_methods(load_config(paths.config)))
+    update_status(paths, "method_check", "done")
+
+
+def refused_methods(config: RunConfig) -> dict[str, str]:
+    """Attach every method to a skeleton of the base; the error of each that cannot be attached.
+
+    Raises:
+        ConfigError: the base's configuration cannot be read.
+    """
+    classes = 2 if model_kind(config.model) == "classifier" else None  # how many does not matter here
+    refused: dict[str, str] = {}
+    seen: list[AdapterConfig] = []
+    for training, own in plan_trainings(config):
+        if own.adapter in seen:
+            continue
+        seen.append(own.adapter)
+        try:
+            attach_adapter(own, load_skeleton(own.model, classes))  # a new one each time: attaching changes it
+        except UserError as error:
+            refused[training.method] = str(error)
+    return refused
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main("method_check", check_methods))
