@@ -85,7 +85,7 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
         if folder in planned:
             raise ConfigError("compare.methods", name, "is listed twice", "Give it another name.")
         own = _config_of(config, method, values, seed)
-        planned[folder] = (Training(folder, name, values, seed, own.sha256()), own)
+        planned[folder] = (Training(folder, name, values, seed, own.result_sha256()), own)
     return list(planned.values())
 
 
@@ -150,9 +150,8 @@ def values_text(values: Mapping[str, Any]) -> str:
 
 def shared_part(config: RunConfig) -> RunConfig:
     """What may not change between two calls for one comparison: methods, values and read-out may."""
-    return config.model_copy(update={
-        name: RunConfig.model_fields[name].default for name in ("compare", "ensemble", "evaluate", "search", "export")
-    })
+    free = ("compare", "ensemble", "evaluate", "search", "export", "logging")
+    return config.model_copy(update={name: RunConfig.model_fields[name].default for name in free})
 
 
 def _config_of(config: RunConfig, method: str | NamedMethod, values: Mapping[str, Any], seed: int) -> RunConfig:

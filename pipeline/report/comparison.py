@@ -13,9 +13,17 @@ from pipeline.report.reading import interval_text, number_text, pick, write_read
 from pipeline.report.result import score_entries
 from pipeline.report.scoring import ScoredSystem, score_system
 from pipeline.report.systems import METHOD_NAMES, System, base_system
-from pipeline.report.tables import Cell, align
+from pipeline.report.tables import HEADINGS, Cell, align
 
 Entries = dict[str, Any]
+
+_LEAD = {"choice": "nll", "completion": "nll", "regression": "rmse"}
+"""Kind of rows -> the score whose difference to plain LoRA the table shows."""
+_COLUMNS = {
+    "choice": ["accuracy", "NLL [95 % interval]", "ECE", "NLL scaled", "ECE scaled"],
+    "completion": ["NLL [95 % interval]"],
+    "regression": ["Pearson [95 % interval]", "RMSE"],
+}
 
 
 def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tuple[Entries, list[ScoredSystem]]:
@@ -92,11 +100,13 @@ def step_costs(trainings: Sequence[Training]) -> dict[str, float]:
 
 def format_comparison(result: Entries) -> str:
     """The table on the terminal: chosen settings marked, the other ones below."""
-    choice, names = result["kind"] == "choice", {system["key"]: system["short_name"] for system in result["systems"]}
-    headings = ["", "valid. NLL", *(["accuracy"] if choice else []), "NLL [95 % interval]"]
-    headings += ["ECE", "NLL scaled", "ECE scaled"] if choice else []
-    headings += [f"NLL − {names[result['reference']]}", "train s", "cost"]
-    rows = [_row(result, system, choice) for system in result["systems"]]
+    names = {system["key"]: system["short_name"] for system in result["systems"]}
+    lead = _LEAD[result["kind"]]
+    headings = [
+        "", f"valid. {HEADINGS[lead]}", *_COLUMNS[result["kind"]], f"{HEADINGS[lead]} − {names[result['reference']]}",
+        "train s", "cost",
+    ]
+    rows = [_row(result, system, lead) for system in result["systems"]]
     title = [f"*** {result['label']} ***"] if result["label"] else []
     return "\n".join([*title, *align([headings, *rows]), _footnote(result, names), *result["left_out"]])
 
@@ -135,32 +145,40 @@ def _training_entry(one: Training, cost: dict[str, float]) -> Entries:
     }
 
 
-def _row(result: Entries, system: Entries, choice: bool) -> list[str]:
-    before, chosen = system["test"]["before"], system.get("chosen", False)
+def _row(result: Entries, system: Entries, lead: str) -> list[str]:
     is_ensemble = system["key"].startswith("ensemble")
-    row = [system["name"] + (" *" if chosen and not is_ensemble else ""),
-           number_text(system["validation"]["before"]["nll"])]
-    row += [number_text(before["accuracy"]["value"])] if choice else []
-    row.append(interval_text(before["nll"]))
-    if choice:
-        after = system["test"]["after"]
-        row += [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
-    difference = pick(result, system=system["key"], split="test", score="nll", scaling="before")
-    row.append(interval_text(difference[0], signed=True) if difference else "")
+    mark = " *" if system.get("chosen") and not is_ensemble else ""
+    difference = pick(result, system=system["key"], split="test", score=lead, scaling="before")
+    row = [
+        system["name"] + mark, number_text(system["validation"]["before"][lead]), *_test_scores(system, result["kind"]),
+        interval_text(difference[0], signed=True) if difference else "",
+    ]
     if "train_seconds" not in system or is_ensemble:
         return [*row, "", ""]
     return [*row, number_text(system["train_seconds"], 0),
             "" if system["cost"] is None else number_text(system["cost"], 2)]
 
 
+def _test_scores(system: Entries, kind: str) -> list[str]:
+    """The cells of `_COLUMNS`."""
+    before = system["test"]["before"]
+    if kind == "regression":
+        return [interval_text(before["pearson"]), number_text(before["rmse"]["value"])]
+    if kind == "completion":
+        return [interval_text(before["nll"])]
+    after = system["test"]["after"]
+    scaled = [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
+    return [number_text(before["accuracy"]["value"]), interval_text(before["nll"]), *scaled]
+
+
 def _footnote(result: Entries, names: dict[str, str]) -> str:
-    rows = result["rows"]
-    scaled = f" scaled = temperature fitted on {rows['calibration']} calibration rows;"
+    rows, lead = result["rows"], HEADINGS[_LEAD[result["kind"]]]
+    scaled = f"; scaled = temperature fitted on {rows['calibration']} calibration rows"
     return (
-        f"* settings that {rows['validation']} validation rows choose for the method. {rows['test']} test rows; NLL in "
-        f"nats;{scaled if result['kind'] == 'choice' else ''}\nNLL − {names[result['reference']]}: paired on the same "
-        f"rows, 95 % interval. train s: in optimizer steps; cost: of a step, plain LoRA = 1.00. "
-        f"Seed {result['train_seed']}."
+        f"* settings that {rows['validation']} validation rows choose for the method (by NLL, in nats). "
+        f"{rows['test']} test rows{scaled if result['kind'] == 'choice' else ''}.\n"
+        f"{lead} − {names[result['reference']]}: paired on the same rows, 95 % interval. train s: in optimizer steps; "
+        f"cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}."
     )
 
 
