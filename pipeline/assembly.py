@@ -118,9 +118,13 @@ def micro_steps_of(train: TrainConfig, world: World) -> int:
     return train.global_batch // per_pass
 
 
-def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str) -> float:
+def warmup_steps(train: TrainConfig) -> int:
+    """Steps of the warm-up: as given, or the fraction of all."""
+    return round(train.warmup_fraction * train.max_steps) if train.warmup_steps is None else train.warmup_steps
+
+
+def schedule_factor(step: int, max_steps: int, warmup: int, kind: str) -> float:
     """Learning-rate factor of a 0-based step: linear warm-up to 1, then `linear`, `cosine` or `constant`."""
-    warmup = round(warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(max_steps - warmup, 1)

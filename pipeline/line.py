@@ -12,6 +12,7 @@ from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
+from pipeline.epochs import length_text, resolve_epochs
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.launch import has_accelerator, process_count
 from pipeline.nodes import check_nodes
@@ -46,6 +47,7 @@ def execute(
     if dry_run:
         print(plan_text(stage, config, folders))
         return EXIT_OK
+    config = resolve_epochs(config)
     started = time.monotonic()
     code = STAGE_FUNCTIONS[stage](config, folders)
     if stage == "run" and code == EXIT_OK:
@@ -160,7 +162,7 @@ def plan_text(stage: str, config: RunConfig, folders: Folders) -> str:
     )
     steps = {
         "search": f"{config.search.trials} trials of {config.search.max_steps} steps -> {folders.search}",
-        "train": f"{config.train.max_steps} steps, processes: {processes}, {config.train.deepspeed} -> {folders.run}",
+        "train": f"{length_text(config.train)}, processes: {processes}, {config.train.deepspeed} -> {folders.run}",
         "plain": f"the same budget without dropout -> {folders.plain}",
         "evaluate": f"{config.ensemble.size} mask draws, 3 splits -> {folders.run / 'predictions'}",
         "report": f"{folders.run / 'report.html'}",

@@ -23,47 +23,52 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, positions, labels[rows, positions + 1]
 
 
-def token_log_probs(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """log p(token) of every supervised token, in nats: (log_probs (n,), row index (n,)).
+def token_losses(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-log p(token) of every supervised token, in nats: (losses (n,), row index (n,)).
 
     Args:
         hidden: (B, T, D) last hidden states.
         labels: (B, T) token ids, IGNORE_INDEX where unsupervised, unshifted.
         head: (n, D) -> (n, V) logits.
+        smoothing: ε of label smoothing: (1 - ε) · -log p(token) + ε · the mean of -log p over the vocabulary.
     """
     rows, positions, targets = supervised_positions(labels)
     selected = hidden[rows, positions]
     parts = []
     for chunk, target in zip(selected.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         if torch.is_grad_enabled() and len(targets) > CHUNK_TOKENS:
-            parts.append(checkpoint(_chunk_log_probs, chunk, target, head, use_reentrant=False))
+            parts.append(checkpoint(_chunk_losses, chunk, target, head, smoothing, use_reentrant=False))
         else:
-            parts.append(_chunk_log_probs(chunk, target, head))
+            parts.append(_chunk_losses(chunk, target, head, smoothing))
     return (torch.cat(parts) if parts else selected.sum(-1)), rows
 
 
 def weighted_nll(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], row_weights: Tensor
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], row_weights: Tensor, smoothing: float = 0.0
 ) -> tuple[Tensor, int]:
     """Σ over supervised tokens of weight(row) · nll, in nats, and the number of tokens with weight above 0.
 
     Args:
         row_weights: (B,) weight of each row: 1, 1/S under `replicate`, 0 for a filler.
+        smoothing: as in `token_losses`.
     """
-    log_probs, rows = token_log_probs(hidden, labels, head)
+    losses, rows = token_losses(hidden, labels, head, smoothing)
     weights = row_weights[rows]
-    return -(log_probs.float() * weights).sum(), int((weights > 0).sum())
+    return (losses.float() * weights).sum(), int((weights > 0).sum())
 
 
-def weighted_class_nll(logits: Tensor, classes: Tensor, row_weights: Tensor) -> Tensor:
+def weighted_class_nll(logits: Tensor, classes: Tensor, row_weights: Tensor, smoothing: float = 0.0) -> Tensor:
     """Σ over rows of weight(row) · -log softmax(logits)[class], in nats.
 
     Args:
         logits: (B, C).
         classes: (B,) index of the right class.
         row_weights: (B,) as in `weighted_nll`.
+        smoothing: as in `token_losses`, over the classes.
     """
-    return (torch.nn.functional.cross_entropy(logits.float(), classes, reduction="none") * row_weights).sum()
+    return (_cross_entropy(logits, classes, smoothing) * row_weights).sum()
 
 
 def weighted_squared_error(values: Tensor, scores: Tensor, row_weights: Tensor) -> Tensor:
@@ -71,10 +76,11 @@ def weighted_squared_error(values: Tensor, scores: Tensor, row_weights: Tensor) 
     return ((values.float() - scores).square() * row_weights).sum()
 
 
-def nll_and_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, V) logits, (n,) classes -> (n,) -log p(class) in nats, (n, V) float32 log-probabilities."""
+def nll_and_log_probs(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(n, V) logits, (n,) classes -> (n,) -log p(class) in nats (smoothed), (n, V) float32 log-probabilities."""
     log_probs = logits.float().log_softmax(-1)
-    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_probs
+    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (torch.lerp(nll, -log_probs.mean(-1), smoothing) if smoothing else nll), log_probs
 
 
 def branch_terms(
@@ -127,5 +133,9 @@ def _scored(features: Tensor, targets: Tensor, score: Score) -> tuple[Tensor, Te
     return losses.view(len(features), -1), log_probs.view(*features.shape[:2], -1)
 
 
-def _chunk_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return -torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _chunk_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], smoothing: float) -> Tensor:
+    return _cross_entropy(head(hidden), targets, smoothing)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)

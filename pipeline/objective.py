@@ -31,9 +31,9 @@ from pipeline.randomness import key64
 class SupervisedLM(nn.Module):
     """A causal model whose forward is the loss: logits only where tokens are supervised."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing = model, smoothing
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor,
@@ -44,7 +44,7 @@ class SupervisedLM(nn.Module):
         Packed rows come without attention mask: see `Batch.tensors`.
         """
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
-        return weighted_nll(hidden, labels, head_of(self.model), row_weights)[0]
+        return weighted_nll(hidden, labels, head_of(self.model), row_weights, self.smoothing)[0]
 
     def read(
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
@@ -56,15 +56,15 @@ class SupervisedLM(nn.Module):
 
     def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """nll of each token, and the distribution over the vocabulary."""
-        return nll_and_log_probs(head_of(self.model)(features), targets)
+        return nll_and_log_probs(head_of(self.model)(features), targets, self.smoothing)
 
 
 class SupervisedClassifier(nn.Module):
     """A model with a classification head whose forward is the loss."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing = model, smoothing
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor, row_weights: Tensor,
@@ -76,7 +76,7 @@ class SupervisedClassifier(nn.Module):
         start at 0.
         """
         logits = head_outputs(self.model, input_ids, attention_mask, token_type_ids)
-        return weighted_class_nll(logits, labels.amax(dim=1), row_weights)
+        return weighted_class_nll(logits, labels.amax(dim=1), row_weights, self.smoothing)
 
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor,
@@ -88,7 +88,7 @@ class SupervisedClassifier(nn.Module):
 
     def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """nll of each row's class, and the distribution over the classes."""
-        return nll_and_log_probs(features, targets)
+        return nll_and_log_probs(features, targets, self.smoothing)
 
 
 class SupervisedRegressor(nn.Module):

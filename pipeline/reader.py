@@ -26,6 +26,7 @@ from pipeline.data.encode import Encoded, encode_candidates, encode_training_row
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
 from pipeline.ds_config import shards_parameters
+from pipeline.errors import ConfigError
 from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
@@ -87,7 +88,7 @@ class CausalReader:
 
     def objective(self) -> nn.Module:
         """Next-token loss."""
-        return SupervisedLM(self.base.model)
+        return SupervisedLM(self.base.model, self.config.train.label_smoothing)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
@@ -132,7 +133,7 @@ class ClassifierReader:
 
     def objective(self) -> nn.Module:
         """Cross-entropy over the classes."""
-        return SupervisedClassifier(self.base.model)
+        return SupervisedClassifier(self.base.model, self.config.train.label_smoothing)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
@@ -164,7 +165,12 @@ class RegressionReader(ClassifierReader):
         return "supervised by one number per row"
 
     def objective(self) -> nn.Module:
-        """Mean squared error."""
+        """Mean squared error. Raises `ConfigError` where labels are to be smoothed: there are none."""
+        if self.config.train.label_smoothing:
+            raise ConfigError(
+                "train.label_smoothing", self.config.train.label_smoothing, "has no meaning for rows with a score",
+                "Set train.label_smoothing=0.",
+            )
         return SupervisedRegressor(self.base.model)
 
     def predict(

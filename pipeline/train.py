@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from pipeline import distributed
-from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor
+from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
 from pipeline.environment import describe_environment
+from pipeline.epochs import require_steps
 from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.guards import require_same_inputs
 from pipeline.model.head import check_packing
@@ -38,6 +39,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         Stopped: a stop was requested and the state is saved.
         NotFinite, LossSpike, Untrained: a numerical guard ended the run before the step was applied.
     """
+    require_steps(config.train)
     world = distributed.start()
     distributed.require_equal("the configuration", config.sha256())
     distributed.require_shared_folder(run_dir)
@@ -130,7 +132,7 @@ def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
 
 def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:
     """Set every group's rate for a 0-based step (lora_B's times the LoRA+ ratio); returns that of lora_A."""
-    factor = schedule_factor(step, train.max_steps, train.warmup_fraction, train.schedule)
+    factor = schedule_factor(step, train.max_steps, warmup_steps(train), train.schedule)
     for group in engine.optimizer.param_groups:
         group["lr"] = train.learning_rate * factor * group["ratio"]
     return train.learning_rate * factor

@@ -45,6 +45,7 @@ LAYERS = {
         "feed",
         "guards",
         "sharding",
+        "epochs",
     ],
     4: [
         "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",

@@ -13,7 +13,7 @@ import pytest
 from pipeline.config import DataConfig, TemplateConfig
 from pipeline.data.check import check_data
 from pipeline.data.read import read_file
-from pipeline.data.sources import is_local, open_records, parse
+from pipeline.data.sources import is_local, open_records, parse, sources_of
 from pipeline.data.splits import load_splits
 from pipeline.errors import EXIT_USER, DataError, ErrorList, UserError
 
@@ -205,10 +205,10 @@ def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"data.path = 'no/set': is no local path and cannot be loaded .*no route"):
-        open_records("no/set")
+        open_records(sources_of(DataConfig(path="no/set"))[0])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"test": []})
     with pytest.raises(DataError, match="has no split train; its splits are test. Save the splits"):
-        open_records("no/set")
+        open_records(sources_of(DataConfig(path="no/set"))[0])
 
 
 def test_checking_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def adapter_hash(folder: Path) -> str:
 
 
 def test_schedule_warms_up_and_decays() -> None:
-    factors = [schedule_factor(step, 20, 0.2, "linear") for step in range(20)]
+    factors = [schedule_factor(step, 20, 4, "linear") for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
     assert factors[-1] == pytest.approx(1 / 16) and sorted(factors[4:], reverse=True) == factors[4:]
-    assert schedule_factor(19, 20, 0.0, "cosine") == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.95)))
-    assert schedule_factor(19, 20, 0.0, "constant") == 1.0
+    assert schedule_factor(19, 20, 0, "cosine") == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.95)))
+    assert schedule_factor(19, 20, 0, "constant") == 1.0
 
 
 @pytest.mark.parametrize(

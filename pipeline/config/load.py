@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,6 +16,8 @@ from pipeline.errors import ConfigError, ErrorList, UserError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+INSTEAD = {("train", "max_steps"): "epochs", ("train", "epochs"): "max_steps"}
+"""(section, key) -> the key of which an override takes the place."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -36,6 +37,9 @@ def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
+        section, _, key = override.partition("=")[0].partition(".")
+        if (section, key) in INSTEAD:
+            tree[section].pop(INSTEAD[section, key], None)
     return tree
 
 
@@ -80,14 +84,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """A path as given, or the file of that name in pipeline/recipes."""
+    """A path as given, or the file of that name (`default`, `papers/gpt2-medium-e2e`) in pipeline/recipes."""
     path = Path(source)
     if path.is_file():
         return path
-    named = RECIPES / f"{source}.yaml"
-    if os.sep not in str(source) and named.is_file():
+    named = (RECIPES / f"{source}.yaml").resolve()
+    if named.is_relative_to(RECIPES) and named.is_file():
         return named
-    names = sorted(p.stem for p in RECIPES.glob("**/*.yaml"))
+    names = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.glob("**/*.yaml"))
     raise ConfigError("--config", str(source), "is neither a file nor a recipe", f"Recipes: {', '.join(names)}.")
 
 

@@ -64,6 +64,26 @@ class TemplateConfig(Section):
         return values
 
 
+Split = Literal["train", "validation", "calibration", "test"]
+
+
+class EvaluationDataConfig(Section):
+    """Another source for validation, calibration and test: what is trained on one task may be tested on another."""
+
+    path: str
+    """As `data.path`."""
+    splits: dict[Split, str]
+    """Which split of the source is our validation, calibration and test; all three are named."""
+    template: TemplateConfig | None = None
+    """As `data.template`."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> EvaluationDataConfig:
+        if set(self.splits) != {"validation", "calibration", "test"}:
+            raise ValueError("data.evaluation.splits must name validation, calibration and test, and no train")
+        return self
+
+
 class DataConfig(Section):
     """Rows and how they are divided among their owners."""
 
@@ -72,18 +92,30 @@ class DataConfig(Section):
     a hub data set, or the embedded default."""
     template: TemplateConfig | None = None
     """Needed only where rows are not {prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}."""
+    splits: dict[Split, str] | None = None
+    """Our split -> the split of the hub data set (or file name without suffix, of a folder) that it is taken from, such
+    as {train: train, test: validation} where the published test split has no labels. What is not named is drawn from
+    train. None: splits are named as ours are."""
+    evaluation: EvaluationDataConfig | None = None
+    """Where validation, calibration and test come from, if not from `path`."""
     train_rows: Positive | None = None
     """Rows of the train split; None = what the other splits leave."""
-    validation_rows: Positive = 200
-    """Rows for early stopping, search and selection."""
-    calibration_rows: Positive = 200
-    """Rows on which the temperature is fitted."""
-    test_rows: Positive = 400
-    """Rows of the final report."""
+    validation_rows: Positive | None = 200
+    """Rows for early stopping, search and selection; None = all of a split of its own."""
+    calibration_rows: Positive | None = 200
+    """Rows on which the temperature is fitted; None = all of a split of its own."""
+    test_rows: Positive | None = 400
+    """Rows of the final report; None = all of a split of its own."""
     max_tokens: Positive = 512
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
     seed: NonNegative = 0
     """Seed of the split."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> DataConfig:
+        if self.splits is not None and "train" not in self.splits:
+            raise ValueError("data.splits must name train: what is not named is drawn from it")
+        return self
 
 
 class SpikeConfig(Section):
@@ -102,6 +134,9 @@ class TrainConfig(Section):
 
     max_steps: Positive = 60
     """Optimizer updates."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training rows, in place of max_steps: steps = ceil(epochs × rows / global_batch), counted once,
+    before the training processes start."""
     global_batch: Positive = 16
     """Examples per optimizer update, over all processes."""
     micro_batch: Positive = 8
@@ -118,10 +153,14 @@ class TrainConfig(Section):
     """Learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354)."""
     warmup_fraction: Fraction = 0.1
     """Part of max_steps with a linearly rising learning rate."""
+    warmup_steps: NonNegative | None = None
+    """The same in steps; takes the place of warmup_fraction."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's decoupled weight decay."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Part of the target's probability that is spread evenly over all tokens (or classes); training loss only."""
     max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Global norm at which gradients are clipped."""
     seed: NonNegative = 0
@@ -151,6 +190,11 @@ class TrainConfig(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}"
+            )
+        if self.epochs is not None and "max_steps" in self.model_fields_set:
+            raise ValueError(
+                f"train.epochs = {self.epochs:g} and train.max_steps = {self.max_steps} both say how long training is;"
+                " keep one of them, or set train.epochs=null"
             )
         return self
 

@@ -6,7 +6,7 @@ from pipeline.config import DataConfig
 from pipeline.data.classes import output_count, refuse_for_causal
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
-from pipeline.data.sources import check_name, is_local, local_files, parse
+from pipeline.data.sources import check_name, is_local, local_files, parse, sources_of
 from pipeline.data.splits import divide
 from pipeline.data.template import check_template
 from pipeline.errors import DataError
@@ -24,24 +24,27 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = 
     Raises:
         DataError: the fault (an `ErrorList` of up to five where there are several).
     """
-    check_template(config.template)
-    check_name(config.path)
-    if not is_local(config.path):
-        return
     files: dict[str, list[Row]] = {}
     whole: dict[str, bool] = {}
-    for split, path in local_files(config.path).items():
-        files[split], whole[split] = parse(read_file(path), config.template, str(path), limit)
+    sources = sources_of(config)
+    for source in sources:
+        check_template(source.template)
+        check_name(source.path)
+        if is_local(source.path):
+            for split, path in local_files(source).items():
+                files[split], whole[split] = parse(read_file(path), source.template, str(path), limit)
     found = [row for rows in files.values() for row in rows]
-    if classifier:
+    if classifier and found:
         output_count(found)
     elif classifier is False:
         refuse_for_causal(found)
+    if not all(is_local(source.path) for source in sources):
+        return
     if all(whole.values()):
         divide(files, config)
         return
     for split in ("validation", "calibration", "test"):
-        if whole.get(split) and len(files[split]) < getattr(config, f"{split}_rows"):
+        if whole.get(split) and len(files[split]) < (getattr(config, f"{split}_rows") or 1):
             there = len(files[split])
             raise DataError(
                 f"data.{split}_rows", getattr(config, f"{split}_rows"), f"the {split} file has {there} rows",

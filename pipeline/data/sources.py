@@ -7,12 +7,13 @@ from which the splits that have no file of their own are drawn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TemplateConfig
+from pipeline.config import DataConfig, TemplateConfig
 from pipeline.config.sections import EMBEDDED_DATA
 from pipeline.data.read import READERS, Record, read_file
 from pipeline.data.rows import IdRegister, Row
@@ -37,20 +38,45 @@ def is_local(path: str) -> bool:
     return place.exists() or in_local_folder or bool(_SUFFIX.search(path)) or not _HUB_NAME.fullmatch(path)
 
 
-def local_files(path: str) -> dict[str, Path]:
-    """Split -> file of a local `data.path`; a single file is `train`.
+@dataclass(frozen=True)
+class Source:
+    """One place that rows come from, and for which splits."""
+
+    path: str
+    template: TemplateConfig | None
+    splits: Mapping[str, str]
+    """Our split -> its name there."""
+    field: str = "data.path"
+    """The configuration key that names it."""
+
+
+def sources_of(config: DataConfig) -> list[Source]:
+    """The configured places: `data.path`, and `data.evaluation` where it is given."""
+    named: dict[str, str] = dict(config.splits.items()) if config.splits else {split: split for split in SPLITS}
+    if config.evaluation is None:
+        return [Source(config.path, config.template, named)]
+    other = config.evaluation
+    return [
+        Source(config.path, config.template, {"train": named["train"]}),
+        Source(other.path, other.template, dict(other.splits.items()), "data.evaluation.path"),
+    ]
+
+
+def local_files(source: Source) -> dict[str, Path]:
+    """Split -> file of a local source; a single file is `train`.
 
     Raises:
         DataError: nothing there, a folder without a train file, two files for one split.
     """
-    place = Path(path).expanduser()
+    place = Path(source.path).expanduser()
     if place.is_dir():
-        return _folder_files(place)
+        return _folder_files(place, source)
     if not place.exists():
         raise DataError(
-            "data.path", path, "does not exist",
+            source.field, source.path, "does not exist",
             "Give a local file or folder, or a hub data set as NAME, OWNER/NAME or OWNER/NAME:CONFIG.",
         )
+    _require_single(source)
     return {"train": place}
 
 
@@ -60,20 +86,22 @@ def check_name(path: str) -> None:
         raise DataError("data.path", path, "is not embedded", f"There is {EMBEDDED_DATA}.")
 
 
-def open_records(path: str) -> dict[str, Iterable[Record]]:
-    """Split -> records of any `data.path`. Hub and embedded data are fetched here.
+def open_records(source: Source) -> dict[str, Iterable[Record]]:
+    """Split -> records of any source. Hub and embedded data are fetched here.
 
     Raises:
         DataError: nothing there under that name.
     """
+    path = source.path
     check_name(path)
     if path.startswith(EMBEDDED):
         from pipeline.data.embedded import embedded_rows
 
+        _require_single(source)
         return {"train": _numbered(path, embedded_rows(path))}
     if is_local(path):
-        return {split: read_file(file) for split, file in local_files(path).items()}
-    return _hub_records(path)
+        return {split: read_file(file) for split, file in local_files(source).items()}
+    return _hub_records(source)
 
 
 def parse(
@@ -108,23 +136,45 @@ def parse(
     return rows, next(iterator, None) is None
 
 
-def _folder_files(folder: Path) -> dict[str, Path]:
+def _folder_files(folder: Path, source: Source) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for split in SPLITS:
-        found = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
+    for split, name in source.splits.items():
+        found = [folder / f"{name}{suffix}" for suffix in READERS if (folder / f"{name}{suffix}").is_file()]
         if len(found) > 1:
             raise DataError(
-                "data.path", str(folder), f"holds {found[0].name} and {found[1].name}", "Keep one file per split."
+                source.field, str(folder), f"holds {found[0].name} and {found[1].name}", "Keep one file per split."
             )
         if found:
             files[split] = found[0]
-    if "train" not in files:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    for split, name in _missing(source, files):
         raise DataError(
-            "data.path", str(folder), f"has no train file; it holds {there}",
-            f"Name the files {', '.join(SPLITS)} with one of {', '.join(READERS)}; only train is a must.",
+            source.field, str(folder), f"has no {name} file{_meant(split, name)}; it holds {there}",
+            f"Name the files {', '.join(SPLITS)} with one of {', '.join(READERS)} (only train is a must), or say in"
+            " data.splits which is which.",
         )
     return files
+
+
+def _missing(source: Source, found: Mapping[str, object]) -> list[tuple[str, str]]:
+    """(our split, its name there) that must be there and is not: train, and whatever was given another name."""
+    return [
+        (split, name) for split, name in source.splits.items()
+        if split not in found and (split == "train" or name != split or "train" not in source.splits)
+    ]
+
+
+def _meant(split: str, name: str) -> str:
+    return "" if split == name else f", meant to be our {split}"
+
+
+def _require_single(source: Source) -> None:
+    """Refuse a single table, which counts as train, where other splits are meant to come from it."""
+    if _missing(source, {"train": None}) or "train" not in source.splits:
+        raise DataError(
+            source.field, source.path, f"is a single table, and {', '.join(source.splits)} are to come from it",
+            "Give a folder or a hub data set with a split for each.",
+        )
 
 
 def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
@@ -132,20 +182,23 @@ def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
         yield f"{name}: row {number}", record
 
 
-def _hub_records(path: str) -> dict[str, Iterable[Record]]:
+def _hub_records(source: Source) -> dict[str, Iterable[Record]]:
     import datasets
 
+    path = source.path
     name, _, variant = path.partition(":")
     try:
         found = datasets.load_dataset(name, variant or None)
     except Exception as error:  # the client raises many types: no network, no such name, a needed configuration
         raise DataError(
-            "data.path", path, f"is no local path and cannot be loaded from the hub ({' '.join(str(error).split())})",
+            source.field, path, f"is no local path and cannot be loaded from the hub ({' '.join(str(error).split())})",
             "Check the name (OWNER/NAME or OWNER/NAME:CONFIG) and the network, or give a local file.",
         ) from error
-    if "train" not in found:
+    there = {split: name for split, name in source.splits.items() if name in found}
+    for split, name in _missing(source, there):
         raise DataError(
-            "data.path", path, f"has no split train; its splits are {', '.join(map(str, found))}",
-            f"Save the splits you want as {', '.join(SPLITS)}.jsonl in a folder, and give the folder.",
+            source.field, path,
+            f"has no split {name}{_meant(split, name)}; its splits are {', '.join(map(str, found))}",
+            f"Save the splits you want as {', '.join(SPLITS)}.jsonl in a folder, or name them in data.splits.",
         )
-    return {split: _numbered(f"{path}[{split}]", found[split]) for split in SPLITS if split in found}
+    return {split: _numbered(f"{path}[{name}]", found[name]) for split, name in there.items()}

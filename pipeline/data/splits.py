@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipeline.config import DataConfig
 from pipeline.data.rows import Row
-from pipeline.data.sources import open_records, parse
+from pipeline.data.sources import open_records, parse, sources_of
 from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
@@ -47,11 +47,11 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         DataError: a fault in the data, or too few rows for `data.*_rows`.
     """
-    check_template(config.template)
-    files = {
-        split: parse(records, config.template, f"{config.path} ({split})")[0]
-        for split, records in open_records(config.path).items()
-    }
+    files = {}
+    for source in sources_of(config):
+        check_template(source.template)
+        for split, records in open_records(source).items():
+            files[split] = parse(records, source.template, f"{source.path} ({split})")[0]
     splits = divide(files, config)
     if splits.repeated:
         log.warning("data: dropped %d repeated rows (same text; the first of each is kept)", splits.repeated)
@@ -76,6 +76,11 @@ def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
     for split in TAKING_ORDER:
         source = split if split in pools else "train"
         wanted = getattr(config, f"{split}_rows")
+        if wanted is None and split != "train" and source == "train":
+            raise DataError(
+                f"data.{split}_rows", None, "must be a number: it has no split of its own and is drawn from train",
+                f"Set data.{split}_rows, or name its split in data.splits.",
+            )
         taken[split] = _take(pools[source], wanted)
         if len(taken[split]) < (wanted or 1):
             raise _too_few(split, source, sizes[source], questions[source], files, config)

@@ -24,6 +24,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}"
 
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_ENTRY = re.compile(r"(.+)\[(\d+)\]")
+"""`choices[0]`: an entry of a column that holds lists."""
 
 
 class ColumnError(DataError):
@@ -88,7 +90,7 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
 
 
 def fill(text: str, values: Mapping[str, Any], where: str) -> str:
-    """`text` with every `{column}` replaced by its value; `{{` and `}}` stand for braces.
+    """`text` with every `{column}` (or `{column[0]}`, of a list) replaced by its value; `{{`, `}}` stand for braces.
 
     Raises:
         DataError: no such column (those there are get listed), or a value that is no text or number.
@@ -97,7 +99,7 @@ def fill(text: str, values: Mapping[str, Any], where: str) -> str:
     def replacement(match: re.Match[str]) -> str:
         if match.group(1) is None:
             return match.group()[0]
-        return _as_text(_get(values, match.group(1), where), f"{where}: {match.group(1)}")
+        return _as_text(_value(values, match.group(1), where), f"{where}: {match.group(1)}")
 
     return _COLUMN.sub(replacement, text) if "{" in text or "}" in text else text
 
@@ -122,6 +124,17 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     if template != TemplateConfig():
         mapped["messages"] = None
     return mapped
+
+
+def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
+    """A column's value, or an entry of it."""
+    entry = _ENTRY.fullmatch(name)
+    if name in values or entry is None:
+        return _get(values, name, where)
+    entries, index = _from_json(_get(values, entry.group(1), where)), int(entry.group(2))
+    if not isinstance(entries, list | tuple) or index >= len(entries):
+        raise DataError(f"{where}: {name}", entries, "is no entry of a list", "Count from 0, or leave the row out.")
+    return entries[index]
 
 
 def _get(values: Mapping[str, Any], column: str, where: str) -> Any:
