@@ -1,0 +1,217 @@
+"""A comparison as records and as a report: what is planned and chosen; its numbers against direct computation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.comparison import (
+    Training,
+    choose,
+    outcome,
+    plan_trainings,
+    read_comparison,
+    shared_part,
+    write_comparison,
+)
+from pipeline.config import build_config, dump_config, load_config
+from pipeline.data import Row
+from pipeline.errors import RunFolderError, UserError
+from pipeline.evaluate import listed_adapters
+from pipeline.line import resolve
+from pipeline.predictions import ChoicePredictions, Member, write_members, write_predictions
+from pipeline.report import format_comparison, write_report
+from pipeline.report.comparison import build_comparison
+from pipeline.report.inputs import read_inputs
+from pipeline.report.systems import base_system
+from pipeline.runner import Folders, refuse_other
+from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, write_json, write_text
+
+VALUES = {"train.learning_rate": 0.001}
+ROWS = {"validation": 40, "calibration": 60, "test": 80}
+
+
+def training(method: str, rate: float, seed: int = 0, nll: float | None = 0.5, **changed: Any) -> Training:
+    found = Training(f"{method}-lr{rate:g}-seed{seed}", method, {"train.learning_rate": rate}, seed, "ab", "done")
+    return replace(found, validation_nll=nll, steps=4, seconds=8.0, step_seconds=2.0, **changed)
+
+
+def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
+    methods = "[none, lora_dropout+hiddenkey, {name: one side, adapter: {method: lora_dropout, rates: {lora_B: 0.0}}}]"
+    config = load_config(None, [
+        f"compare.methods={methods}", "compare.learning_rates=[1e-3, 2e-3]", "compare.vary={adapter.rank: [4, 16]}",
+        "compare.seeds=[3, 5]", "adapter.rate=0.25", "label=small",
+    ])
+    planned = plan_trainings(config)
+    assert len(planned) == len({one.name for one, _ in planned}) == 3 * 2 * 2 * 2
+    one, own = planned[-1]
+    assert one.name == "one_side-lr0.002-rank16-seed5" and one.config_sha256 == own.result_sha256()
+    assert (own.train.learning_rate, own.adapter.rank, own.train.seed) == (0.002, 16, 5)
+    assert own.label == "small: one side" and own.adapter.rate is None
+    rates = {site.position: site.rate for site in own.adapter.resolved_method().sites}
+    assert rates == {"lora_A": 0.5, "lora_B": 0.0}
+    assert planned[8][1].adapter.resolved_method().consistency.kind == "kl"
+    longer = load_config(None, ["compare.methods=[none]", "compare.learning_rates=[0.001]", "label=small",
+                                "compare.vary={adapter.rank: [4]}", "compare.seeds=[3, 5]"])
+    assert plan_trainings(longer)[0][1].train == planned[0][1].train  # a training knows nothing of the others
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("compare.methods=[none, hiddenkye]", "unknown method 'hiddenkye'"),
+        ("compare.methods=[none, none]", "'none': is listed twice"),
+        ("compare.methods=[{name: x, adapter: {rat: 0.1}}]", "adapter.rat = 0.1: is not a known key"),
+        ("compare.methods=[{name: x, adapter: {method: hiddenkey, rate: 0.1}}]", "set adapter.rates.POSITION"),
+        ("compare.vary={adapter.rnk: [4]}", "Did you mean adapter.rank?"),
+        ("compare.vary={data.seed: [4]}", "is not a key that can vary here"),
+        ("compare.vary={train.learning_rate: [0.1]}", "is not a key that can vary here"),
+        ("compare.vary={adapter.rank: [0]}", "greater than or equal to 1"),
+        ("compare.learning_rates=[]", "compare.learning_rates"),
+        ("compare.learning_rates=[0.0]", "compare.learning_rates"),
+        ("compare.method=[none]", "Did you mean compare.methods?"),
+    ],
+)
+def test_faults_are_named_before_anything_starts(setting: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan_trainings(load_config(None, [setting]))
+    assert said in str(caught.value)
+
+
+def test_validation_chooses_by_the_mean_over_seeds_among_complete_settings() -> None:
+    found = choose([
+        training("a", 1.0, 0, 0.2), training("a", 1.0, 1, 0.9),
+        training("a", 2.0, 0, 0.5), training("a", 2.0, 1, 0.5),
+        replace(training("a", 3.0, 0, None), state="failed"), training("a", 3.0, 1, 0.1),
+        training("b", 1.0, 0, 0.7), replace(training("c", 1.0, 0, None), state="refused"),
+    ])
+    assert [(one.method, one.values["train.learning_rate"], one.seed) for one in found if one.chosen] == [
+        ("a", 2.0, 0), ("a", 2.0, 1), ("b", 1.0, 0),
+    ]
+
+
+@pytest.mark.parametrize(("keep_best", "nll"), [(True, 0.4), (False, 0.6)])
+def test_the_outcome_is_that_of_the_adapter_that_was_kept(tmp_path: Path, keep_best: bool, nll: float) -> None:
+    paths = RunPaths(tmp_path / "trainings" / "a")
+    write_text(paths.adapter / ADAPTER_WEIGHTS, "weights")
+    lines = [f'{{"kind": "train", "step": {s}, "seconds": {s}.0}}\n' for s in (1, 2, 9)]
+    lines += [f'{{"kind": "validation", "step": {s}, "nll": {v}}}\n' for s, v in ((1, 0.5), (2, 0.4), (9, 0.6))]
+    write_text(paths.metrics, "".join(lines))
+    config = build_config({"train": {"keep_best": keep_best}})
+    found = outcome(Training("a", "a", {}, 0, "ab", "failed", "once"), tmp_path, config)
+    assert (found.state, found.error, found.validation_nll) == ("done", "", nll)
+    assert (found.steps, found.seconds, found.step_seconds) == (3, 12.0, 2.0)
+
+
+def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(tmp_path: Path) -> None:
+    config = load_config("compare")
+    write_text(tmp_path / "config.yaml", dump_config(config))
+    more = load_config("compare", ["compare.methods=[none, dropkey]", "ensemble.size=8"])
+    refuse_other(tmp_path / "config.yaml", more, shared_part)
+    for other in ("data.train_rows=32", "train.max_steps=5", "adapter.rank=4"):
+        with pytest.raises(RunFolderError, match="another configuration"):
+            refuse_other(tmp_path / "config.yaml", load_config("compare", [other]), shared_part)
+
+
+def test_without_a_recipe_a_comparison_has_its_own() -> None:
+    config = resolve("compare", None, Folders(Path("none")), [], quick=False)
+    assert len(plan_trainings(config)) == 12 and "small budget" in config.label
+    assert len(plan_trainings(resolve("compare", None, Folders(Path("none")), [], quick=True))) == 6
+
+
+def write_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Member], dict[str, np.ndarray], Any]:
+    """A comparison's folder as training and evaluation leave it: two seeds, draws of what was chosen."""
+    trainings = choose([
+        *(training("none", rate, seed, 0.5 + rate) for rate in (0.1, 0.2) for seed in (0, 1)),
+        *(training("dropkey", rate, seed, 0.5 - rate) for rate in (0.1, 0.2) for seed in (0, 1)),
+        replace(training("hiddenkey", 0.1, 0, None), state="refused", error="no such thing"),
+    ])
+    trainings = [replace(one, step_seconds=3.0) if one.method == "dropkey" else one for one in trainings]
+    paths, random = RunPaths(root), np.random.default_rng(0)
+    config = build_config({"evaluate": {"bootstrap_samples": 400}})
+    write_text(paths.config, dump_config(config))
+    write_comparison(paths, config, trainings)
+    members = [Member("base", "base", extra={"head": "untrained"})]
+    for one in trainings:
+        about = {"method": one.method, "values": one.values, "train_seed": one.seed}
+        draws = [None, 0, 1] if one.chosen and one.method == "dropkey" else [None]
+        members += [Member(one.name, "compared", "a", "b", d, about) for d in draws if one.state == "done"]
+    write_members(paths.predictions, members)
+    splits, scores = {}, {}
+    for split, rows in ROWS.items():
+        labels = random.integers(0, 2, rows)
+        logits = random.normal(size=(len(members), rows, 2)) + 2.0 * np.eye(2)[labels]
+        scores[split] = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        ids = tuple(f"{split}-{i}" for i in range(rows))
+        write_predictions(paths.predictions, split, ChoicePredictions(ids, scores[split].astype(np.float32)))
+        splits[split] = [Row(id=i, choices=("bad", "good"), label=int(y)) for i, y in zip(ids, labels, strict=True)]
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+    return members, scores, np.array([row.label for row in splits["test"]])
+
+
+def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members, scores, labels = write_compared(tmp_path, monkeypatch)
+    result = write_report(tmp_path)
+    nll = -scores["test"][:, np.arange(len(labels)), labels].mean(axis=1)
+    systems = {system["key"]: system for system in result["systems"]}
+    assert list(systems) == ["base", "plain", "variant_0_1", "method_1", "ensemble_1", "variant_1_1"]
+    plain = [i for i, m in enumerate(members) if m.name.startswith("none-lr0.1-")]
+    dropkey = [i for i, m in enumerate(members) if m.name.startswith("dropkey-lr0.2-") and m.draw is None]
+    assert systems["plain"]["test"]["before"]["nll"]["value"] == pytest.approx(nll[plain].mean(), abs=1e-6)
+    assert systems["method_1"]["test"]["before"]["nll"]["value"] == pytest.approx(nll[dropkey].mean(), abs=1e-6)
+    right = (scores["test"][dropkey].argmax(-1) == labels).mean()
+    assert systems["method_1"]["test"]["before"]["accuracy"]["value"] == pytest.approx(right)
+    draws = np.exp([scores["test"][[i + 1, i + 2]] for i in dropkey]).mean(axis=1)  # (seeds, rows, choices)
+    mixture = -np.log(draws[:, np.arange(len(labels)), labels]).mean()
+    assert systems["ensemble_1"]["test"]["before"]["nll"]["value"] == pytest.approx(mixture, abs=1e-6)
+
+    (paired,) = [c for c in result["comparisons"] if (c["system"], c["split"], c["score"], c["scaling"]) == (
+        "method_1", "test", "nll", "before")]
+    assert paired["versus"] == "plain" and paired["low"] < paired["difference"] < paired["high"]
+    assert paired["difference"] == pytest.approx(nll[dropkey].mean() - nll[plain].mean(), abs=1e-6)
+    assert systems["method_1"]["cost"] == 1.5 and systems["plain"]["cost"] == 1.0
+    assert systems["method_1"]["train_seconds"] == 8.0 and systems["method_1"]["seeds"] == [0, 1]
+
+    table = format_comparison(result)
+    for part in ("Base model, untrained head", "Plain LoRA, lr 0.1 *", "Plain LoRA, lr 0.2  ", "DropKey, lr 0.2 *",
+                 "DropKey, 2 masks", "hiddenkey-lr0.1-seed0 refused: no such thing", "Seed 0, 1."):
+        assert part in table, table
+    assert "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2." in result["reading"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Comparison of 3 methods" in page and "HiddenKey, lr 0.1, seed 0" in page and "no such thing" in page
+
+
+def test_without_plain_lora_methods_are_compared_with_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_compared(tmp_path, monkeypatch)
+    paths = RunPaths(tmp_path)
+    kept = [one for one in read_comparison(paths) or [] if one.method != "none"]
+    write_comparison(paths, build_config({}), kept)
+    result, _ = build_comparison(read_inputs(tmp_path), kept)
+    assert {c["versus"] for c in result["comparisons"]} == {"base"}
+    assert {system.get("cost") for system in result["systems"]} == {None}
+    assert "NLL − the base with an untrained head" in format_comparison(result)
+
+
+def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path: Path) -> None:
+    config = build_config({"ensemble": {"size": 3}})
+    trainings = [training("none", 0.1, chosen=True), training("none", 0.2),
+                 replace(training("dropkey", 0.1), state="failed")]
+    write_comparison(RunPaths(tmp_path), config, trainings)
+    entries = listed_adapters(RunPaths(tmp_path), config)
+    assert [(entry.name, entry.draws) for entry in entries] == [("none-lr0.1-seed0", 3), ("none-lr0.2-seed0", 0)]
+    assert entries[0].folder == tmp_path / "trainings" / "none-lr0.1-seed0" / "adapter"
+    write_json(RunPaths(tmp_path).comparison, {"trainings": [{"nme": "x"}]})
+    with pytest.raises(RunFolderError, match=r"compare\.json.*is damaged"):
+        listed_adapters(RunPaths(tmp_path), config)
+
+
+@pytest.mark.parametrize(("extra", "name"), [({}, "Base model"), ({"head": "untrained"}, "Base model, untrained head")])
+def test_a_base_with_an_untrained_head_is_called_so(extra: dict[str, Any], name: str) -> None:
+    assert [system.name for system in base_system([Member("base", "base", extra=extra)])] == [name]
