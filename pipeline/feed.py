@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.adapters.layout import RowLayout, plain_layout, training_layout
+from pipeline.adapters.layout import RowLayout, training_layout, weightless
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.data.encode import Encoded
@@ -138,9 +138,9 @@ class Feed:
         return training_layout(positions, train.draws, train.draw_layout, self._masked, self._spec.consistency)
 
     def _idle(self, places: Sequence[tuple[int, int]]) -> MicroBatch:
-        """A pass without loss over the shortest row: all processes make the same number of passes."""
+        """A pass without loss over the shortest row: all processes make the same passes through the same modules."""
         shortest = min(places, key=lambda place: self._source.length(*place))
-        return MicroBatch([self._source.row(*shortest)], replace(plain_layout(1), weights=(0.0,)))
+        return MicroBatch([self._source.row(*shortest)], weightless(self._layout([0])))
 
 
 def open_feed(

@@ -101,6 +101,13 @@ def training_layout(
     return paired_layout(layout, consistency) if paired else layout  # type: ignore[arg-type]
 
 
+def weightless(layout: RowLayout) -> RowLayout:
+    """The same rows, none of which counts in any part of the loss."""
+    nothing = (0.0,) * len(layout.weights)
+    pairing = None if layout.pairing is None else replace(layout.pairing, weights=nothing)
+    return replace(layout, weights=nothing, pairing=pairing)
+
+
 def _branched(pairs: RowLayout, branches: Sequence[int], parts: Sequence[float]) -> RowLayout:
     """Every pair replaced by the chosen of its branches 0, 1 (its draws) and 2 (no draw), which share its examples.
 
