@@ -4,6 +4,9 @@ checkpoints/step_000123/
   state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq; budget/…: AdaLoRA's importance
   counters.json         step, seed, configuration hash, best validation so far
   manifest.json         sizes and hashes
+checkpoints/latest.json, best.json
+                        for people and tools: which checkpoint, its step, its validation NLL, the hash of its state.
+                        A resume reads the folders themselves, so a pointer that a crash left behind misleads nobody.
 """
 
 from __future__ import annotations
@@ -19,10 +22,20 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.errors import RunFolderError
-from pipeline.runs import manifest_faults, publish_folder, read_json, write_json
+from pipeline.runs import (
+    MANIFEST,
+    manifest_faults,
+    publish_folder,
+    read_json,
+    remove_asides,
+    remove_folder,
+    write_json,
+)
 
 STATE, COUNTERS = "state.safetensors", "counters.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SLACK_BYTES = 1 << 16
+"""Headers, counters and manifest of a checkpoint."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -35,32 +48,91 @@ class Counters:
     config_sha256: str
     best_step: int | None = None
     best_validation_nll: float | None = None
+    validated_step: int | None = None
+    """The last step after which a validation ended; a stop can come before that of `step`."""
 
 
-def collect_state(engine: Any, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """fp32 values and moments of every trained parameter, on the CPU. A collective: all processes call it."""
+def collect_state(engine: Any, trained: dict[str, nn.Parameter], keep: bool) -> dict[str, Tensor]:
+    """fp32 values and moments of every trained parameter, on the CPU; empty where not `keep`.
+
+    Parameter by parameter, nothing frozen among them. A collective: all processes call it.
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in trained.items():
-        state[name] = distributed.full_fp32(parameter).contiguous()
+        value = distributed.full_fp32(parameter)
+        if keep:
+            state[name] = value.contiguous()
         for moment in MOMENTS:
-            value = distributed.full_moment(engine, parameter, moment)
-            if value is not None:
-                state[f"{moment}/{name}"] = value.contiguous()
+            found = distributed.full_moment(engine, parameter, moment)
+            if keep and found is not None:
+                state[f"{moment}/{name}"] = found.contiguous()
     return state
 
 
-def save_checkpoint(folder: Path, state: dict[str, Tensor], counters: Counters, keep: int) -> Path:
-    """Publish checkpoints/step_NNNNNN by rename, then drop all but the newest `keep`. Main process only."""
+def checkpoint_bytes(trained: dict[str, nn.Parameter]) -> int:
+    """Size of a checkpoint's state: value and two moments of every trained parameter in fp32."""
+    numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values())
+    return 4 * (1 + len(MOMENTS)) * numbers
+
+
+def save_checkpoint(
+    folder: Path, state: dict[str, Tensor], counters: Counters, keep: int, budget: int | None = None
+) -> Path:
+    """Publish checkpoints/step_NNNNNN by rename, move the pointers, drop what retention does not keep.
+
+    Main process only.
+
+    Args:
+        keep: newest checkpoints that stay, beside the best.
+        budget: bytes that all together may take.
+
+    Raises:
+        DiskFull: nothing is published; every earlier checkpoint stands.
+    """
     target = folder / f"step_{counters.step:06d}"
 
     def fill(aside: Path) -> None:
         save_file(state, aside / STATE)
         write_json(aside / COUNTERS, asdict(counters))
 
-    publish_folder(target, fill)
-    for old in published_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    needed = sum(value.numel() * value.element_size() for value in state.values()) + _SLACK_BYTES
+    publish_folder(target, fill, needed)
+    point(folder, counters)
+    prune(folder, keep, budget, counters.best_step)
     return target
+
+
+def point(folder: Path, counters: Counters) -> None:
+    """Let latest.json name the checkpoint of `counters`, and best.json that of the best validation, if it is there."""
+    pointed = {"latest": counters.step, "best": counters.best_step}
+    for name, step in pointed.items():
+        target = folder / f"step_{step or 0:06d}"
+        if step is None or not target.is_dir():
+            continue
+        entry = {
+            "name": target.name,
+            "step": step,
+            "validation_nll": counters.best_validation_nll if step == counters.best_step else None,
+            "sha256": read_json(target / MANIFEST)["files"][STATE]["sha256"],
+        }
+        write_json(folder / f"{name}.json", entry)
+
+
+def prune(folder: Path, keep: int, budget: int | None, best_step: int | None) -> None:
+    """Drop all but the newest `keep` and the best; then the oldest of those while they take more than `budget` bytes.
+
+    The newest and the best always stay. Half-written and damaged folders do not count.
+    """
+    published = published_checkpoints(folder)
+    removable = [path for path in published[:-1] if path.name != f"step_{best_step or -1:06d}"]
+    for old in [path for path in removable if path not in published[-keep:]]:
+        remove_folder(old)
+        removable.remove(old)
+        published.remove(old)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in published}
+    while budget is not None and removable and sum(sizes.values()) > budget:
+        sizes.pop(removable[0])
+        remove_folder(removable.pop(0))
 
 
 def published_checkpoints(folder: Path) -> list[Path]:
@@ -79,6 +151,19 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return candidate, faults
         faults.append(f"{candidate.name} is damaged ({'; '.join(found)}): using the one before it")
     return None, faults
+
+
+def tidy(folder: Path, found: Path | None) -> None:
+    """Once no other process writes here: remove what killed saves left, put damaged checkpoints out of the way.
+
+    Args:
+        found: the newest whole checkpoint; newer ones become damaged_step_NNNNNN.
+    """
+    remove_asides(folder, rf"{_STEP_FOLDER.pattern}|latest\.json|best\.json")
+    for path in published_checkpoints(folder):
+        if found is None or path.name > found.name:
+            shutil.rmtree(folder / f"damaged_{path.name}", ignore_errors=True)
+            path.rename(folder / f"damaged_{path.name}")
 
 
 def load_extra(path: Path, prefix: str) -> dict[str, Tensor]:

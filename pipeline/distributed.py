@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import lifeline
 from pipeline.errors import LoradropError, SetupError
 from pipeline.launch import free_port
 
@@ -48,6 +49,7 @@ def start() -> World:
     if not torch.distributed.is_initialized():
         _leave_out_shared_memory_op()
         deepspeed.init_distributed(verbose=False)
+    lifeline.watch_peers()
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
 

@@ -55,6 +55,16 @@ class ErrorList(UserError):
         Exception.__init__(self, "\n".join(str(error) for error in errors))
 
 
+class Stopped(LoradropError):
+    """A stop was requested; everything is saved and the same command continues."""
+
+    exit_code = EXIT_STOPPED
+
+
+class DiskFull(LoradropError):
+    """No space is left; what was published before is whole, and the same command continues."""
+
+
 class StageFailed(LoradropError):
     """A stage's process ended with a failure that is not the user's; its log says why."""
 

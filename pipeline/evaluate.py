@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.members import Member
@@ -19,9 +19,10 @@ from pipeline.assembly import attach_stored
 from pipeline.comparison import read_comparison
 from pipeline.config import RunConfig, load_config
 from pipeline.data import load_splits
-from pipeline.distributed import barrier, require_shared_folder, stop
+from pipeline.distributed import World, agree, require_shared_folder, stop
 from pipeline.distributed import start as start_world
-from pipeline.errors import RunFolderError
+from pipeline.errors import RunFolderError, Stopped
+from pipeline.lifeline import stop_asked, work_begins
 from pipeline.predictions import Group, Predictions, read_members, read_predictions, write_members, write_predictions
 from pipeline.predictions import Member as PredictedMember
 from pipeline.reader import open_reader
@@ -38,6 +39,7 @@ def evaluate_run(run_dir: Path) -> None:
 
     Raises:
         RunFolderError: the run has no adapter, or a run it refers to is gone.
+        Stopped: a stop was requested.
     """
     paths = RunPaths(run_dir)
     config = load_config(paths.config)
@@ -55,7 +57,9 @@ def evaluate_run(run_dir: Path) -> None:
     adapters = attach_stored(reader.base, stored, config.train.seed)
     rows = sum(len(getattr(splits, name)) for name in missing)
     say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
-    barrier()  # every process has seen which splits are missing
+    if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
+        _stop(paths, world)
+    work_begins()
     if world.is_main:
         update_status(paths, "evaluate", "running")
         for name in missing:  # of other members: never to be taken for these
@@ -67,7 +71,10 @@ def evaluate_run(run_dir: Path) -> None:
         chosen = getattr(splits, name)
         started = time.monotonic()
         shown = _counter(progress, done, len(chosen), name, world.world_size)
-        predictions = predict_shared(reader, adapters, chosen, members, world, shown)
+        try:
+            predictions = predict_shared(reader, adapters, chosen, members, world, shown, lambda: stop_asked(paths))
+        except Stopped:
+            _stop(paths, world)
         done += len(chosen)
         if world.is_main:
             write_predictions(paths.predictions, name, replace(predictions, seconds=time.monotonic() - started))
@@ -75,6 +82,14 @@ def evaluate_run(run_dir: Path) -> None:
     if world.is_main:
         update_status(paths, "evaluate", "done")
     stop()
+
+
+def _stop(paths: RunPaths, world: World) -> NoReturn:
+    if world.is_main:
+        update_status(paths, "evaluate", "stopped")
+        paths.stop_request.unlink(missing_ok=True)
+    stop()
+    raise Stopped("stopped; the splits that are finished are kept, and the same command continues")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Start the processes of a stage, keep their log, pass signals on, derive the exit code.
 
-Signals are caught here, in the parent. For training it writes a stop request that all ranks agree on at the next
-step boundary, because DeepSpeed's own launcher kills or orphans ranks in the middle of a save. Other stages are told
-to end: what they have published stays, the rest is made again.
+Signals are caught here, in the parent. For stages of several processes it writes a stop request that all ranks agree
+on at the next boundary, and keeps the signals from DeepSpeed's launcher, which kills or orphans ranks in the middle of
+a save. Other stages are told to end: what they have published stays, the rest is made again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, SetupError
-from pipeline.nodes import node_arguments
-from pipeline.runs import RunPaths, read_json, write_json
+from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
+from pipeline.nodes import log_name, node_arguments
+from pipeline.ranks import WORLD_STAGES
+from pipeline.runs import RunPaths, read_status, update_status, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOISE = re.compile(
@@ -57,10 +62,11 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
 
 
 def launcher_environment(launch: LaunchConfig) -> dict[str, str]:
-    """Variables for the ranks: threads are divided among the processes of a CPU-only machine."""
+    """Variables for the ranks: what their lifeline has to know; the threads of each on a CPU-only machine."""
+    told = {WARNING: launch.warning_signal, GRACE: str(launch.grace_seconds)}
     if has_accelerator():
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(launch)))}
+        return told
+    return {**told, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(launch)))}
 
 
 def process_count(launch: LaunchConfig) -> int:
@@ -82,74 +88,131 @@ def free_port() -> int:
     raise SetupError("launch.master_port", 0, "found no free port", "Set one that is free.")
 
 
+def run_world_stage(stage: str, run_dir: Path, launch: LaunchConfig) -> int:
+    """Run a stage in the processes that `launch` describes; start it again after a crash as often as that allows.
+
+    An error with a message for the user is no crash: the next attempt would end in it too.
+    """
+    for left in reversed(range(launch.restarts + 1)):
+        command = launcher_command(f"pipeline.{stage}", run_dir, launch)
+        log = run_dir / "logs" / log_name(stage, launch)
+        code = run_stage(command, log, run_dir, stage, launcher_environment(launch))
+        first = next(iter(ranks.failures(run_dir)), None)
+        if code != EXIT_FAILED or not left or (first is not None and first.kind == "error"):
+            return code
+        print(f"\nstarting {stage} again from what is saved; {left - 1} restarts left", file=sys.stderr, flush=True)
+    raise AssertionError("launch.restarts is not negative")
+
+
 def run_stage(
     command: list[str], log: Path, run_dir: Path, stage: str, environment: Mapping[str, str] | None = None
 ) -> int:
     """Run a stage's process group; show its lines without the libraries' chatter; return our exit code.
 
-    The whole output goes to `log`. The first signal asks the stage to stop, the second ends its process group.
+    The whole output goes to `log`. The first signal asks the stage to stop; SIGINT once more ends its process group.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
+    if stage in WORLD_STAGES:
+        ranks.clear(run_dir)
+        update_status(paths, stage, "starting")
     paths.stop_request.unlink(missing_ok=True)
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     env |= {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    env |= {**(environment or {}), "PYTHONPATH": _python_path()}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        asked: list[int] = []
-        restore = _catch_signals(process, paths, stage, asked)
+    env |= {**(environment or {}), "PYTHONPATH": _python_path(), PARENT: str(os.getpid())}
+    caught = stop_signals(env.get(WARNING))
+    with log.open("ab", buffering=0) as file:
+        _append(file, f"$ {' '.join(command)}\n")
+        with _kept_from_children(caught if stage in WORLD_STAGES else []):
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                text=True,
+                errors="replace",
+            )
+            asked: list[int] = []
+            restore = _catch_signals(caught, process, paths, stage, asked)
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
+            for line in process.stdout:  # ends when the last process of the stage has ended
+                _append(file, line)
                 tail.append(line)
                 _show(line)
             code = process.wait()
         finally:
             restore()
             _end_group(process)
-    return EXIT_STOPPED if asked and code != 0 else _exit_code(code, paths, stage, tail, log)
+    return _exit_code(code, bool(asked), run_dir, stage, tail, log)
 
 
-def _exit_code(code: int, paths: RunPaths, stage: str, tail: deque[str], log: Path) -> int:
-    status = read_json(paths.status).get(stage, {}) if paths.status.exists() else {}
-    if status.get("state") == "stopped":
+def _exit_code(code: int, asked: bool, run_dir: Path, stage: str, tail: deque[str], log: Path) -> int:
+    """Ours, from what the processes left behind: DeepSpeed's launcher can hide the first failure, and any failure."""
+    in_world = stage in WORLD_STAGES
+    if in_world and code != EXIT_OK:
+        ranks.record_lost(run_dir)
+    failed = ranks.failures(run_dir) if in_world else []
+    state = read_status(RunPaths(run_dir)).get(stage, {}).get("state")
+    if state == "stopped" or (asked and not failed):
         return EXIT_STOPPED
-    if code in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+    if not failed and in_world and code == EXIT_OK and state == "starting":  # there was nothing to do
+        update_status(RunPaths(run_dir), stage, "done")
+    if not failed and in_world and state == "done":  # the launcher may have been killed, the stage was not
+        return EXIT_OK
+    if not failed and code in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
         return code
-    print(f"\n{stage} failed (exit code {code}). The last lines of {log}:\n{''.join(tail)}", file=sys.stderr)
+    if failed and failed[0].exit_code != EXIT_FAILED:
+        return failed[0].exit_code
+    cause = failed[0].message if failed else f"exit code {code}{_signal_name(code)}"
+    print(f"\n{stage} failed: {cause}\nThe last lines of {log}:\n{''.join(tail)}", file=sys.stderr, flush=True)
     return EXIT_FAILED
 
 
-def _catch_signals(process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]) -> Callable[[], None]:
+def _signal_name(code: int) -> str:
+    """What a shell's or Popen's code says about a signal; the launcher passes -9 on as 247."""
+    with contextlib.suppress(ValueError):
+        return f", {signal.Signals(-code if code < 0 else 256 - code).name}"
+    return ""
+
+
+@contextmanager
+def _kept_from_children(signals: list[signal.Signals]) -> Iterator[None]:
+    """Processes started meanwhile are born with these signals blocked; a rank opens itself to them (lifeline).
+
+    The launcher never does: a signal sent to the whole process group reaches the ranks alone.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _catch_signals(
+    signals: list[signal.Signals], process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]
+) -> Callable[[], None]:
     """Install the handlers, which note signals in `asked`; returns the function that puts the old ones back."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
 
     def handler(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        if len(asked) > 1:
+        if asked.count(signal.SIGINT) > 1:  # a person at the keyboard; a scheduler may warn and terminate
             _end_group(process)
-        elif stage == "train":
-            write_json(paths.stop_request, {"signal": signal.Signals(number).name})
-            print("\nstopping at the next step; everything is saved. Once more to end at once.", file=sys.stderr)
+        elif len(asked) > 1:
+            return
+        elif stage in WORLD_STAGES:
+            with contextlib.suppress(OSError):  # a full disk
+                write_json(paths.stop_request, {"signal": signal.Signals(number).name})
+            _tell("stopping at the next boundary; everything is saved. Ctrl-C once more ends at once.")
         else:
             process.send_signal(signal.SIGTERM)
-            print(f"\nending {stage}; the same command continues.", file=sys.stderr)
+            _tell(f"ending {stage}; the same command continues.")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in signals}
 
     def restore() -> None:
         for number, old in before.items():
@@ -158,9 +221,20 @@ def _catch_signals(process: subprocess.Popen[str], paths: RunPaths, stage: str, 
     return restore
 
 
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())  # in a signal handler: print may be at work already
+
+
 def _end_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _append(log: IO[bytes], line: str) -> None:
+    """Add a line to the log; on a full disk the log ends early, the stage does not."""
+    with contextlib.suppress(OSError):
+        log.write(line.encode("utf-8"))
 
 
 def _show(line: str) -> None:

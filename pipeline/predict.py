@@ -182,10 +182,9 @@ def _passes(
                     plan = with_row_keys(plan, settings.seed, settings.phase, keys, tensors["position_ids"])
                 with adapters.axis.active(plan):
                     output = forward(tensors)
-                if not counts:
-                    continue
-                yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
-                done += len(chunk)
+                if counts:
+                    yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
+                    done += len(chunk)
                 if settings.on_chunk is not None:
                     settings.on_chunk(done, len(texts))
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
 from pipeline.distributed import World
+from pipeline.errors import Stopped
 from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 from pipeline.reader import OnChunk, Reader
 from pipeline.regression_scores import Correlation, gaussian_nll, row_squared_error
@@ -19,17 +20,37 @@ from pipeline.scores import accuracy, nll
 
 def predict_shared(
     reader: Reader, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
-    on_chunk: OnChunk | None = None,
+    on_chunk: OnChunk | None = None, stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predictions:
     """Log-probabilities of every answer of `rows` under every member.
 
     Rows are divided among all processes; every process returns the whole.
+
+    Raises:
+        Stopped: on every process, where `stop_asked` says so on any of them before its last chunk.
     """
-    own = rows[world.process_rank :: world.world_size]
-    if not own and distributed.is_sharded(adapters.model):
-        reader.predict(adapters, rows[:1], members)  # every pass needs every process
-    mine = reader.predict(adapters, own, members, on_chunk) if own else None
-    parts = [part for part in distributed.gather_objects(mine) if part is not None]
+
+    own, sharded = rows[world.process_rank :: world.world_size], distributed.is_sharded(adapters.model)
+
+    def after_chunk(done: int, total: int) -> None:
+        if on_chunk is not None and own:
+            on_chunk(done, total)
+        # In a sharded model's passes all processes are in step, and can only leave together.
+        if distributed.agree(stop_asked(), world.device) if sharded else done < total and stop_asked():
+            raise Stopped("stopped between two chunks of a prediction")
+
+    mine, stopped = None, False
+    try:
+        if own:
+            mine = reader.predict(adapters, own, members, after_chunk)
+        elif sharded:
+            reader.predict(adapters, rows[:1], members, after_chunk)  # every pass needs every process
+    except Stopped:
+        stopped = True
+    shared = distributed.gather_objects((mine, stopped))  # who is stopped meets the others here: none waits in vain
+    if any(stopped for _, stopped in shared):
+        raise Stopped("stopped between two chunks of a prediction")
+    parts = [part for part, _ in shared if part is not None]
     return merge_predictions(parts, [row.id for row in rows])
 
 

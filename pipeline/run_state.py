@@ -5,38 +5,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from pipeline import distributed
+from pipeline import distributed, lifeline
 from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import adapter_matrices, write_adapter
 from pipeline.assembly import trained_parameters
-from pipeline.checkpoint import Counters, collect_state, find_checkpoint, load_checkpoint, load_extra, save_checkpoint
+from pipeline.checkpoint import (
+    Counters,
+    collect_state,
+    find_checkpoint,
+    load_checkpoint,
+    load_extra,
+    point,
+    save_checkpoint,
+    tidy,
+)
 from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.distributed import World
-from pipeline.errors import EXIT_STOPPED, LoradropError
+from pipeline.errors import DiskFull, RunFolderError, Stopped
 from pipeline.guards import Guards, StepNumbers, recent_losses
 from pipeline.loggers import open_loggers
 from pipeline.predictions import Member as PredictedMember
 from pipeline.predictions import Predictions, write_members, write_predictions
 from pipeline.reader import Reader
 from pipeline.readout import predict_shared, validation_scores
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, publish_folder, read_json_lines, sha256_file, update_status
+from pipeline.runs import (
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    RunPaths,
+    manifest_faults,
+    publish_folder,
+    read_json,
+    read_json_lines,
+    remove_asides,
+    sha256_file,
+    update_status,
+    write_json,
+)
 from pipeline.throughput import Meter, Work
 from pipeline.tracking import Metrics, say
 
 OnValidation = Callable[[dict[str, float]], None]
-
-
-class Stopped(LoradropError):
-    """A stop was requested; everything is saved and the same command continues."""
-
-    exit_code = EXIT_STOPPED
 
 
 @dataclass
@@ -56,7 +72,8 @@ class Run:
     """The last validation."""
 
     def __post_init__(self) -> None:
-        self.counters = Counters(0, self.config.train.seed, self.config.sha256())
+        self.counters = Counters(0, self.config.train.seed, self.config.result_sha256())
+        self.saved = self.counters
         self.metrics = Metrics(self.paths.metrics, self.world.is_main)
         self.trained = trained_parameters(self.adapters)
         schedule = self.adapters.specs[0].schedule
@@ -67,56 +84,151 @@ class Run:
         return self.counters.step % every == 0 or self.counters.step == self.config.train.max_steps
 
     def validate(self) -> None:
-        """Mean-field scores on the validation split; publishes the adapter if it is the best so far."""
-        predictions = predict_shared(self.reader, self.adapters, self.validation_rows, [Member(0)], self.world)
+        """Mean-field scores on the validation split; saves, and publishes the adapter, if it is the best so far.
+
+        Raises:
+            Stopped: a stop was requested meanwhile; a resumed run validates first.
+        """
+        step, best = self.counters.step, self.counters.best_validation_nll
+        try:
+            predictions = predict_shared(
+                self.reader, self.adapters, self.validation_rows, [Member(0)], self.world, stop_asked=self.stop_asked
+            )
+        except Stopped:
+            self.stop()
         self.scores = validation_scores(predictions, self.validation_rows)
-        self.metrics.write("validation", step=self.counters.step, **self.scores)
-        best = self.counters.best_validation_nll
-        if self.budget.supersedes(self.counters.step, self.counters.best_step or 0):
+        self.metrics.write("validation", step=step, **self.scores)
+        self.counters = replace(self.counters, validated_step=step)
+        if self.budget.supersedes(step, self.counters.best_step or 0):
             best = None
         if best is None or self.scores["nll"] < best or not self.config.train.keep_best:
-            self.counters = replace(self.counters, best_step=self.counters.step, best_validation_nll=self.scores["nll"])
+            self.counters = replace(self.counters, best_step=step, best_validation_nll=self.scores["nll"])
+            self.save()  # first: what is published is then never ahead of what a resume knows
             self.publish_adapter(predictions)
         if self.on_validation is not None:
-            self.on_validation({"step": float(self.counters.step), **self.scores})
+            self.on_validation({"step": float(step), **self.scores})
 
     def publish_adapter(self, predictions: Predictions) -> None:
         """adapter/ in PEFT format, and the validation predictions that go with it."""
         adapters = self.adapters
         matrices = adapter_matrices(adapters.layers, 0, distributed.full_fp32)  # a collective
         head = head_state(adapters.heads, 0, distributed.full_fp32)  # another one
-        if not self.world.is_main:
-            return
         spec, base = adapters.specs[0], self.reader.base.identity.resolved
-        publish_folder(
-            self.paths.adapter,
-            lambda folder: write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head),
-        )
-        sha256 = sha256_file(self.paths.adapter / ADAPTER_WEIGHTS)
-        member = PredictedMember("mean-field", "mean_field", str(self.paths.adapter), sha256)
-        write_members(self.paths.predictions, [member])
-        write_predictions(self.paths.predictions, "validation", predictions)
+
+        def fill(folder: Path) -> None:
+            write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head)
+            write_json(folder / MANIFEST, {"step": self.counters.step, "validation_nll": self.scores["nll"]})
+
+        def publish() -> None:
+            (self.paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before
+            publish_folder(self.paths.adapter, fill)
+            sha256 = sha256_file(self.paths.adapter / ADAPTER_WEIGHTS)
+            member = PredictedMember("mean-field", "mean_field", str(self.paths.adapter), sha256)
+            write_members(self.paths.predictions, [member])
+            write_predictions(self.paths.predictions, "validation", predictions)
+
+        self._main_writes(publish)
 
     def save(self) -> None:
-        """Publish a checkpoint."""
-        state = collect_state(self.engine, self.trained)  # a collective
+        """Publish a checkpoint, unless this very state is saved."""
+        if self.counters == self.saved:
+            return
+        state = collect_state(self.engine, self.trained, self.world.is_main)  # a collective
         state.update({f"budget/{name}": value for name, value in self.budget.state().items()})
-        if self.world.is_main:
-            save_checkpoint(self.paths.checkpoints, state, self.counters, self.config.train.keep_checkpoints)
-        distributed.barrier()
+        train = self.config.train
+
+        def publish() -> None:
+            self.metrics.sync()
+            save_checkpoint(
+                self.paths.checkpoints, state, self.counters, train.keep_checkpoints, train.checkpoint_bytes
+            )
+
+        self._main_writes(publish)
+        self.saved = self.counters
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
-        found, faults = find_checkpoint(self.paths.checkpoints)
+        """Put the newest whole checkpoint into the engine, if there is one.
+
+        Raises:
+            RunFolderError: it is another run's.
+        """
+        found, faults = distributed.gather_objects(find_checkpoint(self.paths.checkpoints))[0]
         for fault in faults:
             say(fault, self.world.is_main)
         if found is not None:
             self.counters = load_checkpoint(found, self.engine, self.trained)
             self.budget.load_state(load_extra(found, "budget"))
+            if self.counters.config_sha256 != self.config.result_sha256():
+                remedy = "Give another --run-dir, or remove the folder."
+                raise RunFolderError(str(found), None, "belongs to another configuration", remedy)
             say(f"continuing from {found.name}", self.world.is_main)
-        self.metrics.keep_until(self.counters.step)
+        self.saved = self.counters
+        if self.world.is_main:
+            tidy(self.paths.checkpoints, found)
+            remove_asides(self.paths.root, "adapter|metrics\\.jsonl|environment\\.json")
+            if found is not None:
+                point(self.paths.checkpoints, self.counters)
+        self.metrics.keep_until(self.counters.step, self.counters.validated_step == self.counters.step)
         if self.world.is_main:
             self.metrics.send_to(open_loggers(self.config, self.paths.root, self.counters.step))
+
+    def begin(self) -> None:
+        """The set-up is over: a stop is agreed on from here. Then what a stop or a crash cut off is made up for.
+
+        Raises:
+            Stopped: it was requested before.
+        """
+        self.stop_if_requested()
+        lifeline.work_begins()
+        step = self.counters.step
+        if step and self.due(self.config.train.validate_every_steps):
+            published = distributed.gather_objects(self.published_step())[0]
+            behind = self.counters.best_step == step and published != step
+            if behind or self.counters.validated_step != step:
+                self.validate_again()
+
+    def validate_again(self) -> None:
+        """The validation of the step at which the run stands, as if for the first time."""
+        step = self.counters.step
+        if self.counters.best_step == step:  # known, but not published: better than itself once more
+            self.counters = replace(self.counters, best_step=None, best_validation_nll=None)
+        self.metrics.keep_until(step, validated=False)
+        self.validate()
+        self.save()
+
+    def published_step(self) -> int | None:
+        """The step of the adapter in adapter/; None where none is whole with its predictions."""
+        if manifest_faults(self.paths.adapter) or not (self.paths.predictions / "validation.npz").exists():
+            return None
+        step: int | None = read_json(self.paths.adapter / MANIFEST).get("step")
+        return step
+
+    def restore_best(self) -> None:
+        """Publish the best adapter from its checkpoint where adapter/ holds another: a crash or damage came between.
+
+        Raises:
+            RunFolderError: its checkpoint is gone, too.
+        """
+        best, published = self.counters.best_step, distributed.gather_objects(self.published_step())[0]
+        if best is None or published == best:
+            return
+        folder = self.paths.checkpoints / f"step_{best:06d}"
+        if manifest_faults(folder):
+            raise RunFolderError(
+                str(self.paths.adapter), None, f"is not that of the best step, {best}, and {folder.name} is damaged",
+                "Remove the run folder and train again.",
+            )
+        final = self.counters
+        load_checkpoint(folder, self.engine, self.trained)
+        predictions = predict_shared(self.reader, self.adapters, self.validation_rows, [Member(0)], self.world)
+        self.counters = replace(final, step=best)
+        self.scores = validation_scores(predictions, self.validation_rows)
+        self.publish_adapter(predictions)
+        self.counters = final
+
+    def stop_asked(self) -> bool:
+        """Whether this process was told to stop."""
+        return lifeline.stop_asked(self.paths)
 
     def guards(self) -> Guards:
         """The checks before each update; they go on from the losses that metrics.jsonl holds."""
@@ -147,16 +259,31 @@ class Run:
     def stop_if_requested(self) -> None:
         """Save and leave where any process sees the stop request. Raises `Stopped`."""
         done = self.counters.step == self.config.train.max_steps
-        if not distributed.agree(self.paths.stop_request.exists(), self.world.device) or done:
-            return
+        if distributed.agree(self.stop_asked(), self.world.device) and not done:
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save and leave; all processes have agreed on it. Raises `Stopped`."""
         self.save()
         if self.world.is_main:
             update_status(self.paths, "train", "stopped", f"at step {self.counters.step}")
             self.paths.stop_request.unlink(missing_ok=True)
         raise Stopped(f"stopped at step {self.counters.step}; the same command continues")
 
+    def _main_writes(self, work: Callable[[], None]) -> None:
+        """Let the main process write while all wait; a full disk stops all of them alike. Raises `DiskFull`."""
+        said = None
+        if self.world.is_main:
+            try:
+                work()
+            except DiskFull as error:
+                said = str(error)
+        if said := distributed.gather_objects(said)[0]:
+            raise DiskFull(said)
+
     def finish(self) -> dict[str, Any]:
         """Record the end; the best validation and the hash of the adapter that goes with it."""
+        self.restore_best()
         distributed.barrier()
         best = [
             row

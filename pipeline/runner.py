@@ -9,9 +9,8 @@ from pathlib import Path
 
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.launch import launcher_command, launcher_environment, run_stage
-from pipeline.nodes import log_name
-from pipeline.runs import RunPaths, read_json, write_text
+from pipeline.launch import run_stage, run_world_stage
+from pipeline.runs import RunPaths, read_status, write_text
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,7 @@ def run_export(config: RunConfig, folders: Folders) -> int:
 
 
 def _launch(stage: str, config: RunConfig, folders: Folders) -> int:
-    return run_stage(
-        launcher_command(f"pipeline.{stage}", folders.run, config.launch),
-        folders.run / "logs" / log_name(stage, config.launch),
-        folders.run,
-        stage,
-        launcher_environment(config.launch),
-    )
+    return run_world_stage(stage, folders.run, config.launch)
 
 
 def run_process(stage: str, folders: Folders) -> int:
@@ -104,7 +97,7 @@ def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], Run
 
 def is_done(paths: RunPaths, stage: str) -> bool:
     """Whether the stage has ended well."""
-    return paths.status.exists() and read_json(paths.status).get(stage, {}).get("state") == "done"
+    return read_status(paths).get(stage, {}).get("state") == "done"
 
 
 def headline(text: str) -> None:

@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml  environment.json  status.json  metrics.jsonl
   checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
+  checkpoints/latest.json     and best.json: which one, its step, metric and hash
   adapter/                    the result, PEFT format
   members.json                other adapters that evaluation compares with, by name, path and hash
   predictions/SPLIT.npz       per-member log-probabilities, no test labels
@@ -13,17 +14,21 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunFolderError
+from pipeline.errors import DiskFull, RunFolderError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -114,19 +119,41 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write aside, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with full_disk_named(path.parent, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_named(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what a full disk (or quota) raises into `DiskFull`, also from libraries that do not raise an OSError."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT) and "(os error 28)" not in text and "(os error 122)" not in text:
+            raise
+        raise _disk_full(folder, needed) from error
+
+
+def _disk_full(folder: Path, needed: int) -> DiskFull:
+    wanted = f"{needed:,} bytes are needed, " if needed else ""
+    return DiskFull(
+        f"{folder}: no space left on the device: {wanted}{shutil.disk_usage(folder).free:,} are free. Free some, or"
+        " move the run folder to another disk; what is published is whole, and the same command continues from it."
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,7 +167,7 @@ def read_json(path: Path, remedy: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(str(path), None, "does not exist", remedy) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunFolderError(str(path), None, f"is damaged ({error})", remedy) from error
 
 
@@ -154,45 +181,74 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def publish_folder(target: Path, fill: Callable[[Path], None], needed: int = 0) -> None:
     """Let `fill` write a folder aside, add sizes and hashes to its manifest.json, fsync, rename to `target`.
 
     An existing `target` is replaced only once the new folder is complete.
+
+    Args:
+        needed: bytes that `fill` is going to write, where that is known.
+
+    Raises:
+        DiskFull: nothing is published, and what was written aside is gone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        fill(aside)
-        _write_manifest(aside)
-        os.chmod(aside, 0o755)
-        old = None
-        if target.exists():
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-        os.rename(aside, target)
-        _fsync_folder(target.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    if shutil.disk_usage(target.parent).free < needed:
+        raise _disk_full(target.parent, needed)
+    with full_disk_named(target.parent, needed):
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            fill(aside)
+            _write_manifest(aside)
+            os.chmod(aside, 0o755)
+            old = None
+            if target.exists():
+                old = target.with_name(f".{target.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(target, old)
+            os.rename(aside, target)
+            _fsync_folder(target.parent)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a published folder: out of sight first, so that none is ever seen half-removed."""
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_asides(folder: Path, names: str) -> None:
+    """Remove what killed writers of `names` (a regular expression) left aside in `folder`. Nobody may be writing."""
+    pattern = re.compile(rf"\.({names})\.[^.]+")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if pattern.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def manifest_faults(folder: Path) -> list[str]:
     """What is wrong with a published folder; empty when it is whole."""
     try:
-        files = read_json(folder / MANIFEST)["files"]
-    except (RunFolderError, KeyError, TypeError) as error:
+        entries = read_json(folder / MANIFEST)["files"].items()
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+    except (RunFolderError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder.name}: no readable {MANIFEST} ({error})"]
     faults = []
-    for name, entry in files.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif sha256_file(path) != entry["sha256"]:
+        elif path.stat().st_size != size:
+            faults.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+        elif sha256_file(path) != sha256:
             faults.append(f"{name} does not have the recorded hash")
     return faults
 
@@ -203,9 +259,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_status(paths: RunPaths) -> dict[str, Any]:
+    """Stage -> entry of status.json; empty where it is missing or damaged: it tells, nothing is decided by it alone."""
+    with contextlib.suppress(RunFolderError):
+        status = read_json(paths.status)
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
 def update_status(paths: RunPaths, stage: str, state: str, detail: str = "") -> None:
-    """Record `state` (running, done, stopped, failed) of a stage in status.json."""
-    status = read_json(paths.status) if paths.status.exists() else {}
+    """Record `state` (starting, running, done, stopped, failed) of a stage in status.json."""
+    status = read_status(paths)
     status[stage] = {"state": state, **({"detail": detail} if detail else {})}
     write_json(paths.status, status)
 

@@ -1,14 +1,17 @@
-"""What every stage's own process does at its edges: arguments, status, exit code."""
+"""What every stage's own process does at its edges: arguments, signals, status, exit code."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, LoradropError
+from pipeline.lifeline import lifeline
 from pipeline.runs import RunPaths, update_status
 from pipeline.tracking import say
 
@@ -19,18 +22,33 @@ def stage_main(name: str, work: Callable[[Path], object], argv: list[str] | None
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the DeepSpeed launcher")
     run_dir = parser.parse_args(argv).run_dir
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        work(run_dir)
+        with lifeline(name, run_dir):
+            work(run_dir)
     except LoradropError as error:
-        say(str(error), is_main)
-        if is_main and error.exit_code != EXIT_STOPPED:
-            update_status(RunPaths(run_dir), name, "failed", str(error))
+        say(str(error), rank == 0)
+        if error.exit_code != EXIT_STOPPED:
+            _record(name, run_dir, rank, ranks.Failure.of_this_process(rank, "error", str(error), error.exit_code))
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        if is_main:
-            update_status(RunPaths(run_dir), name, "failed", f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {error} ({_place(error)})"
+        _record(name, run_dir, rank, ranks.Failure.of_this_process(rank, "crash", message, EXIT_FAILED))
         return EXIT_FAILED
     return 0
 
+
+def _record(name: str, run_dir: Path, rank: int, failure: ranks.Failure) -> None:
+    """Failure and status on disk, where the disk still takes them."""
+    if name in ranks.WORLD_STAGES:
+        ranks.record_lost(run_dir, but=rank)  # a peer that was killed is the cause of what we fail with
+        ranks.record_failure(run_dir, failure)
+    if rank == 0:
+        with contextlib.suppress(OSError, LoradropError):
+            update_status(RunPaths(run_dir), name, "failed", failure.message)
+
+
+def _place(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.loggers import Logger
-from pipeline.runs import read_json_lines, write_text
+from pipeline.runs import full_disk_named, read_json_lines, write_text
 
 
 class Metrics:
@@ -29,21 +31,37 @@ class Metrics:
         while self._loggers:
             self._loggers.pop().close()
 
-    def keep_until(self, step: int) -> None:
-        """After a resume: forget rows of steps that are done again."""
+    def keep_until(self, step: int, validated: bool) -> None:
+        """After a resume: forget rows of steps that are done again, and of the last validation if that is."""
         if self._enabled and self._path.exists():
             rows = [row for row in read_json_lines(self._path) if row.get("step", 0) <= step]
+            if not validated:
+                rows = [row for row in rows if row["kind"] != "validation" or row.get("step") != step]
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one row."""
-        if self._enabled:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, **values}) + "\n")
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-            step = int(numbers.pop("step", 0))
-            for logger in self._loggers:
-                logger.write(kind, step, numbers)
+        """Append one row, whole or not at all. Raises `DiskFull`."""
+        if not self._enabled:
+            return
+        with full_disk_named(self._path.parent), self._path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            row = (json.dumps({"kind": kind, **values}) + "\n").encode()
+            try:
+                if file.write(row) != len(row):
+                    raise OSError(errno.ENOSPC, "part of a row written")
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        step = int(numbers.pop("step", 0))
+        for logger in self._loggers:
+            logger.write(kind, step, numbers)
+
+    def sync(self) -> None:
+        """Rows up to here survive a crash of the machine."""
+        if self._enabled and self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 class Progress:

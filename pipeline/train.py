@@ -18,6 +18,7 @@ from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
 from pipeline.environment import describe_environment
 from pipeline.epochs import require_steps
+from pipeline.errors import Stopped
 from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.guards import require_same_inputs
 from pipeline.model.head import check_packing
@@ -38,6 +39,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         ConfigError, DataError: the configuration does not fit the data, the model or the world.
         Stopped: a stop was requested and the state is saved.
         NotFinite, LossSpike, Untrained: a numerical guard ended the run before the step was applied.
+        DiskFull: what was saved before stands.
     """
     require_steps(config.train)
     world = distributed.start()
@@ -66,6 +68,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         describe(run, feed, micro_steps)
     run.resume()
     try:
+        run.begin()
         training_loop(run, feed, micro_steps)
     finally:
         run.metrics.close()
@@ -182,8 +185,10 @@ def train_stage(run_dir: Path) -> None:
     """Train what config.yaml of the run folder says."""
     try:
         train_run(load_config(RunPaths(run_dir).config), run_dir)
-    finally:
+    except Stopped:
         distributed.stop()
+        raise
+    distributed.stop()  # not after a failure: the others would report the broken connection first
 
 
 def main(argv: list[str] | None = None) -> int:

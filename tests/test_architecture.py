@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     0: [
-        "errors", "config", "runs", "launch", "nodes", "bootstrap", "installation", "ds_config", "devices",
-        "comparison",
+        "errors", "config", "runs", "ranks", "lifeline", "nodes", "launch", "bootstrap", "installation", "ds_config",
+        "devices", "comparison",
     ],
     1: [
         "distributed",

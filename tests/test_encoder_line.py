@@ -20,13 +20,12 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
-from pipeline.errors import SetupError
+from pipeline.errors import SetupError, Stopped
 from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import PassSettings, predict_classes
 from pipeline.reader import open_reader
-from pipeline.run_state import Stopped
 from pipeline.runs import (
     ADAPTER_WEIGHTS,
     RunPaths,

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.launch import launcher_command, launcher_environment, process_count, run_stage
-from pipeline.runs import RunPaths, write_json
+from pipeline.runs import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,8 @@ def python(code: str) -> list[str]:
 def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: True)
     assert "--num_accelerators" not in launcher_command("pipeline.train", tmp_path, LaunchConfig())
-    assert launcher_environment(LaunchConfig()) == {}
+    told = {"LORADROP_WARNING_SIGNAL": "SIGUSR1", "LORADROP_GRACE_SECONDS": "10.0"}
+    assert launcher_environment(LaunchConfig()) == told
     launch = LaunchConfig(processes=4, hostfile="hosts", master_port=1234)
     command = launcher_command("pipeline.train", tmp_path, launch)
     assert " ".join(command).endswith(
@@ -36,7 +37,7 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert process_count(LaunchConfig()) == 2
-    assert launcher_environment(LaunchConfig()) == {"OMP_NUM_THREADS": "4"}
+    assert launcher_environment(LaunchConfig()) == {**told, "OMP_NUM_THREADS": "4"}
 
 
 def test_the_log_has_everything_and_the_user_sees_what_matters(
@@ -64,8 +65,12 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path: Path, capfd: pytest.Captur
 
 
 def test_a_stage_that_recorded_a_stop_ends_with_its_code(tmp_path: Path) -> None:
-    write_json(RunPaths(tmp_path).status, {"train": {"state": "stopped"}})
-    assert run_stage(python("raise SystemExit(1)"), tmp_path / "x.log", tmp_path, "train") == EXIT_STOPPED
+    code = (
+        "import sys; from pathlib import Path; from pipeline.runs import RunPaths, update_status;"
+        f"update_status(RunPaths(Path({str(tmp_path)!r})), 'train', 'stopped'); sys.exit(1)"
+    )
+    assert run_stage(python(code), tmp_path / "x.log", tmp_path, "train") == EXIT_STOPPED
+    assert run_stage(python("raise SystemExit(1)"), tmp_path / "x.log", tmp_path, "train") == EXIT_FAILED
 
 
 CHILD = """
@@ -84,7 +89,7 @@ sys.exit(run_stage([sys.executable, "-c", {child!r}], folder / "x.log", folder, 
 """
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate"])
+@pytest.mark.parametrize("stage", ["train", "evaluate", "export"])
 def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> None:
     request, log = RunPaths(tmp_path).stop_request, tmp_path / "x.log"
     parent = PARENT.format(folder=str(tmp_path), child=CHILD.format(request=str(request)), stage=stage)
@@ -95,7 +100,7 @@ def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> Non
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == EXIT_STOPPED
-    if stage == "train":
+    if stage != "export":
         assert json.loads(request.read_text()) == {"signal": "SIGTERM"}
     else:
         assert not request.exists()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.assembly import schedule_factor
+from pipeline.checkpoint import published_checkpoints
 from pipeline.config import dump_config, load_config
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
@@ -19,6 +20,7 @@ from pipeline.runs import (
     ADAPTER_WEIGHTS,
     RunPaths,
     manifest_faults,
+    read_json,
     read_json_lines,
     sha256_file,
     write_json,
@@ -111,7 +113,8 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, tiny_settin
     assert "processes    2 (DeepSpeed ZeRO-2, 1 threads each)" in log
     assert "14 NF4 modules" in log and "trainable parameters (fp32)" in log and "supervised" in log
     paths = RunPaths(tmp_path / "two")
-    assert sorted(p.name for p in paths.checkpoints.iterdir()) == ["step_000004", "step_000006"]
+    kept = {"step_000004", "step_000006", f"step_{read_json(paths.checkpoints / 'best.json')['step']:06d}"}
+    assert {p.name for p in paths.checkpoints.iterdir()} == {*kept, "latest.json", "best.json"}
     assert not manifest_faults(paths.checkpoints / "step_000006") and not manifest_faults(paths.adapter)
     assert json.loads(paths.status.read_text())["train"]["state"] == "done"
     assert paths.environment.exists() and (paths.predictions / "validation.npz").exists()
@@ -120,7 +123,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, tiny_settin
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_stop_and_resume_ends_in_the_same_bytes(tmp_path: Path, tiny_settings: list[str], stage: str) -> None:
-    from pipeline.run_state import Stopped
+    from pipeline.errors import Stopped
     from pipeline.train import train_run
 
     settings = [*tiny_settings, f"train.deepspeed={stage}"]
@@ -149,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     config = load_config(None, tiny_settings)
     train_run(config, tmp_path / "run")
     expected = adapter_hash(tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    newest = published_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     content = bytearray((newest / "state.safetensors").read_bytes())
     content[-3] ^= 1
     (newest / "state.safetensors").write_bytes(bytes(content))

@@ -24,6 +24,16 @@ from pipeline.config.sections import (
 )
 from pipeline.errors import ConfigError
 
+PLACEMENT = (
+    "micro_batch",
+    "deepspeed",
+    "activation_checkpointing",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "checkpoint_bytes",
+)
+"""Keys of `train` that do not change what is trained."""
+
 
 class RunConfig(Section):
     """Everything a run depends on; saved as config.yaml in the run folder."""
@@ -68,7 +78,7 @@ class RunConfig(Section):
         """
         values = self.model_dump(mode="json")
         del values["launch"]
-        for name in ("deepspeed", "micro_batch", "activation_checkpointing"):
+        for name in PLACEMENT:
             del values["train"][name]
         return _sha256(values)
 

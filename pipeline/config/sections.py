@@ -175,7 +175,10 @@ class TrainConfig(Section):
     checkpoint_every_steps: Positive = 20
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the best one is kept beside them."""
+    checkpoint_bytes: Positive | None = None
+    """Bytes that checkpoints/ may take; beyond it the oldest go first, never the newest or the best. None = no limit:
+    a checkpoint takes 12 bytes per trained parameter."""
     keep_best: bool = True
     """Publish the adapter with the lowest validation NLL instead of the last one."""
     deepspeed: str = "zero2"
@@ -270,6 +273,12 @@ class LaunchConfig(Section):
     """With `nodes`: address of node 0 as the others reach it."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Rendezvous port; 0 = a free one."""
+    warning_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR1"
+    """Asks to save and stop, as SIGTERM and SIGINT do. SLURM's `--signal=USR1@120` sends it 120 s ahead of the end."""
+    grace_seconds: Annotated[float, Field(ge=0.0, le=25.0)] = 10.0
+    """After the failure of one process the others may finish a save for so long. DeepSpeed's launcher kills at 30."""
+    restarts: NonNegative = 0
+    """Starts after a crash, each from the newest checkpoint. An error with a message for the user is no crash."""
 
     @model_validator(mode="after")
     def _check_nodes(self) -> LaunchConfig:
