@@ -45,6 +45,8 @@ data.train_rows=32 data.validation_rows=24 data.calibration_rows=16 data.test_ro
 train.max_steps=6 train.global_batch=8 train.micro_batch=4 train.learning_rate=0.01 train.validate_every_steps=2
 train.checkpoint_every_steps=3 ensemble.size=2 adapter.rank=4 evaluate.batch_tokens=200 launch.grace_seconds=3
 """.split()
+COMPARED = ("kind", "step", "loss", "gradient_norm", "learning_rate", "nll", "accuracy")
+"""Of metrics.jsonl; what is left out is time and memory."""
 HANG_SECONDS = 90.0
 Patch = Callable[[], None]
 
@@ -127,7 +129,7 @@ def run(stage: str, folder: Path, world: int = 1, patch: Patch | None = None, br
 def outcome(folder: Path) -> dict[str, object]:
     """What has to be the same after every fault."""
     paths = RunPaths(folder)
-    rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_json_lines(paths.metrics)]
+    rows = [{key: row.get(key) for key in COMPARED} for row in read_json_lines(paths.metrics)]
     predictions = {}
     for split in ("validation", "calibration", "test"):
         with np.load(paths.predictions / f"{split}.npz", allow_pickle=False) as arrays:
