@@ -9,6 +9,7 @@ from typing import Protocol
 from pipeline.adapters.layout import RowLayout, training_layout, weightless
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig, TrainConfig
+from pipeline.data.cache import lengths_of
 from pipeline.data.encode import Encoded
 from pipeline.data.packing import PackedRows
 from pipeline.data.schedule import global_batch_places, process_share, token_chunks
@@ -59,7 +60,7 @@ class SingleRows:
     """Every example is a row."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
-        self._examples = examples
+        self._examples, self._lengths = examples, lengths_of(examples)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -70,7 +71,7 @@ class SingleRows:
 
     def length(self, epoch: int, index: int) -> int:
         """Its tokens."""
-        return len(self._examples[index].input_ids)
+        return self._lengths[index]
 
 
 class Feed:
@@ -149,6 +150,5 @@ def open_feed(
     """The feed of a run over its training examples."""
     source: RowSource = SingleRows(examples)
     if config.train.packing:
-        lengths = [len(example.input_ids) for example in examples]
-        source = PackedRows(examples, lengths, config.data.max_tokens, config.train.seed)
+        source = PackedRows(examples, lengths_of(examples), config.data.max_tokens, config.train.seed)
     return Feed(source, config.train, spec, process_rank, world_size)

@@ -41,7 +41,7 @@ class SupervisedLM(nn.Module):
     ) -> Tensor:
         """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,).
 
-        Packed rows come without attention mask: see `Batch.tensors`.
+        Packed rows come without attention mask: see `Rows.model_tensors`.
         """
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return weighted_nll(hidden, labels, head_of(self.model), row_weights, self.smoothing)[0]
@@ -131,8 +131,7 @@ class Rows:
     """The rows of one pass on the device, and the plan they follow."""
 
     tensors: dict[str, Tensor]
-    """input_ids, attention_mask (unless packed), position_ids, labels (M·B, T); pairs: token_type_ids; regression:
-    scores (M·B,)."""
+    """input_ids, attention_mask, position_ids, labels (M·B, T); pairs: token_type_ids; regression: scores (M·B,)."""
     weights: Tensor
     """(M·B,) weight of each row in the loss."""
     plan: MemberPlan
@@ -140,12 +139,23 @@ class Rows:
     """(M·B) example ids."""
     pairs: Pairs | None = None
     """Which rows are branches of one example, where the method has a consistency term."""
+    packed: bool = False
+    """Whether some row holds several examples."""
+
+    @property
+    def model_tensors(self) -> dict[str, Tensor]:
+        """`tensors`, of packed rows without the attention mask.
+
+        Without one, transformers keeps tokens apart wherever their positions do not follow each other: the examples of
+        a row from each other, and padding, whose positions are all 0, from everything.
+        """
+        return {name: tensor for name, tensor in self.tensors.items() if not (self.packed and name == "attention_mask")}
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What the training objective is called with."""
         paired = {} if self.pairs is None else {"pairs": self.pairs}
-        return {**self.tensors, "row_weights": self.weights, **paired}
+        return {**self.model_tensors, "row_weights": self.weights, **paired}
 
 
 def build_rows(
@@ -166,10 +176,10 @@ def build_rows(
         pairing, reference = layout.pairing, None
         if pairing.reference is not None:
             other = build_rows(adapters, examples, pairing.reference, pad_id, seed, phase, side)
-            reference = Reference(other.tensors, other.plan, pairing.reference_branches)
+            reference = Reference(other.model_tensors, other.plan, pairing.reference_branches)
         of_term = torch.tensor(pairing.weights, dtype=torch.float32, device=device)
         pairs = Pairs(pairing.branches, of_term, layout.rows, reference)
-    return Rows(tensors, weights, plan, tuple(batch.example_ids), pairs)
+    return Rows(tensors, weights, plan, tuple(batch.example_ids), pairs, batch.packed)
 
 
 def batch_keys(batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
+from pipeline.data.cache import cached_examples
 from pipeline.data.classes import (
     encode_classification,
     encode_regression,
@@ -201,6 +202,14 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
     base = load_base(config.model, device, one_dtype=one_dtype)
     check_halves(base.model, device)
     return CausalReader(base, config)
+
+
+def training_examples(reader: Reader, rows: Sequence[Row], config: RunConfig) -> Sequence[Encoded]:
+    """`Reader.examples`, kept for the next start where `data.cache` says so."""
+    if not config.data.cache:
+        return reader.examples(rows)
+    longest = getattr(reader, "max_tokens", config.data.max_tokens)
+    return cached_examples(rows, reader.examples, reader.base.tokenizer, f"{type(reader).__name__} {longest}")
 
 
 def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:

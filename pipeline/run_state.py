@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,7 +64,7 @@ class Run:
     world: World
     reader: Reader
     adapters: Adapters
-    examples: list[Encoded]
+    examples: Sequence[Encoded]
     validation_rows: list[Row]
     on_validation: OnValidation | None
     engine: Any = None

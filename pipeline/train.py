@@ -16,6 +16,7 @@ from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, sche
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
+from pipeline.data.cache import lengths_of
 from pipeline.environment import describe_environment
 from pipeline.epochs import require_steps
 from pipeline.errors import Stopped
@@ -23,7 +24,7 @@ from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.guards import require_same_inputs
 from pipeline.model.head import check_packing
 from pipeline.objective import Rows, build_rows
-from pipeline.reader import open_reader
+from pipeline.reader import open_reader, training_examples
 from pipeline.run_state import OnValidation, Run
 from pipeline.runs import RunPaths, update_status, write_json, write_text
 from pipeline.stage import stage_main
@@ -50,7 +51,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     splits = load_splits(config.data)
     say(f"loading the base model {config.model.path}", world.is_main)
     reader = open_reader(config, splits, world.device)
-    examples = reader.examples(splits.train)
+    examples = training_examples(reader, splits.train, config)
     adapters = attach_adapter(config, reader.base)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
@@ -99,7 +100,8 @@ def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
                 loss = nll + consistency.weight * divergence
                 # The engine divides by accumulation steps and averages over processes. Both are undone, so that
                 # the gradient is that of Σ loss / (supervised tokens of the global batch).
-                engine.backward(loss * (micro_steps * world.world_size / supervised) + run.budget.penalty())
+                penalty = run.budget.penalty() * (micro_steps / len(batch.micros))  # once a step
+                engine.backward(loss * (micro_steps * world.world_size / supervised) + penalty)
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
                 divergences.append(float(divergence.detach()))
@@ -160,7 +162,7 @@ def describe(run: Run, feed: Feed, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.reader.base.identity
     trained = sum(distributed.numel(parameter) for parameter in run.trained.values())
-    total = sum(len(example.input_ids) for example in run.examples)
+    total = sum(lengths_of(run.examples))
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
     stage = run.engine.zero_optimization_stage()
     say(f"processes    {run.world.world_size} (DeepSpeed ZeRO-{stage}, {torch.get_num_threads()} threads each)")

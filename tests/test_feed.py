@@ -107,8 +107,10 @@ def test_packed_batches_restart_positions_and_have_no_attention_mask(side: str) 
     assert positions[1] == ([0, 0, 0, *range(6)] if side == "left" else [*range(6), 0, 0, 0])
     assert ids[0] == [*rows[0].input_ids, *rows[1].input_ids]
     assert batch.labels[0, 4] == IGNORE_INDEX  # nothing before an example predicts its first token
-    assert batch.packed and set(batch.tensors("cpu")) == {"input_ids", "position_ids", "labels"}
-    assert not collate(rows, pad_id=2).packed and "attention_mask" in collate(rows, pad_id=2).tensors("cpu")
+    assert batch.packed and not collate(rows, pad_id=2).packed
+    layout = training_layout([0, 1], 2, "split", True)
+    packed = build_rows(adapted("llama", "sdpa", WEIGHT_SITES), [pack(rows[:2]), rows[2]], layout, 2, 0, 0)
+    assert "attention_mask" not in packed.inputs and int(packed.tensors["attention_mask"].sum()) == 15
 
 
 def test_a_model_that_mixes_packed_examples_is_refused() -> None:

@@ -34,7 +34,7 @@ def test_passes_cut_by_tokens_train_what_fixed_ones_train(tmp_path: Path, tiny_s
     fixed = train(tmp_path / "fixed", common)
     few = "train.micro_tokens=30"  # passes of one or two rows, another number of them in every step
     assert_same_training(train(tmp_path / "two", [*common, few], processes=2), fixed)
-    for stage in ("zero0", "zero1"):
+    for stage in ("zero0", "zero1", "zero3"):
         assert_same_training(train(tmp_path / stage, [*common, few, f"train.deepspeed={stage}"]), fixed)
     assert_same_training(train(tmp_path / "one pass", [*common, "train.micro_tokens=4000"]), fixed)
 

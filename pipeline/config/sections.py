@@ -108,6 +108,8 @@ class DataConfig(Section):
     """Rows of the final report; None = all of a split of its own."""
     max_tokens: Positive = 512
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
+    cache: bool = True
+    """Keep the tokens of the training rows for the next start, memory-mapped, in tokens/ of the cache folder."""
     seed: NonNegative = 0
     """Seed of the split."""
 

@@ -39,14 +39,9 @@ class Batch:
         return any(len(parts) > 1 for parts in self.parts)
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
-        """The tensors that there are by name, on a device; of packed rows without the attention mask.
-
-        Without one, transformers keeps tokens apart wherever their positions do not follow each other: the examples of
-        a row from each other, and padding, whose positions are all 0, from everything.
-        """
-        attention_mask = None if self.packed else self.attention_mask
+        """The tensors that there are by name, on a device."""
         named = {
-            "input_ids": self.input_ids, "attention_mask": attention_mask, "position_ids": self.position_ids,
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
             "labels": self.labels, "token_type_ids": self.token_types, "scores": self.scores,
         }
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
