@@ -22,6 +22,7 @@ LAYERS = {
         "fetch",
         "scores",
         "regression_scores",
+        "binary_scores",
         "ensemble",
         "calibrate",
         "predictions",

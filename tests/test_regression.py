@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from encoders import SMALL, encoder_tokenizer, load_encoder, trained_encoder, write_encoder
 from families import LORA_DROPOUT
 from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny import WORDS
 from tokenizers import processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.binary_scores import BinaryScore
 from pipeline.cli import main
 from pipeline.config import DataConfig, TemplateConfig, load_config
 from pipeline.data import (
@@ -274,6 +277,22 @@ def test_correlations_and_rmse_equal_scipy_in_every_resample(numbers: tuple[np.n
         assert found == pytest.approx(np.sqrt(((values[s % 2] - scores)[drawn] ** 2).mean()))
     constant = Correlation(np.ones((1, 60)), scores, "pearson")
     assert constant.point() == 0.0 and not bootstrap([constant], 60, 10).any()
+
+
+@pytest.mark.parametrize("rate", [0.7, 0.95, 0.0])
+def test_matthews_and_f1_equal_scikit_learn_in_every_resample(rate: float) -> None:
+    """Also where a class is never chosen."""
+    random = np.random.default_rng(4)
+    labels = (random.random(80) < 0.7).astype(int)
+    chosen = np.where(random.random((2, 80)) < rate, labels, 0)
+    log_probs = np.log(np.where(chosen[..., None] == np.arange(2), 0.9, 0.1))
+    weights = random.multinomial(80, np.full(80, 1 / 80), size=6).astype(float)
+    for kind, reference in (("matthews", matthews_corrcoef), ("f1", partial(f1_score, zero_division=0.0))):
+        statistic = BinaryScore.of(log_probs, labels, kind)
+        assert statistic.point() == pytest.approx(np.mean([reference(labels, one) for one in chosen]))
+        for s, found in enumerate(statistic.resampled(weights)):
+            drawn = np.repeat(np.arange(80), weights[s].astype(int))
+            assert found == pytest.approx(reference(labels[drawn], chosen[s % 2][drawn]))
 
 
 def test_selection_goes_by_the_squared_error(numbers: tuple[np.ndarray, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import calibrate
+from pipeline.binary_scores import BinaryScore
 from pipeline.ensemble import EnsembleCurve, Space, average
 from pipeline.regression_scores import Correlation, RootMeanSquare, row_squared_error
 from pipeline.report.inputs import ReportInputs, ScoredSplit
@@ -17,6 +18,8 @@ from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Stati
 BEFORE, AFTER = "before", "after"
 """Temperature scaling."""
 BOOTSTRAP_SEED = 0
+UNSCALED_SCORES = ("accuracy", "matthews", "f1")
+"""Scores of the top choice, which temperature scaling does not change."""
 SELECTING_SCORE = {"choice": "nll", "completion": "nll", "regression": "mse"}
 """Kind of rows -> the mean over rows by which validation chooses the size of an ensemble."""
 
@@ -56,7 +59,7 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
         if temperatures is not None:
             after = predictions[name, AFTER] = calibrate.apply_temperature(before, temperatures)
             # Scaling keeps the order of the choices; rounding must not make new ties.
-            kept = {"accuracy": statistics[name, BEFORE]["accuracy"]}
+            kept = {score: one for score, one in statistics[name, BEFORE].items() if score in UNSCALED_SCORES}
             statistics[name, AFTER] = _statistics(inputs, inputs.splits[name], after) | kept
     return ScoredSystem(system, temperatures, predictions, statistics)
 
@@ -101,4 +104,6 @@ def _statistics(inputs: ReportInputs, split: ScoredSplit, predictions: Floats) -
     if inputs.kind == "completion":
         return {"nll": split.row_mean(-predictions[..., 0])}
     scores: dict[str, Statistic] = {name: RowMean(f(predictions, split.labels)) for name, f in ROW_SCORES.items()}
+    if predictions.shape[-1] == 2:
+        scores |= {kind: BinaryScore.of(predictions, split.labels, kind) for kind in ("matthews", "f1")}
     return {**scores, "ece": CalibrationError.of(predictions, split.labels, inputs.config.evaluate.ece_bins)}

@@ -12,10 +12,10 @@ Cell = tuple[str, str]
 
 HEADINGS = {
     "accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "perplexity": "Perplexity",
-    "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE",
+    "matthews": "Matthews", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE",
 }
 _SCORES = {
-    "choice": ("accuracy", "nll", "brier", "ece"),
+    "choice": ("accuracy", "matthews", "f1", "nll", "brier", "ece"),
     "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
 }
@@ -48,8 +48,9 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows of the page's summary: every score before and after temperature scaling."""
     headings, columns = ["System", "Passes"], []
-    for score in _SCORES[result["kind"]]:
-        scaled = result["kind"] == "choice" and score != "accuracy"
+    shown = [score for score in _SCORES[result["kind"]] if score in result["systems"][0]["test"]["before"]]
+    for score in shown:
+        scaled = result["kind"] == "choice" and score not in ("accuracy", "matthews", "f1")
         columns += [(score, "before")] + ([(score, "after")] if scaled else [])
         headings += [HEADINGS[score]] + ([f"{HEADINGS[score]}, scaled"] if scaled else [])
     if result["kind"] == "choice":
