@@ -18,6 +18,7 @@ from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
 from pipeline.comparison import read_comparison
 from pipeline.config import RunConfig, load_config
+from pipeline.config.adapter import KIND_NAMES
 from pipeline.data import load_splits
 from pipeline.distributed import World, agree, require_shared_folder, stop
 from pipeline.distributed import start as start_world
@@ -118,7 +119,8 @@ def listed_adapters(paths: RunPaths, config: RunConfig) -> list[Entry]:
     entries = [Entry("mean_field", "mean-field", paths.adapter, config.ensemble.size)]
     related: dict[str, Any] = read_json(paths.members) if paths.members.exists() else {}
     if related.get("plain"):
-        entries.append(Entry("plain", "plain LoRA", _resolve(paths, related["plain"]["run"]) / "adapter"))
+        name = f"plain {KIND_NAMES[config.adapter.kind]}"
+        entries.append(Entry("plain", name, _resolve(paths, related["plain"]["run"]) / "adapter"))
     if related.get("search"):
         search = _resolve(paths, related["search"]["folder"])
         trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_gpt2
+from encoders import attach_encoder, load_encoder
+from families import load_tiny, tiny_gpt2
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from reference import dense_model
 from tiny import tiny_llama
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.adalora import orthogonality
 from pipeline.adapters.adalora_schedule import RankSchedule
 from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import (
@@ -30,6 +33,7 @@ from pipeline.adapters.state import (
     read_adapter,
     write_adapter,
 )
+from pipeline.assembly import attach_stored
 from pipeline.config import load_config
 from pipeline.config.adapter import SERVED_RANKS
 from pipeline.config.method import Site
@@ -190,6 +194,40 @@ def written_plain(folder: Path, adapters: Adapters, stored) -> Path:
     assert {tuple(A.shape)[0] for A, _ in plain.matrices.values()} == {plain.spec.rank}
     write_adapter(folder, plain.matrices, plain.spec, adapters.layer_count, "tiny", adapters.suffixes)
     return folder
+
+
+def test_a_classifier_with_its_head_and_a_lora_beside_it(tmp_path: Path) -> None:
+    """Stored, attached together with a plain LoRA, served in one pass; stock PEFT loads both forms."""
+    base = load_encoder(tmp_path / "base")
+    adapters = trained(attach_encoder(base, ADALORA))
+    folder, lora = tmp_path / "adalora", tmp_path / "lora"
+    matrices, head = adapter_matrices(adapters.layers, 0), head_state(adapters.heads, 0)
+    folder.mkdir()
+    write_adapter(folder, matrices, ADALORA, adapters.layer_count, "base", adapters.suffixes, head)
+    plain = as_plain_lora(read_adapter(folder))
+    lora.mkdir()
+    write_adapter(lora, plain.matrices, plain.spec, adapters.layer_count, "base", adapters.suffixes, plain.head)
+    again = attach_stored(load_encoder(tmp_path / "base"), [read_adapter(folder), read_adapter(lora)], seed=0)
+    with torch.no_grad(), again.axis.active(again.plan([Member(0), Member(1), Member(None)], 2, seed=0, phase=0)):
+        ours, twin, start = again.model(IDS.repeat(3, 1)).logits.view(3, 2, 3)
+    for path, name in ((folder, "AdaLoraModel"), (lora, "LoraModel")):
+        torch.manual_seed(99)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        stock = PeftModel.from_pretrained(model, path).eval()
+        assert type(stock.base_model).__name__ == name
+        with torch.no_grad():
+            theirs = stock(input_ids=IDS).logits
+        assert relative(ours, theirs, start) <= 1e-5 and relative(twin, theirs, start) <= 1e-5
+
+
+def test_stock_peft_computes_the_same_on_a_4_bit_base(tmp_path: Path) -> None:
+    adapters = trained(attach(load_tiny(tmp_path / "base"), [ADALORA], "all-linear", seed=0))
+    folder = written(tmp_path / "adapter", adapters, ADALORA)
+    with torch.no_grad():
+        ours = logits_of(adapters.model)
+        base = logits_of(load_tiny(tmp_path / "base"))
+        theirs = logits_of(PeftModel.from_pretrained(load_tiny(tmp_path / "base"), folder))
+    assert relative(ours, theirs, base) <= 1e-5
 
 
 def test_each_draw_is_a_plain_lora(tmp_path: Path) -> None:

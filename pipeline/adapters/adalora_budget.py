@@ -50,7 +50,7 @@ class RankBudget:
         """U of every parameter."""
         self.kept: dict[str, Tensor] = {}
         """layer -> (1, R) bool: the last choice."""
-        self.distance = 0.0
+        self.distance = torch.zeros(())
         """The last orthogonality term, unweighted."""
 
     def penalty(self) -> Tensor | float:
@@ -58,7 +58,7 @@ class RankBudget:
         if self.schedule is None or self.schedule.orthogonality == 0.0:
             return 0.0
         term = orthogonality(list(self.buckets.values()))
-        self.distance = float(term.detach())
+        self.distance = term.detach()
         return self.schedule.orthogonality * term
 
     def observe(self, step: int) -> None:
@@ -100,7 +100,7 @@ class RankBudget:
             return {}
         every = self.schedule.initial_rank * len(self.buckets)
         kept = sum(int(kept.sum()) for kept in self.kept.values()) if self.kept else every
-        return {"triplets": kept, "orthogonality": self.distance}
+        return {"triplets": kept, "orthogonality": float(self.distance)}
 
     def describe(self) -> list[str]:
         """For people, before the first step."""

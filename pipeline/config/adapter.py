@@ -62,6 +62,10 @@ class ConsistencyConfig(Section):
         return method.model_copy(update={"consistency": term})
 
 
+KIND_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA"}
+"""adapter.kind -> what people call it."""
+
+
 class AdapterConfig(Section):
     """LoRA matrices, where they sit, and what is dropped while they are trained."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import AdapterConfig, RunConfig
+from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.ensemble import Space, choose_adapters, subsets
 from pipeline.predictions import Group, Member
@@ -48,18 +49,21 @@ class System:
 
 
 def method_name(adapter: AdapterConfig) -> str:
-    """What people call the method: a preset's name, or the positions of its sites."""
+    """What people call the method: the kind of adapter, if it is not LoRA, and a preset's name or its sites."""
+    parts = [] if adapter.kind == "lora" else [KIND_NAMES[adapter.kind]]
+    if adapter.method == "none" and parts:
+        return f"{parts[0]} without dropout"
     if isinstance(adapter.method, str):
-        return " + ".join(METHOD_NAMES.get(part, part) for part in adapter.method.split("+"))
-    return "Dropout on " + ", ".join(site.position for site in adapter.resolved_method().sites)
+        return " + ".join(parts + [METHOD_NAMES.get(part, part) for part in adapter.method.split("+")])
+    return " + ".join([*parts, "Dropout on " + ", ".join(s.position for s in adapter.resolved_method().sites)])
 
 
 def build_systems(inputs: ReportInputs) -> list[System]:
     """Every system that the members allow, in the order of the summary table."""
     members, config = inputs.members, inputs.config
-    name, own = method_name(config.adapter), mean_field_name(config)
+    name, own, kind = method_name(config.adapter), mean_field_name(config), KIND_NAMES[config.adapter.kind]
     singles: dict[Group, tuple[str, str]] = {
-        "plain": ("Plain LoRA", "plain LoRA"),
+        "plain": (f"Plain {kind}", f"plain {kind}"),
         "mean_field": (own, "mean-field" if own != name else own),
     }
     systems = base_system(members) + [
