@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.adapter import UNSET_RATES
+from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.epochs import length_text, resolve_epochs
 from pipeline.errors import EXIT_OK, RunFolderError
@@ -104,7 +105,8 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     chosen = with_best(config, folders.search)
     write_text(RunPaths(folders.run).config, dump_config(chosen))
     plain = plain_config(chosen)
-    for name, run_config, folder in (("train", chosen, folders.run), ("plain LoRA", plain, folders.plain)):
+    unmasked = f"plain {KIND_NAMES[plain.adapter.kind]}"
+    for name, run_config, folder in (("train", chosen, folders.run), (unmasked, plain, folders.plain)):
         headline(name)
         if code := run_training(run_config, Folders(folder)):
             return code
