@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
-from pipeline.config.adapter import UNSET_RATES
-from pipeline.config.adapter import KIND_NAMES
+from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.epochs import length_text, resolve_epochs
 from pipeline.errors import EXIT_OK, RunFolderError
