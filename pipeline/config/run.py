@@ -64,7 +64,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_rank_budget(self) -> RunConfig:
-        if self.adapter.kind == "adalora":
+        if self.adapter.kind == "adalora" and self.train.epochs is None:  # else checked when they are counted
             self.adapter.adalora.steps(self.train.max_steps)
         return self
 
