@@ -297,4 +297,4 @@ def test_spans_are_steps_or_fractions_and_the_start_is_half_as_wide_again() -> N
     assert schedule is not None and (schedule.initial_rank, schedule.target_rank) == (8, 5)
     assert (schedule.warmup, schedule.final, schedule.total) == (5, 20, 50)
     assert load_config(None, ["adapter.kind=adalora", "adapter.adalora.warmup=7"]).adapter.adalora.steps(60) == (7, 24)
-    load_config(None, ["adapter.kind=adalora", "adapter.adalora.final=900", "train.epochs=3"])  # steps are counted later
+    load_config(None, ["adapter.kind=adalora", "adapter.adalora.final=900", "train.epochs=3"])  # counted later
