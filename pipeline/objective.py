@@ -143,6 +143,11 @@ class Rows:
     """Whether some row holds several examples."""
 
     @property
+    def counted(self) -> Tensor:
+        """(M·B,) above 0 for rows that are no fillers; a mask-free branch counts, though it has no supervised loss."""
+        return self.weights if self.pairs is None else self.pairs.weights
+
+    @property
     def model_tensors(self) -> dict[str, Tensor]:
         """`tensors`, of packed rows without the attention mask.
 

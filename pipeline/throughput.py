@@ -7,7 +7,7 @@ Operations per token of LoRA on a frozen dense base with N weights in its linear
 
 The output head counts 4 · its weights per supervised token: it sees no others. Attention scores (4 · T · D per token
 and layer forward, twice that backward) and dequantization are left out, padding and filler rows too: MFU counts what
-had to be done.
+had to be done. So is the forward without gradient of a consistency term.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
             last = micro == len(batch.micros) - 1
             engine.set_gradient_accumulation_boundary(last)
             rows = rows_of(micro)
-            meter.add(rows.tensors, rows.weights)
+            meter.add(rows.tensors, rows.counted)
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 nll, divergence = engine(**rows.inputs)
                 loss = nll + consistency.weight * divergence

@@ -116,8 +116,8 @@ def test_representations_are_compared_through_a_softmax_over_their_features() ->
     """h = (0, ln 3) is (1/4, 3/4), h = (7, 7) is (1/2, 1/2): the numbers above, and the closed form of the gradient."""
     hidden = torch.tensor([[[0.0, math.log(3.0)]], [[7.0, 7.0]]], requires_grad=True)
     log_probs = representation_log_probs(hidden)
-    assert float(divergence("kl", log_probs)) == pytest.approx(0.137327, abs=1e-6)
-    assert float(divergence("js", log_probs)) == pytest.approx(0.033822, abs=1e-6)  # M = (3/8, 5/8)
+    assert float(divergence("kl", log_probs).detach()) == pytest.approx(0.137327, abs=1e-6)
+    assert float(divergence("js", log_probs).detach()) == pytest.approx(0.033822, abs=1e-6)  # M = (3/8, 5/8)
     (gradient,) = torch.autograd.grad(divergence("kl", log_probs).sum(), hidden)
     # D = 1/2 (p - q)(logit p - logit q) for two outcomes; at h_1 the slope in logit p is
     # 1/2 [p(1-p)(ln 3) + (3/4 - 1/2)] = 1/2 [0.205990 + 0.25] = 0.227995.

@@ -39,7 +39,7 @@ def per_token(adapters: Adapters, rows: list[Encoded], side: str = "left") -> tu
     built = build_rows(adapters, rows, replicate_layout(len(rows), 2), 2, seed=1, phase=3, side=side)  # type: ignore[arg-type]
     objective = SupervisedLM(adapters.model)
     with torch.no_grad(), adapters.axis.active(built.plan):
-        read = objective.read(**built.tensors)
+        read = objective.read(**built.model_tensors)
         losses, log_probs = objective.score(read.features, read.targets)
     halves = log_probs.view(2, -1, log_probs.shape[-1])
     return losses.view(2, -1), bidirectional_kl(*halves)
