@@ -45,15 +45,47 @@ class StepBatch:
 
 
 class RowSource(Protocol):
+    """Global batches, and the rows in them by a pair of numbers each."""
+
+    rows: int | None
+    """Rows of an epoch; None where that is not known beforehand."""
+    unit: str
+    """What a row is called."""
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """The rows of a 0-based step, in the order of their positions in the global batch."""
+
+    def row(self, first: int, second: int) -> Encoded:
+        """A row of the step asked for last: one example, or several packed ones."""
+
+    def length(self, first: int, second: int) -> int:
+        """Its tokens."""
+
+
+class EpochRows(Protocol):
     """Rows by epoch and index, the same number in every epoch."""
 
     def __len__(self) -> int: ...
 
     def row(self, epoch: int, index: int) -> Encoded:
-        """A row: one example, or several packed ones."""
+        """A row."""
 
     def length(self, epoch: int, index: int) -> int:
         """Its tokens."""
+
+
+class ShuffledBatches:
+    """Global batches from rows at hand: an endless chain of permutations, one per epoch."""
+
+    def __init__(self, rows: EpochRows, unit: str, train: TrainConfig) -> None:
+        self.rows: int | None = len(rows)
+        self.unit = unit
+        self.row, self.length = rows.row, rows.length
+        self._count, self._train = len(rows), train
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, index) of each row."""
+        return global_batch_places(self._count, self._train.global_batch, step, self._train.seed)
 
 
 class SingleRows:
@@ -86,9 +118,9 @@ class Feed:
         self._masked = any(site.rate > 0 for site in spec.sites)
 
     @property
-    def rows(self) -> int:
-        """Rows of an epoch: examples, or packed rows."""
-        return len(self._source)
+    def rows(self) -> int | None:
+        """Rows of an epoch: examples, or packed rows; None where they are streamed."""
+        return self._source.rows
 
     def describe(self, micro_steps: int) -> str:
         """For people: what a global batch is made of.
@@ -96,8 +128,7 @@ class Feed:
         Args:
             micro_steps: passes per process where they have a fixed number of rows.
         """
-        train = self._train
-        unit = f"of {len(self._source)} packed rows" if train.packing else "rows"
+        train, unit = self._train, self._source.unit
         if train.micro_tokens is not None:
             return f"{train.global_batch} {unit} in passes of up to {train.micro_tokens} tokens, {self._world} at once"
         return f"{train.global_batch} {unit} = {train.micro_batch} × {micro_steps} accumulation × {self._world}"
@@ -109,7 +140,7 @@ class Feed:
             ConfigError: the global batch is no multiple of the number of processes.
         """
         train = self._train
-        places = global_batch_places(len(self._source), train.global_batch, step, train.seed)
+        places = self._source.places(step)
         share = [position for position, _ in process_share(range(len(places)), self._rank, self._world)]
         if train.micro_tokens is None:
             chunks = [share[i : i + train.micro_batch] for i in range(0, len(share), train.micro_batch)]
@@ -145,10 +176,13 @@ class Feed:
 
 
 def open_feed(
-    config: RunConfig, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0, world_size: int = 1
+    config: RunConfig, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0, world_size: int = 1,
+    stream: RowSource | None = None,
 ) -> Feed:
-    """The feed of a run over its training examples."""
-    source: RowSource = SingleRows(examples)
-    if config.train.packing:
-        source = PackedRows(examples, lengths_of(examples), config.data.max_tokens, config.train.seed)
-    return Feed(source, config.train, spec, process_rank, world_size)
+    """The feed of a run over its training examples, or over a stream in their place."""
+    train = config.train
+    source: RowSource = stream or ShuffledBatches(SingleRows(examples), "rows", train)
+    if train.packing:
+        packed = PackedRows(examples, lengths_of(examples), config.data.max_tokens, train.seed)
+        source = ShuffledBatches(packed, f"of {len(packed)} packed rows", train)
+    return Feed(source, train, spec, process_rank, world_size)

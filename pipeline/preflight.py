@@ -46,11 +46,21 @@ def check_inputs(config: RunConfig) -> None:
 
     kind = local_kind(config.model)
     check_data(config.data, classifier=None if kind is None else kind == "classifier")
-    if config.train.packing and kind == "classifier":
-        raise ConfigError(
-            "train.packing", True, "a classifier reads one text per row", "Set train.packing=false; train.micro_tokens"
-            " saves padding, too.",
-        )
+    _check_rows(config, classifier=kind == "classifier")
+
+
+def _check_rows(config: RunConfig, classifier: bool) -> None:
+    """Refuse ways of forming batches that do not go together."""
+    packing, streaming = ("train.packing", config.train.packing), ("data.streaming", config.data.streaming)
+    for (field, wanted), refused, reason in (
+        (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),
+        (streaming, classifier, "a classifier needs to know that all rows have the same choices"),
+        (packing, config.data.streaming, "rows are packed by the lengths of all of them, which a stream does not know"),
+        (packing, config.train.epochs is not None, "train.epochs counts rows before they are packed"),
+        (streaming, config.train.epochs is not None, "train.epochs needs the number of rows; set train.max_steps"),
+    ):
+        if wanted and refused:
+            raise ConfigError(field, True, reason, f"Set {field}=false.")
 
 
 def _check_rank_budget(config: RunConfig, ds_config: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from pipeline.data.classes import (
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
+from pipeline.data.stream import StreamedBatches, open_stream
 from pipeline.ds_config import shards_parameters
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import position_limit
@@ -210,6 +211,23 @@ def training_examples(reader: Reader, rows: Sequence[Row], config: RunConfig) ->
         return reader.examples(rows)
     longest = getattr(reader, "max_tokens", config.data.max_tokens)
     return cached_examples(rows, reader.examples, reader.base.tokenizer, f"{type(reader).__name__} {longest}")
+
+
+def training_stream(reader: Reader, splits: Splits, config: RunConfig) -> StreamedBatches | None:
+    """Global batches of streamed rows where `data.streaming` says so.
+
+    Raises:
+        ConfigError: a classifier, whose rows must be known to share their choices.
+    """
+    if not config.data.streaming:
+        return None
+    if not isinstance(reader, CausalReader):
+        raise ConfigError(
+            "data.streaming", True, "a classifier needs to know that all rows have the same choices",
+            "Set data.streaming=false.",
+        )
+    stream = open_stream(config.data, splits, config.train.seed)
+    return StreamedBatches(stream, reader.examples, config.train.global_batch)
 
 
 def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:

@@ -24,7 +24,7 @@ from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.guards import require_same_inputs
 from pipeline.model.head import check_packing
 from pipeline.objective import Rows, build_rows
-from pipeline.reader import open_reader, training_examples
+from pipeline.reader import open_reader, training_examples, training_stream
 from pipeline.run_state import OnValidation, Run
 from pipeline.runs import RunPaths, update_status, write_json, write_text
 from pipeline.stage import stage_main
@@ -57,7 +57,8 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
     if config.train.packing:
         check_packing(reader.base.model, config.model.attention)
-    feed = open_feed(config, examples, adapters.specs[0], world.process_rank, world.world_size)
+    stream = training_stream(reader, splits, config)
+    feed = open_feed(config, examples, adapters.specs[0], world.process_rank, world.world_size, stream)
     objective = ConsistentObjective(reader.objective(), adapters.axis, adapters.specs[0].consistency)
     run.engine = build_engine(config, adapters, objective, micro_steps, reader.base.compute_dtype)
     if world.is_main:

@@ -172,7 +172,7 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfi
 def training_padding(encoded: Sequence[Encoded], config: RunConfig) -> float:
     """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
     feed = open_feed(config, encoded, AdapterSpec.from_config(config.adapter))
-    steps = range(-(-feed.rows // config.train.global_batch))
+    steps = range(-(-(feed.rows or 0) // config.train.global_batch))
     micros = [micro for step in steps for micro in feed.of_step(step).micros]
     return 1.0 - sum(micro.tokens for micro in micros) / sum(micro.places for micro in micros)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.data.check import check_data
 from pipeline.data.read import read_file
 from pipeline.data.sources import is_local, open_records, parse, sources_of
 from pipeline.data.splits import load_splits
+from pipeline.data.stream import open_stream
 from pipeline.errors import EXIT_USER, DataError, ErrorList, UserError
 
 SMALL: dict[str, Any] = {"validation_rows": 2, "calibration_rows": 2, "test_rows": 2}
@@ -181,32 +183,35 @@ def test_a_folder_needs_a_train_file(tmp_path: Path) -> None:
 def test_hub_data_sets_come_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[tuple[str, str | None]] = []
+    asked: list[tuple[str, str | None, bool]] = []
 
-    def fake(name: str, variant: str | None) -> datasets.DatasetDict:
-        asked.append((name, variant))
+    def fake(name: str, variant: str | None, streaming: bool) -> dict[str, Any]:
+        asked.append((name, variant, streaming))
         parts = {"train": range(20), "validation": range(20, 25), "extra": range(3)}
-        return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list([choice(i) for i in part]) for split, part in parts.items()}
-        )
+        tables = {split: datasets.Dataset.from_list([choice(i) for i in part]) for split, part in parts.items()}
+        return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     splits = load_splits(DataConfig(path="owner/set:variant", **SMALL))
-    assert asked == [("owner/set", "variant")]
+    assert asked == [("owner/set", "variant", False)]
     assert {row.prompt for row in splits.validation} <= {f"Question {i}" for i in range(20, 25)}
     assert (len(splits.test), len(splits.calibration), len(splits.train)) == (2, 2, 16)
+    streamed = DataConfig(path="owner/set:variant", **SMALL, streaming=True)
+    assert load_splits(streamed).validation == splits.validation and asked[1:] == [("owner/set", "variant", True)]
+    rows = open_stream(streamed, load_splits(streamed), seed=0).from_position(0)
+    assert {row.prompt for row in islice(rows, 16)} == {row.prompt for row in splits.train}
 
 
 def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def fail(name: str, variant: str | None) -> None:
+    def fail(name: str, variant: str | None, streaming: bool) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"data.path = 'no/set': is no local path and cannot be loaded .*no route"):
         open_records(sources_of(DataConfig(path="no/set"))[0])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"test": []})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"test": []})
     with pytest.raises(DataError, match="has no split train; its splits are test. Save the splits"):
         open_records(sources_of(DataConfig(path="no/set"))[0])
 

@@ -48,12 +48,23 @@ def test_packed_rows_train_alike_on_any_number_of_processes_and_resume(
     one = train(tmp_path / "one", settings)
     assert "packed rows" in capsys.readouterr().err
     assert_same_training(train(tmp_path / "two", settings, processes=2), one)
-    parted = tmp_path / "parted"
+    assert_resumes(settings, tmp_path / "parted", one)
+
+
+@pytest.mark.slow
+def test_streamed_rows_resume_where_they_were(tmp_path: Path, tiny_settings: list[str]) -> None:
+    settings = [*tiny_settings, "data.streaming=true", "data.shuffle_rows=10", "data.train_rows=20"]
+    whole = train(tmp_path / "whole", settings)  # 6 steps of 8 rows: over two ends of an epoch
+    assert_resumes(settings, tmp_path / "parted", whole)
+
+
+def assert_resumes(settings: list[str], folder: Path, whole: Path) -> None:
+    """Stopped at a validation and started again, a run ends in the bytes of the whole one."""
 
     def ask_to_stop(row: dict[str, float]) -> None:
-        write_json(RunPaths(parted).stop_request, {"signal": "TEST"})
+        write_json(RunPaths(folder).stop_request, {"signal": "TEST"})
 
     with pytest.raises(Stopped):
-        train_run(load_config(None, settings), parted, ask_to_stop)
-    train_run(load_config(None, settings), parted)
-    assert losses(parted) == losses(one) and adapter_hash(parted) == adapter_hash(one)
+        train_run(load_config(None, settings), folder, ask_to_stop)
+    train_run(load_config(None, settings), folder)
+    assert losses(folder) == losses(whole) and adapter_hash(folder) == adapter_hash(whole)

@@ -110,6 +110,11 @@ class DataConfig(Section):
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
     cache: bool = True
     """Keep the tokens of the training rows for the next start, memory-mapped, in tokens/ of the cache folder."""
+    streaming: bool = False
+    """Read the training rows again in every epoch instead of holding them in memory, in blocks of `shuffle_rows`.
+    Splits without a file of their own are then drawn from the first rows. `train_rows` ends an epoch early."""
+    shuffle_rows: Positive = 10_000
+    """Rows of a streamed block, which is held in memory and shuffled; larger: closer to a full shuffle."""
     seed: NonNegative = 0
     """Seed of the split."""
 

@@ -86,8 +86,11 @@ def check_name(path: str) -> None:
         raise DataError("data.path", path, "is not embedded", f"There is {EMBEDDED_DATA}.")
 
 
-def open_records(source: Source) -> dict[str, Iterable[Record]]:
+def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[Record]]:
     """Split -> records of any source. Hub and embedded data are fetched here.
+
+    Args:
+        streaming: read a hub data set row by row over the network instead of storing it.
 
     Raises:
         DataError: nothing there under that name.
@@ -101,7 +104,7 @@ def open_records(source: Source) -> dict[str, Iterable[Record]]:
         return {"train": _numbered(path, embedded_rows(path))}
     if is_local(path):
         return {split: read_file(file) for split, file in local_files(source).items()}
-    return _hub_records(source)
+    return _hub_records(source, streaming)
 
 
 def parse(
@@ -182,13 +185,13 @@ def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
         yield f"{name}: row {number}", record
 
 
-def _hub_records(source: Source) -> dict[str, Iterable[Record]]:
+def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]:
     import datasets
 
     path = source.path
     name, _, variant = path.partition(":")
     try:
-        found = datasets.load_dataset(name, variant or None)
+        found = datasets.load_dataset(name, variant or None, streaming=streaming)
     except Exception as error:  # the client raises many types: no network, no such name, a needed configuration
         raise DataError(
             source.field, path, f"is no local path and cannot be loaded from the hub ({' '.join(str(error).split())})",

@@ -44,20 +44,30 @@ class Splits:
 def load_splits(config: DataConfig) -> Splits:
     """Read `config.path` and divide its rows.
 
+    With `config.streaming` only the first rows of the train split are read, `head_rows`: splits without a file of
+    their own are drawn from them, and `Splits.train` is a sample, what they leave.
+
     Raises:
         DataError: a fault in the data, or too few rows for `data.*_rows`.
     """
     files = {}
     for source in sources_of(config):
         check_template(source.template)
-        for split, records in open_records(source).items():
-            files[split] = parse(records, source.template, f"{source.path} ({split})")[0]
-    splits = divide(files, config)
+        for split, records in open_records(source, config.streaming).items():
+            first = head_rows(config) if config.streaming and split == "train" else None
+            files[split] = parse(records, source.template, f"{source.path} ({split})", first)[0]
+    splits = divide(files, config.model_copy(update={"train_rows": None}) if config.streaming else config)
     if splits.repeated:
         log.warning("data: dropped %d repeated rows (same text; the first of each is kept)", splits.repeated)
     if splits.leaked:
         log.warning("data: dropped %d rows whose question the file of a later stage holds too", splits.leaked)
     return splits
+
+
+def head_rows(config: DataConfig) -> int:
+    """First rows of a stream that the other splits are drawn from."""
+    asked = [config.validation_rows or 0, config.calibration_rows or 0, config.test_rows or 0]
+    return max(2000, 4 * sum(asked))
 
 
 def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
