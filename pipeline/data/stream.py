@@ -84,8 +84,9 @@ def open_stream(config: DataConfig, splits: Splits, seed: int) -> RowStream:
 class StreamedBatches:
     """Global batches from a stream, tokenized as they are needed."""
 
-    rows = None
-    unit = "streamed rows"
+    rows: int | None = None
+    """Of an epoch: not known beforehand."""
+    unit: str = "streamed rows"
 
     def __init__(
         self, stream: RowStream, encode: Callable[[Sequence[Row]], Sequence[Encoded]], global_batch: int
