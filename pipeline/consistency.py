@@ -86,17 +86,15 @@ class ConsistentObjective(nn.Module):
         self._axis = axis
         self._kind: Kind = "js" if consistency.kind == "js" else "kl"
 
-    def forward(
-        self, *, row_weights: Tensor, pairs: Pairs | None = None, **tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, *, row_weights: Tensor, pairs: Pairs | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """(Σ weight · loss, Σ weight · D), in nats; the second is 0 without pairs.
-
-        Args:
-            row_weights: (M·B,) weight of each row in the supervised loss.
-            tensors: what the model reads, M·B rows (`pipeline.objective.Rows.tensors`).
 
         The branches without gradient are read here, inside the one call that the engine sees, and under their own
         plan; the backward pass, and what it recomputes, is then under the caller's plan again.
+
+        Args:
+            row_weights: (M·B,) weight of each row in the supervised loss.
+            tensors: what the model reads, M·B rows (`pipeline.objective.Rows.model_tensors`).
         """
         objective: Objective = self.objective  # type: ignore[assignment]
         if pairs is None:
