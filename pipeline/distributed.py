@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,16 @@ def set_full_fp32(parameter: nn.Parameter, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.to(parameter.device).reshape(_shape(parameter)))
-    if not hasattr(parameter, "ds_id"):
-        with torch.no_grad():
-            parameter.copy_(value)
+    with _whole(parameter), torch.no_grad():  # the master alone would reach the parameter with the next step only
+        parameter.copy_(value)
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Within the block a sharded parameter is whole; what the main process writes to it is kept (a collective)."""
+    import deepspeed
+
+    sharded = hasattr(parameter, "ds_id")
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if sharded else nullcontext()
 
 
 def restore_moments(engine: Any, step: int, moments: dict[nn.Parameter, dict[str, torch.Tensor]]) -> None:
