@@ -49,6 +49,7 @@ class Cell:
     checkpointing: bool
     processes: int
     micro_batch: int = 2
+    method: str = "lora_dropout"
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class Cell:
     @property
     def reference(self) -> Cell:
         """What its losses and gradients must equal."""
-        return Cell("zero0", self.base, self.dtype, False, 1, 8)
+        return Cell("zero0", self.base, self.dtype, False, 1, 8, self.method)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def cell_config(cell: Cell, folder: Path) -> RunConfig:
             f"model.path={folder / 'model'}", f"model.quantization={cell.base}", f"model.compute_dtype={cell.dtype}",
             f"data.path={folder / 'rows.jsonl'}", "data.train_rows=32", "data.validation_rows=11",
             "data.calibration_rows=8", "data.test_rows=8", "data.max_tokens=32", "adapter.rank=4",
+            f"adapter.method={cell.method}",
             f"train.max_steps={STEPS}", f"train.validate_every_steps={STEPS}", f"train.checkpoint_every_steps={STEPS}",
             "train.global_batch=8", f"train.micro_batch={cell.micro_batch}", "train.learning_rate=0.01",
             "train.max_gradient_norm=1000000", f"train.deepspeed={cell.deepspeed}",

@@ -182,6 +182,9 @@ def squared_gradient_norm(engine: Any) -> float:
         parts += [group] if isinstance(group, torch.Tensor) else [part for part in group or () if part is not None]
     for group in engine.optimizer.param_groups:  # ZeRO-0, and partitions that are offloaded
         parts += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+    if not parts:  # ZeRO-3 with an offloaded optimizer
+        flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
+        parts = [flat.grad for flat in flats if flat.grad is not None]
     norms = [norm.double() for norm in torch._foreach_norm(parts)] if parts else []
     squares = sum(float(total) for total in _sums_of_squares(norms))
     return squares / torch.distributed.get_world_size() if _is_plain(engine) else squares

@@ -192,15 +192,15 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """
-    one_dtype = shards_parameters(config.train.deepspeed)
+    sharded = shards_parameters(config.train.deepspeed)
     rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
     if model_kind(config.model) == "classifier":
-        base = load_base(config.model, device, output_count(rows), one_dtype)
+        base = load_base(config.model, device, output_count(rows), sharded)
         longest = config.data.max_tokens
         reader = RegressionReader if rows[0].kind == "regression" else ClassifierReader
         return reader(base, config, min(longest, position_limit(base.model) or longest))
     refuse_for_causal(rows)
-    base = load_base(config.model, device, one_dtype=one_dtype)
+    base = load_base(config.model, device, sharded=sharded)
     check_halves(base.model, device)
     return CausalReader(base, config)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.errors import LoradropError
@@ -48,6 +48,29 @@ def require_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         if packed and parameter.dtype != dtype:
             fault = f"ZeRO-3 needs {name} stored as {dtype}, not {parameter.dtype}"
             raise LoradropError(f"{fault}; set train.deepspeed=zero2")
+
+
+def sharding_text(model: nn.Module, world_size: int) -> str:
+    """For people: what each process holds of the base at rest, and what of it is whole in each."""
+    state = [tensor for parameter in model.parameters() for tensor in _quantization_constants(parameter)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = _megabytes(list(head.parameters()) if head is not None else [])
+    sharded = sum(distributed.numel(p) * p.element_size() for p in model.parameters()) / 1e6
+    return (
+        f"{sharded:.1f} MB in {world_size} shards; whole in every process: output head {whole:.1f} MB,"
+        f" quantization constants {_megabytes(state):.1f} MB"
+    )
+
+
+def _quantization_constants(parameter: nn.Parameter) -> list[Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    second = getattr(state, "state2", None)
+    found = [getattr(state, "absmax", None), getattr(second, "absmax", None)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _megabytes(tensors: Sequence[Tensor]) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
 def lockstep(chunks: Sequence[list[int]], model: nn.Module) -> Iterator[tuple[list[int], bool]]:

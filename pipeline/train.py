@@ -27,6 +27,7 @@ from pipeline.objective import Rows, build_rows
 from pipeline.reader import open_reader, training_examples, training_stream
 from pipeline.run_state import OnValidation, Run
 from pipeline.runs import RunPaths, update_status, write_json, write_text
+from pipeline.sharding import sharding_text
 from pipeline.stage import stage_main
 from pipeline.tracking import Progress, say
 
@@ -171,8 +172,11 @@ def describe(run: Run, feed: Feed, micro_steps: int) -> None:
         f"base         {identity.path}: {identity.parameters:,} parameters, {identity.quantized_modules}"
         f" {identity.quantization.upper()} modules, compute {identity.compute_dtype}"
     )
+    if stage == 3:
+        say(f"sharding     {sharding_text(run.adapters.model, run.world.world_size)}")
     head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
-    say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters (fp32)")
+    held = {torch.float32: "fp32"}.get(next(iter(run.trained.values())).dtype, "bf16 with fp32 masters")
+    say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters ({held})")
     for line in run.budget.describe():
         say(line)
     say(f"dropout      {sites}; {train.draws} draws per step, layout {train.draw_layout}")

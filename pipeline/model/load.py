@@ -96,13 +96,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_base(
-    config: ModelConfig, device: torch.device, classes: int | None = None, one_dtype: bool = False
+    config: ModelConfig, device: torch.device, classes: int | None = None, sharded: bool = False
 ) -> BaseModel:
     """Model and tokenizer, frozen, without dropout of its own, every quantized layer pinned to training mode.
 
     Args:
         classes: outputs of a classification head, 1 for a number; None loads a causal language model.
-        one_dtype: store 4-bit weights in tensors of the compute dtype, as ZeRO-3's flat buffers need it.
+        sharded: for ZeRO-3. 4-bit weights lie in tensors of the compute dtype, as its flat buffers need it, and are
+            let go of between the forward and the backward pass.
 
     Raises:
         ConfigError: the folder or hub name cannot be loaded, or lacks weights.
@@ -113,7 +114,7 @@ def load_base(
     unquantized = () if classes is None else UNQUANTIZED
     weights: dict[str, Any] = {
         "dtype": dtype, "attn_implementation": config.attention, "device_map": {"": device},
-        "quantization_config": quantization_config(config, dtype, unquantized, dtype if one_dtype else None),
+        "quantization_config": quantization_config(config, dtype, unquantized, dtype if sharded else None),
     }
     tokenizer = load_tokenizer(config)
     with _transformers_errors(config.path):
@@ -124,6 +125,10 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders with a head look for the last token before it
     switch_off_dropout(model)
     quantized = pin_training_mode(model)
+    if sharded and config.quantization == "nf4":
+        from pipeline.model.released import release_weights
+
+        release_weights(model)
     identity = BaseIdentity(
         path=config.path, resolved=resolved, revision=config.revision, quantization=config.quantization,
         double_quantization=config.double_quantization, compute_dtype=str(dtype).removeprefix("torch."),
