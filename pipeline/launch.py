@@ -26,7 +26,7 @@ from typing import IO
 
 from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, SetupError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
 from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.nodes import log_name, node_arguments
 from pipeline.ranks import WORLD_STAGES
@@ -167,6 +167,9 @@ def _exit_code(code: int, asked: bool, run_dir: Path, stage: str, tail: deque[st
     if failed and failed[0].exit_code != EXIT_FAILED:
         return failed[0].exit_code
     cause = failed[0].message if failed else f"exit code {code}{_signal_name(code)}"
+    if in_world:
+        with contextlib.suppress(OSError, DiskFull):
+            update_status(RunPaths(run_dir), stage, "failed", cause)
     print(f"\n{stage} failed: {cause}\nThe last lines of {log}:\n{''.join(tail)}", file=sys.stderr, flush=True)
     return EXIT_FAILED
 
