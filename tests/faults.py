@@ -4,7 +4,8 @@
 
 A stage's process is forked from this one, which has done the imports: a start costs about a second. Every injection
 begins in a run folder of its own; after it the stages are started again until they end, without a fault. The bytes of
-the adapter, the losses, the validations and the predictions then have to be those of the unbroken run. Exit code 1
+the adapter, the losses, the validations and the predictions then have to be those of the unbroken run; where it goes on
+with other processes or another ZeRO stage, the losses have to be equal within 2e-4. Exit code 1
 where any injection was lost (no end, or not the same end), or did not leave with the code it should.
 """
 
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -126,7 +128,7 @@ def run(stage: str, folder: Path, world: int = 1, patch: Patch | None = None, br
     return wait([start(stage, folder, r, world, port, patch if r == broken_rank else None) for r in range(world)])
 
 
-def outcome(folder: Path) -> dict[str, object]:
+def outcome(folder: Path) -> dict[str, Any]:
     """What has to be the same after every fault."""
     paths = RunPaths(folder)
     rows = [{key: row.get(key) for key in COMPARED} for row in read_json_lines(paths.metrics)]
@@ -144,7 +146,7 @@ class Bench:
 
     folder: Path
     base: list[str]
-    references: dict[int, dict[str, object]]
+    references: dict[int, dict[str, Any]]
     random: random.Random
     fired: list[str]
     """How the broken stage left, for the line that is printed."""
@@ -300,6 +302,24 @@ def fill_disk(bench: Bench, point: str) -> str:
         subprocess.run(["umount", str(disk)], check=False)
 
 
+def move(bench: Bench, point: str) -> str:
+    """Stop, then go on with another number of processes and another ZeRO stage: equal within fp32 tolerance."""
+    before, after = bench.random.choice([(1, 2), (2, 1)])
+    stop = at("pipeline.train.build_rows", bench.random.randint(3, 5) * (2 // before), send(signal.SIGTERM))
+    folder = bench.fresh()
+    if (codes := run("train", folder, before, stop)) != [75] * before:
+        return f"the stop before it left with {codes}"
+    settings = [*bench.base, *SETTINGS, f"train.deepspeed={point}"]
+    write_text(RunPaths(folder).config, dump_config(load_config(None, settings)))
+    if (codes := run("train", folder, after)) != [0] * after:
+        return f"went on with {codes}: …{(folder / 'stage.log').read_text()[-1500:]}"
+    moved = [row["loss"] for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
+    losses = [row["loss"] for row in bench.references[before]["metrics"] if row["kind"] == "train"]
+    furthest = max(abs(a / b - 1) for a, b in zip(moved, losses, strict=True))
+    bench.fired[:] = [f"75, {before} to {after}; losses differ {furthest:.0e}"]
+    return "" if furthest < 2e-4 else f"losses {moved}, not {losses}"
+
+
 KINDS: list[tuple[str, Callable[[Bench, str], str], str]] = [
     ("kill -9 mid-step", kill, "mid-step"),
     ("kill -9 mid-save", kill, "mid-save: state written, no manifest"),
@@ -322,6 +342,9 @@ KINDS: list[tuple[str, Callable[[Bench, str], str], str]] = [
     ("disk full while publishing", fill_disk, "publishing"),
     ("signal in set-up, early", ask, "set-up, data"),
     ("signal in set-up of evaluation", ask, "set-up of evaluation"),
+    ("moved to other processes, zero0", move, "zero0"),
+    ("moved to other processes, zero1", move, "zero1"),
+    ("moved to other processes, zero3", move, "zero3"),
     *((f"kill -9 {p}", kill, p) for p in KILL_POINTS if p.startswith("between") and "pointer" not in p[-8:]),
 ]
 
@@ -359,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             bench.random.seed(f"{arguments.seed} {number}")
             started = time.monotonic()
             wrong = inject(bench, point)
-            verdict = "skipped" if wrong.startswith("SKIPPED") else "LOST" if wrong else "same bytes"
+            verdict = "skipped" if wrong.startswith("SKIPPED") else "LOST" if wrong else "same"
             counts[verdict] += 1
             counts["of them not reached"] += set(bench.fired) == {"0"}
             left = f"left with {', '.join(bench.fired)}"
