@@ -122,6 +122,7 @@ def test_steps_are_the_same_one_after_another_and_from_the_middle(file: Path) ->
     names = []
     for step in range(25):
         names.append([whole.row(*place).example for place in whole.places(step)])
+    assert [whole.row(*place).example for place in whole.places(3)] == names[3]  # and back
     for step in (0, 7, 24):
         again = batches(file)
         assert [again.row(*place).example for place in again.places(step)] == names[step]

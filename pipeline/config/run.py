@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError
 
 PLACEMENT = (
     "micro_batch",
+    "micro_tokens",
     "deepspeed",
     "activation_checkpointing",
     "checkpoint_every_steps",
@@ -80,6 +81,7 @@ class RunConfig(Section):
         del values["launch"]
         for name in PLACEMENT:
             del values["train"][name]
+        del values["data"]["cache"]
         return _sha256(values)
 
 
