@@ -59,7 +59,9 @@ def prepare(environment: Environment) -> None:
 
 def check_machine(environment: Environment) -> None:
     """Look for everything an installation needs before it starts. Raises `SetupError` or `ErrorList`."""
-    found = [venv_fault(), compiler_fault(), headers_fault()]
+    found = [venv_fault()]
+    if shutil.which("nvidia-smi"):
+        found += [compiler_fault(), headers_fault()]
     if not environment.python.exists():
         found.append(disk_fault(environment.folder if environment.folder.exists() else environment.root))
     faults: list[UserError] = [fault for fault in found if fault]
@@ -77,12 +79,12 @@ def venv_fault() -> SetupError | None:
 
 
 def compiler_fault() -> SetupError | None:
-    """DeepSpeed compiles its kernels at first use."""
+    """With CUDA, kernels are compiled at first use; without, nothing is."""
     names = ("c++", "g++", "clang++")
     if any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", *names)):
         return None
     remedy = "Debian, Ubuntu: apt install g++. Elsewhere: install one, or name it in CXX."
-    return SetupError("C++ compiler", None, f"none of {', '.join(names)} found; DeepSpeed needs one", remedy)
+    return SetupError("C++ compiler", None, f"none of {', '.join(names)} found; CUDA kernels need one", remedy)
 
 
 def headers_fault() -> SetupError | None:
@@ -91,7 +93,7 @@ def headers_fault() -> SetupError | None:
     if header.is_file():
         return None
     remedy = f"Debian, Ubuntu: apt install {DEBIAN_PYTHON}-dev. Elsewhere: install a complete Python."
-    return SetupError("Python headers", str(header), "is missing, and DeepSpeed compiles against it", remedy)
+    return SetupError("Python headers", str(header), "is missing, and CUDA kernels compile against it", remedy)
 
 
 def disk_fault(place: Path) -> SetupError | None:

@@ -201,11 +201,16 @@ def test_missing_compiler_headers_modules_and_disk_are_all_named_at_once(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setenv("PATH", str(without_python(tmp_path / "bin")))
+    programs = without_python(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(programs))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(installation, "find_spec", lambda name: None if name == "ensurepip" else object())
     monkeypatch.setattr(installation.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setattr(installation.shutil, "disk_usage", lambda _: usage._replace(free=1_200_000_000))
+    with pytest.raises(ErrorList) as caught:
+        installation.check_machine(Environment(checkout))
+    assert len(str(caught.value).splitlines()) == 2, "without CUDA nothing is compiled"
+    (programs / "nvidia-smi").touch(mode=0o755)
     with pytest.raises(ErrorList) as caught:
         installation.prepare(Environment(checkout))
     assert caught.value.exit_code == EXIT_USER
@@ -214,7 +219,7 @@ def test_missing_compiler_headers_modules_and_disk_are_all_named_at_once(
     assert "'ensurepip'" in module and f"apt install {version}-venv" in module
     assert "C++ compiler" in compiler and "apt install g++" in compiler
     assert "Python.h" in headers and f"apt install {version}-dev" in headers
-    assert "1.2 GB" in disk and "4 GB" in disk and str(checkout) in disk
+    assert "1.2 GB" in disk and "12 GB" in disk and str(checkout) in disk
     assert not (checkout / ".venv").exists(), "nothing is left behind"
 
 
