@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.layout import RowLayout, plain_layout, training_layout
+from pipeline.adapters.layout import RowLayout, plain_layout, training_layout, weightless
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
@@ -411,6 +411,19 @@ def test_rows_without_supervision_give_no_loss_and_no_gradient() -> None:
     layout = training_layout(range(2), 2, "split", True, FORMS[0])
     nll, apart, gradient = run(adapters, examples([5, 4], supervised=0), layout, FORMS[0])
     assert nll == apart == 0.0 and all(not g.any() for g in gradient.values())
+
+
+@extreme_forms
+def test_a_pass_that_does_not_count_calls_the_same_modules(term: Consistency) -> None:
+    """Under ZeRO-3 every call is a collective: a process without rows must make the others' passes."""
+    adapters, rows = adapted_llama(AdapterSpec(rank=4, sites=LORA_DROPOUT)), examples([5])
+    layout, calls = training_layout([0], 2, "split", True, term), []
+    layer = adapters.layers["model.layers.0.mlp.up_proj"].base
+    layer.register_forward_hook(lambda _m, args, _o: calls.append(tuple(args[0].shape)))
+    run(adapters, rows, layout, term)
+    nll, apart, gradient = run(adapters, rows, weightless(layout), term)
+    assert nll == apart == 0.0 and all(not g.any() for g in gradient.values())
+    assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
 
 
 def test_the_branch_without_gradient_leaves_a_4_bit_base_as_it_was(tmp_path: Path) -> None:

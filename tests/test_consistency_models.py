@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoders import PAD, load_encoder, texts, trained_encoder
-from families import LORA_DROPOUT
+from encoders import PAD, attach_encoder, load_encoder, texts, trained_encoder
+from families import CPU, LORA_DROPOUT
 from test_consistency import FORMS, draws_of, kl
 from test_encoders import weights_of
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.adapters.layout import training_layout
+from pipeline.adapters.layout import plain_layout, training_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency
+from pipeline.config.sections import ModelConfig
 from pipeline.consistency import ConsistentObjective
 from pipeline.data.encode import Encoded
+from pipeline.model.load import load_base
 from pipeline.objective import SupervisedClassifier, SupervisedRegressor, build_rows
 
 SEED, STEP = 11, 4
@@ -88,6 +91,23 @@ def test_an_encoders_terms_equal_the_dense_model(family: str, kind: str, term: C
         if parameter.requires_grad:
             scale = max(float(parameter.grad.abs().max()), 1e-3)
             assert float((ours[name] - parameter.grad).abs().max()) <= 5e-5 * scale, name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_that_predicts_a_number_is_compared_by_its_last_token(side: str, tmp_path: Path) -> None:
+    """Rows down to a single token, padded on either side, against each row alone in float64."""
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(ModelConfig(path=str(tmp_path), quantization="none", kind="classifier"), CPU, 1)
+    stock = copy.deepcopy(base.model).double()
+    adapters = attach_encoder(base, AdapterSpec(rank=4))  # untrained: the base itself
+    rows = [Encoded(f"row-{n}", tuple(range(5, 5 + n)), (-100,) * n, score=1.0) for n in (6, 1, 4)]
+    built = build_rows(adapters, rows, plain_layout(3), base.tokenizer.pad_token_id, SEED, STEP, side)  # type: ignore[arg-type]
+    with torch.no_grad(), adapters.axis.active(built.plan):
+        features = SupervisedRegressor(adapters.model).read(**built.model_tensors).features
+    for i, row in enumerate(rows):
+        found = stock(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True)
+        torch.testing.assert_close(features[i, 1:].double(), found.hidden_states[-1][0, -1], rtol=1e-4, atol=1e-4)
 
 
 # --- whole trainings -------------------------------------------------------------------------------------------------
