@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import EXIT_FAILED, RunFolderError
+from pipeline.nodes import NODE_RANK_VARIABLES
 from pipeline.runs import read_json, write_json
 
 WORLD_STAGES = ("train", "evaluate")
@@ -34,7 +35,7 @@ class Registered:
     rank: int
     pid: int
     host: str
-    """Name of the machine and of the process namespace: elsewhere the pid means nothing."""
+    """Machine, process namespace and node: elsewhere the pid means nothing."""
     started: int
     """Start of the process in kernel ticks since boot: a pid that was given again is another process. 0: unknown."""
 
@@ -183,9 +184,11 @@ def _start_of(pid: int) -> int | None:
 
 
 def _host() -> str:
+    """Machine, process namespace and node: several nodes of a run may be one machine (two terminals, containers)."""
+    node = next((os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name)), "0")
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')} node {node}"
+    return f"{socket.gethostname()} node {node}"
 
 
 def _rank_file(run_dir: Path, rank: int) -> Path:

@@ -88,10 +88,15 @@ def test_a_process_leaves_when_the_command_is_gone(tmp_path: Path) -> None:
     assert "the process that started this one is gone" in ranks.failures(tmp_path)[0].message
 
 
-def test_an_earlier_failure_does_not_count_and_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+def test_an_earlier_failure_does_not_count_and_a_folder_in_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = ranks.Failure.of_this_process(5, "crash", "long ago", EXIT_FAILED)
     ranks.record_failure(tmp_path, replace(old, time=time.time() - 3600))
     process = rank(tmp_path, 0, "works", "peers")
+    monkeypatch.setenv("NODE_RANK", "1")
+    ranks.clear(tmp_path)  # another node on the same machine has ranks of its own
+    monkeypatch.delenv("NODE_RANK")
     try:
         with pytest.raises(RunFolderError, match=f"is in use by process {process.pid}"):
             ranks.clear(tmp_path)
