@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.errors import EXIT_USER, LoradropError
+from pipeline.errors import EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
 
 DESCRIPTION = """\
 Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
@@ -66,24 +70,48 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = build_parser().parse_intermixed_args(argv)
     try:
-        stage, overrides = split_words(arguments.words)
-        if stage == "test":
-            from pipeline.selftest import run_tests
-
-            return run_tests(fast_only=arguments.fast)
-        if stage == "data":
-            from pipeline.line import show
-
-            return show(arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.rows)
-        from pipeline.line import execute
-
-        return execute(stage, arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.dry_run)
+        with stopping_between_stages():
+            return dispatch(arguments)
     except LoradropError as error:
         print(f"loradrop: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nloradrop: interrupted; the same command continues.", file=sys.stderr)
-        return 130
+        return EXIT_STOPPED
+
+
+def dispatch(arguments: argparse.Namespace) -> int:
+    """Run the stage that the arguments name; its exit code."""
+    stage, overrides = split_words(arguments.words)
+    if stage == "test":
+        from pipeline.selftest import run_tests
+
+        return run_tests(fast_only=arguments.fast)
+    if stage == "data":
+        from pipeline.line import show
+
+        return show(arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.rows)
+    from pipeline.line import execute
+
+    return execute(stage, arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.dry_run)
+
+
+@contextmanager
+def stopping_between_stages() -> Iterator[None]:
+    """A signal while no stage runs (a stage catches its own): nothing is half-written, so leave at once."""
+
+    def leave(number: int, frame: object) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}; the same command continues")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def split_words(words: list[str]) -> tuple[str, list[str]]:

@@ -110,3 +110,12 @@ def test_an_earlier_failure_does_not_count_and_a_folder_in_use_is_refused(
     assert [entry.pid for entry in ranks.lost(tmp_path)] == [process.pid]
     ranks.clear(tmp_path)
     assert not ranks.lost(tmp_path)
+
+
+def test_a_signal_between_two_stages_has_the_documented_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import cli, line
+
+    monkeypatch.setattr(line, "execute", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["report", "--run-dir", str(tmp_path)]) == EXIT_STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before
