@@ -78,12 +78,16 @@ def test_stop_and_resume_end_in_the_same_bytes(tmp_path: Path, tiny_settings: li
     assert shown_rank(stored.spec) == "3/3"
 
 
-def test_evaluate_report_and_export_take_an_adalora_run(tmp_path: Path, tiny_settings: list[str]) -> None:
+def test_evaluate_report_and_export_take_an_adalora_run(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.evaluate import evaluate_run
     from pipeline.export import export_run
     from pipeline.report import write_report
     from pipeline.train import train_run
 
+    for stop in ("pipeline.evaluate.stop", "pipeline.distributed.stop"):  # the process group serves the next test, too
+        monkeypatch.setattr(stop, lambda: None)
     run = tmp_path / "run"
     train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2"]), run)
     evaluate_run(run)
