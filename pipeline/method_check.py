@@ -25,7 +25,7 @@ def refused_methods(config: RunConfig) -> dict[str, str]:
     """Attach every method to a skeleton of the base; the error of each that cannot be attached.
 
     Raises:
-        ConfigError: the base's configuration cannot be read.
+        ConfigError: the base cannot be loaded as configured, whatever the method.
     """
     classes = 2 if model_kind(config.model) == "classifier" else None  # how many does not matter here
     refused: dict[str, str] = {}
@@ -34,8 +34,9 @@ def refused_methods(config: RunConfig) -> dict[str, str]:
         if own.adapter in seen:
             continue
         seen.append(own.adapter)
+        skeleton = load_skeleton(own.model, classes)  # a new one each time: attaching changes it
         try:
-            attach_adapter(own, load_skeleton(own.model, classes))  # a new one each time: attaching changes it
+            attach_adapter(own, skeleton)
         except UserError as error:
             refused[training.method] = str(error)
     return refused
