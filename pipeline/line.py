@@ -12,6 +12,7 @@ from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
+from pipeline.devices import accelerator_memory
 from pipeline.epochs import length_text, resolve_epochs
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.launch import has_accelerator, process_count
@@ -46,6 +47,8 @@ def execute(
     check_nodes(config.launch, stage)
     if dry_run:
         print(plan_text(stage, config, folders))
+        if stage in ("run", "train"):
+            print(f"\n{_memory_text(config)}")
         return EXIT_OK
     config = resolve_epochs(config)
     started = time.monotonic()
@@ -172,6 +175,13 @@ def plan_text(stage: str, config: RunConfig, folders: Folders) -> str:
     shown = steps if stage == "run" else plan_steps(config, folders) if stage == "compare" else {stage: steps[stage]}
     lines = [dump_config(config).rstrip(), "", "plan (nothing has been started):"]
     return "\n".join([*lines, *(f"  {name:9} {text}" for name, text in shown.items())])
+
+
+def _memory_text(config: RunConfig) -> str:
+    """The memory plan. The one thing here that imports torch, and only for --dry-run."""
+    from pipeline.memory_table import memory_table
+
+    return memory_table(config, config.launch.processes or len(accelerator_memory()) or process_count(config.launch))
 
 
 def print_outcome(folders: Folders, seconds: float) -> None:

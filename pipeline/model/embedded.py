@@ -134,6 +134,12 @@ def prepare_embedded_model(name: str) -> Path:
     return target
 
 
+def embedded_folder(name: str) -> Path | None:
+    """The folder of `embedded:NAME` where it has been made; nothing is fetched."""
+    target = cache_folder() / "models" / f"{check_embedded_name(name)}-{CONVERSION}"
+    return target if _is_whole(target) else None
+
+
 def check_embedded_name(name: str) -> str:
     """The name without its prefix. Raises `ConfigError` where there is no such model."""
     short = name.removeprefix(EMBEDDED_PREFIX)

@@ -1,0 +1,101 @@
+"""The memory plan as `--dry-run` prints it: a table, the verdict, and what would fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.config.load import with_values
+from pipeline.data.check import at_hand
+from pipeline.data.encode import encode_training_rows
+from pipeline.data.splits import load_splits
+from pipeline.errors import UserError
+from pipeline.memory import MIB, MemoryPlan, NoPlan, first_line, plan_memory
+from pipeline.memory_trace import Batch
+from pipeline.model.load import load_tokenizer
+
+SEEN_ROWS = 2000
+"""Training rows that are tokenized to learn how long they are."""
+CHECKPOINT_BYTES = 12
+"""Per trained parameter: fp32 value and two moments."""
+
+
+def memory_table(config: RunConfig, processes: int) -> str:
+    """Lines for people; one line with the reason where there can be no plan."""
+    try:
+        batch, source = expected_batch(config)
+        plan = plan_memory(config, processes, batch)
+        verdict = "fits" if plan.fits else f"DOES NOT FIT; {suggestion(config, processes, batch)}"
+    except NoPlan as error:
+        return f"memory: no plan ({error})"
+    train = config.train
+    checkpointing = "on" if train.activation_checkpointing else "off"
+    passes = f"micro-batch {train.micro_batch}" if train.micro_tokens is None else f"{train.micro_tokens} tokens a pass"
+    device = "of this machine's memory per process" if plan.device == "cpu" else "of the smallest GPU"
+    moments = ", ".join(f"{name} {mib(size)}" for name, size in plan.moments.items())
+    disk, kept = CHECKPOINT_BYTES * plan.weights.trained, train.keep_checkpoints + 2
+    return "\n".join([
+        f"memory of one process ({source}: rows of {batch.tokens} tokens, {batch.supervised} supervised; {passes},",
+        f"  {train.draws} draws {train.draw_layout}, activation checkpointing {checkpointing},"
+        f" attention {config.model.attention}):",
+        *(f"  {name:44}{mib(size):>12}" for name, size in parts(config, plan, processes) if size),
+        f"  at the most: {moments}",
+        f"  peak {mib(plan.peak)} of {mib(plan.capacity)} {device}: {verdict}",
+        f"  disk: {mib(disk)} per checkpoint, up to {mib(kept * disk)} (the newest {train.keep_checkpoints}, the best,"
+        " one being written)",
+    ])
+
+
+def parts(config: RunConfig, plan: MemoryPlan, processes: int) -> list[tuple[str, int]]:
+    """What the memory is taken by; parts of one another are indented."""
+    double = ", double" if config.model.quantization == "nf4" and config.model.double_quantization else ""
+    return [
+        (f"base, {config.model.quantization}", plan.weights.quantized),
+        (f"its quantization state{double}", plan.weights.scales),
+        ("embeddings, head, norms, biases", plan.weights.others),
+        (f"adapter, {plan.weights.trained:,} parameters", plan.adapter),
+        ("gradients, reduced", plan.gradients),
+        ("bucket they are reduced in", plan.bucket),
+        (f"optimizer ({config.train.deepspeed}, {processes} processes)", plan.optimizer),
+        ("forward pass: activations, logits", int(plan.passes.forward)),
+        ("backward pass", int(plan.passes.backward)),
+        ("one dequantized layer", plan.weights.largest),
+        ("libraries, tokenizer", plan.overhead),
+    ]
+
+
+def expected_batch(config: RunConfig) -> tuple[Batch, str]:
+    """The longest of the training rows where these lie on this machine, else what data.max_tokens allows; and which."""
+    longest = config.data.max_tokens
+    if not at_hand(config.data):
+        return Batch(longest, longest), "data.max_tokens, all supervised"
+    try:
+        rows = load_splits(config.data).train[:SEEN_ROWS]
+        encoded = encode_training_rows(rows, load_tokenizer(config.model), longest)
+    except UserError as error:
+        raise NoPlan(first_line(error)) from error
+    if config.train.packing:
+        share = sum(row.supervised for row in encoded) / sum(len(row.input_ids) for row in encoded)
+        return Batch(longest, round(share * longest)), f"packed, {len(encoded)} training rows read"
+    batch = Batch(max(len(row.input_ids) for row in encoded), max(row.supervised for row in encoded))
+    return batch, f"the longest of {len(encoded)} training rows"
+
+
+def suggestion(config: RunConfig, processes: int, batch: Batch) -> str:
+    """The smallest change under which the plan fits: activation checkpointing, a smaller micro-batch, or both."""
+    micro, smaller = config.train.micro_batch, []
+    while micro % 2 == 0:
+        micro //= 2
+        smaller.append(micro)
+    checkpointing = {"train.activation_checkpointing": True}
+    tries: list[dict[str, Any]] = [checkpointing, *({"train.micro_batch": size} for size in smaller)]
+    tries += [{**checkpointing, "train.micro_batch": size} for size in smaller]
+    for change in tries:
+        if plan_memory(with_values(config, change), processes, batch).fits:
+            return "it fits with " + " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+    return "no micro-batch fits: lower data.max_tokens or adapter.rank, or take a smaller base or a larger device"
+
+
+def mib(size: int) -> str:
+    """Whole MiB."""
+    return f"{size / MIB:,.0f} MiB"
