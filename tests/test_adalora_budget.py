@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
@@ -64,6 +64,7 @@ def compare(budget: RankBudget, stock: PeftModel, together: dict[str, tuple], ex
     return [sum(mask) for mask in kept.values()]
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_the_schedule_is_pefts_at_every_step(data: st.DataObject) -> None:
     total = data.draw(st.integers(2, 60))
