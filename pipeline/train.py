@@ -184,7 +184,8 @@ def describe(run: Run, feed: Feed, micro_steps: int) -> None:
     if term.kind != "none":
         carried = {"one": "one branch", "both": "all branches"}[term.branches]
         say(f"consistency  {term.kind}, weight {term.weight:g}, {train.draws // 2} pairs, gradient through {carried}")
-    say(f"data         {len(run.examples)} rows, {total:,} tokens, {run.reader.supervision(run.examples)}")
+    sample = " (a sample of the stream)" if run.config.data.streaming else ""
+    say(f"data         {len(run.examples)} rows{sample}, {total:,} tokens, {run.reader.supervision(run.examples)}")
     say(f"batch        {feed.describe(micro_steps)}")
 
 
