@@ -139,7 +139,11 @@ def run_matrix(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
         launch = LaunchConfig(processes=processes)
         (folder / OUTCOMES).unlink(missing_ok=True)
         write_json(folder / CELLS, [asdict(cell) for cell in part])
-        command = launcher_command("pipeline.deepspeed_matrix", folder, launch)
+        try:
+            command = launcher_command("pipeline.deepspeed_matrix", folder, launch)
+        except UserError as error:  # more processes than GPUs
+            found |= {cell: Outcome(cell, "refused", str(error)) for cell in part}
+            continue
         print(f"{processes} process{'es' if processes > 1 else ''}: {len(part)} cells …", file=sys.stderr, flush=True)
         with contextlib.redirect_stderr(io.StringIO()):  # what each run says about itself; the log has it
             run_stage(command, folder / f"matrix-{processes}.log", folder, "matrix", launcher_environment(launch))

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pipeline.errors import ConfigError
+
 PEAK_TFLOPS: dict[str, float] = {
     "B200": 2250.0,
     "H200 NVL": 835.0,
@@ -79,3 +81,18 @@ def accelerator_memory() -> list[tuple[str, int]]:
         return []
     fields = [line.rpartition(",") for line in answer.splitlines() if "," in line]
     return [(name.strip(), int(mib) * 1024**2) for name, _, mib in fields if mib.strip().isdigit()]
+
+
+def check_processes(processes: int) -> None:
+    """Refuse more processes on this machine than NVIDIA devices that are visible; without any, CPUs are shared.
+
+    Raises:
+        ConfigError: NCCL does not let two processes use one device.
+    """
+    devices, visible = len(accelerator_memory()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        devices = min(devices, len([name for name in visible.split(",") if name.strip()]))
+    if 0 < devices < processes:
+        gpus = f"{devices} visible GPU{'s' if devices > 1 else ''}"
+        constraint = f"must not exceed the {gpus}: processes cannot share one"
+        raise ConfigError("launch.processes", processes, constraint, "Leave it at 0: one process per visible GPU.")

@@ -26,6 +26,7 @@ from typing import IO
 
 from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
+from pipeline.devices import check_processes
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
 from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.nodes import log_name, node_arguments
@@ -49,7 +50,12 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
     honoured; on CPU the launcher has to be told. Several nodes: `launch.hostfile` has DeepSpeed reach them by ssh;
     with `launch.nodes` each starts its own processes.
+
+    Raises:
+        ConfigError: more processes than GPUs are asked for.
     """
+    if launch.hostfile is None:
+        check_processes(launch.processes)
     port = str(launch.master_port or free_port())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     if launch.nodes > 1:

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pipeline.config import load_config
 from pipeline.config.sections import ModelConfig
 from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
+from pipeline.devices import check_processes
 from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.model.head import head_of, hidden_states
@@ -133,6 +134,21 @@ def test_the_table_names_what_is_refused_and_what_failed() -> None:
     assert lines[1].split() == ["zero3", "nf4", "float32", *states]
     assert "2 tested, 1 refused, 1 FAILED" in lines[3]
     assert lines[-2:] == ["- refused: reason of refused", "- FAILED: reason of FAILED"]
+
+
+def test_more_processes_than_gpus_are_refused_by_launcher_and_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.devices.accelerator_memory", lambda: [("some GPU", 80)] * 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_processes(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(ConfigError, match="1 visible GPU: processes cannot share one") as caught:
+        check_processes(2)
+    outcomes = run_matrix([Cell("zero3", "nf4", "float32", c, 2) for c in (False, True)], tmp_path)
+    assert [(outcome.status, outcome.detail) for outcome in outcomes] == [("refused", str(caught.value))] * 2
+    monkeypatch.setattr("pipeline.devices.accelerator_memory", list)
+    check_processes(64)
 
 
 @pytest.mark.slow
