@@ -30,7 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, **tables: dict[str, list[dict[str, obje
     """A hub with these data sets: name (`__` for `/`) -> split -> rows."""
     import datasets
 
-    def load(name: str, variant: str | None) -> datasets.DatasetDict:
+    def load(name: str, variant: str | None, streaming: bool) -> datasets.DatasetDict:
         parts = tables[name.replace("/", "__")]
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
 

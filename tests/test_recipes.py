@@ -158,7 +158,7 @@ def test_a_recipe_runs_on_rows_of_its_shape(tmp_path: Path, monkeypatch: pytest.
     """RTE's 2,490 and 277 rows: 50 epochs of the 2,090 that are left to train on are 3,266 steps of 32."""
     import datasets
 
-    def load(name: str, variant: str) -> datasets.DatasetDict:
+    def load(name: str, variant: str, streaming: bool) -> datasets.DatasetDict:
         assert (name, variant) == ("nyu-mll/glue", "rte")
         sizes = {"train": 2490, "validation": 277, "test": 3}
         return datasets.DatasetDict({
