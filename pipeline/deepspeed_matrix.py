@@ -140,7 +140,9 @@ def run_matrix(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
         (folder / OUTCOMES).unlink(missing_ok=True)
         write_json(folder / CELLS, [asdict(cell) for cell in part])
         try:
-            command = launcher_command("pipeline.deepspeed_matrix", folder, launch)
+            command = [sys.executable, "-m", "pipeline.deepspeed_matrix", "--run-dir", str(folder)]
+            if processes > 1:  # a process alone needs no launcher, which costs two more starts
+                command = launcher_command("pipeline.deepspeed_matrix", folder, launch)
         except UserError as error:  # more processes than GPUs
             found |= {cell: Outcome(cell, "refused", str(error)) for cell in part}
             continue
