@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, LoradropError
 from pipeline.lifeline import lifeline
 from pipeline.runs import RunPaths, update_status
 from pipeline.tracking import say
+
+_DYING_SECONDS = 0.5
+"""A killed process closes its connections, which fails its peers, some time before it is seen to be dead."""
 
 
 def stage_main(name: str, work: Callable[[Path], object], argv: list[str] | None = None) -> int:
@@ -42,7 +46,9 @@ def stage_main(name: str, work: Callable[[Path], object], argv: list[str] | None
 def _record(name: str, run_dir: Path, rank: int, failure: ranks.Failure) -> None:
     """Failure and status on disk, where the disk still takes them."""
     if name in ranks.WORLD_STAGES:
-        ranks.record_lost(run_dir, but=rank)  # a peer that was killed is the cause of what we fail with
+        if failure.kind == "crash":
+            time.sleep(_DYING_SECONDS)
+            ranks.record_lost(run_dir, but=rank)  # a peer that was killed is the cause of what we fail with
         ranks.record_failure(run_dir, failure)
     if rank == 0:
         with contextlib.suppress(OSError, LoradropError):

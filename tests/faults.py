@@ -45,7 +45,7 @@ from pipeline.runs import RunPaths, read_json_lines, sha256_file, write_text  # 
 SETTINGS = """
 data.train_rows=32 data.validation_rows=24 data.calibration_rows=16 data.test_rows=16 data.max_tokens=64
 train.max_steps=6 train.global_batch=8 train.micro_batch=4 train.learning_rate=0.01 train.validate_every_steps=2
-train.checkpoint_every_steps=3 ensemble.size=2 adapter.rank=4 evaluate.batch_tokens=200 launch.grace_seconds=3
+train.checkpoint_every_steps=3 ensemble.size=2 adapter.rank=4 evaluate.batch_tokens=64 launch.grace_seconds=3
 """.split()
 COMPARED = ("kind", "step", "loss", "gradient_norm", "learning_rate", "nll", "accuracy")
 """Of metrics.jsonl; what is left out is time and memory."""
@@ -188,20 +188,20 @@ KILL_POINTS = {
     "between manifest and rename": ("train", "pipeline.runs._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.checkpoint.prune", 3, "before"),
-    "in validation": ("train", "pipeline.predict.collate", 8, "before"),
-    "between checkpoint and adapter": ("train", "pipeline.run_state.write_adapter", 2, "before"),
-    "between adapter and its predictions": ("train", "pipeline.run_state.write_predictions", 2, "before"),
-    "in evaluation": ("evaluate", "pipeline.predict.collate", 30, "before"),
+    "in validation": ("train", "pipeline.predict.collate", 12, "before"),
+    "between checkpoint and adapter": ("train", "pipeline.run_state.write_adapter", 3, "before"),
+    "between adapter and its predictions": ("train", "pipeline.run_state.write_predictions", 3, "before"),
+    "in evaluation": ("evaluate", "pipeline.predict.collate", 40, "before"),
     "between two splits of an evaluation": ("evaluate", "pipeline.evaluate.write_predictions", 3, "after"),
 }
 SIGNAL_POINTS = {
     "set-up, data": ("train", "pipeline.train.load_splits", 1),
     "set-up, model": ("train", "pipeline.train.attach_adapter", 1),
     "training": ("train", "pipeline.train.build_rows", 12),
-    "validation": ("train", "pipeline.predict.collate", 8),
+    "validation": ("train", "pipeline.predict.collate", 12),
     "saving": ("train", "pipeline.checkpoint.save_file", 3),
     "set-up of evaluation": ("evaluate", "pipeline.evaluate.open_reader", 1),
-    "evaluation": ("evaluate", "pipeline.predict.collate", 30),
+    "evaluation": ("evaluate", "pipeline.predict.collate", 40),
 }
 
 
@@ -223,7 +223,7 @@ def ask(bench: Bench, point: str) -> str:
 
 def kill_one_of_two(bench: Bench, point: str) -> str:
     """kill -9 of one of two processes: the other leaves by itself, within the grace time, and names the cause."""
-    points = {"mid-step": ("pipeline.train.build_rows", 6), "in validation": ("pipeline.predict.collate", 4)}
+    points = {"mid-step": ("pipeline.train.build_rows", 6), "in validation": ("pipeline.predict.collate", 6)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGKILL))
     folder, rank = bench.fresh(), bench.random.randint(0, 1)
@@ -240,7 +240,7 @@ def kill_one_of_two(bench: Bench, point: str) -> str:
 
 def ask_one_of_two(bench: Bench, point: str) -> str:
     """A signal to one of two processes: both save and leave."""
-    points = {"training": ("pipeline.train.build_rows", 6), "validation": ("pipeline.predict.collate", 4)}
+    points = {"training": ("pipeline.train.build_rows", 6), "validation": ("pipeline.predict.collate", 6)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGTERM))
     return broken_stage(bench, "train", patch, {75}, 2, bench.random.randint(0, 1))
