@@ -1,7 +1,7 @@
 """`python compare_stub.py STOP_AT ARGUMENT…`: the command line with every stage in this one process.
 
 What is imported once serves all trainings, and DeepSpeed's process groups live as long as the process. The training
-number STOP_AT finds a stop request when it starts. Prints `trained NAME` for every training that starts.
+number STOP_AT is asked to stop in its second step. Prints `trained NAME` for every training that starts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,27 +19,34 @@ from pipeline.cli import main
 from pipeline.launch import free_port
 from pipeline.runs import RunPaths, write_json
 from pipeline.stage import stage_main
+from pipeline.tracking import Metrics
 
 stop_at, arguments = int(sys.argv[1]), sys.argv[2:]
-started = 0
+started, original = 0, Metrics.write
 
 
-def run_stage(command: list[str], log: Path, run_dir: Path, stage: str, environment: object = None) -> int:
+def write_metrics(metrics: Metrics, kind: str, **values: Any) -> None:
+    if started == stop_at and kind == "train" and values["step"] == 2:
+        write_json(RunPaths(metrics._path.parent).stop_request, {"signal": "SIGINT"})
+    original(metrics, kind, **values)
+
+
+def work(stage: str, run_dir: Path) -> int:
     global started
     module = importlib.import_module("pipeline.report.__main__" if stage == "report" else f"pipeline.{stage}")
     module.stop = lambda: None  # type: ignore[attr-defined]
     if stage == "train":
         started += 1
         print("trained", run_dir.name)
-        if started == stop_at:
-            write_json(RunPaths(run_dir).stop_request, {"signal": "SIGINT"})
-    work = {"train": "train_stage", "evaluate": "evaluate_run", "report": "_report", "method_check": "check_methods"}
-    return stage_main(stage, getattr(module, work[stage]), ["--run-dir", str(run_dir)])
+    names = {"train": "train_stage", "evaluate": "evaluate_run", "report": "_report", "method_check": "check_methods"}
+    return stage_main(stage, getattr(module, names[stage]), ["--run-dir", str(run_dir)])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     distributed.stop = lambda: None
-    runner.run_stage = run_stage
+    Metrics.write = write_metrics  # type: ignore[method-assign]
+    runner.run_world_stage = lambda stage, run_dir, launch: work(stage, run_dir)
+    runner.run_stage = lambda command, log, run_dir, stage: work(stage, run_dir)
     raise SystemExit(main(arguments))

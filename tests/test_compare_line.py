@@ -42,7 +42,7 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
     blocked.write_text("no folder")  # the last training cannot save
     code, trained, shown = compare(0, command)
     assert (code, trained) == (EXIT_FAILED, NAMES[2:])  # the first two were done, the third goes on from its checkpoint
-    assert f"{NAMES[5]} failed: " in shown and "continuing from step_000001" in shown
+    assert f"{NAMES[5]} failed: " in shown and "continuing from step_000002" in shown
     rows = read_json_lines(folder / "trainings" / NAMES[2] / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
