@@ -96,7 +96,7 @@ def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> Non
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(python(parent), stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (log.exists() and "ready" in log.read_text()):
+    while time.monotonic() < deadline and not (log.exists() and "\nready\n" in log.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == EXIT_STOPPED
