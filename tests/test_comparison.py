@@ -181,6 +181,7 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     for part in ("Base model, untrained head", "Plain LoRA, lr 0.1 *", "Plain LoRA, lr 0.2  ", "DropKey, lr 0.2 *",
                  "DropKey, 2 masks", "hiddenkey-lr0.1-seed0 refused: no such thing", "Seed 0, 1."):
         assert part in table, table
+    assert "over training runs with the seeds 0, 1: another seed" in result["reading"]
     assert "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2." in result["reading"]
     page = (tmp_path / "report.html").read_text()
     assert "Comparison of 3 methods" in page and "HiddenKey, lr 0.1, seed 0" in page and "no such thing" in page

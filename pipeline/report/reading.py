@@ -114,9 +114,11 @@ def _chosen_adapters(result: dict[str, Any]) -> str:
 def _limits(result: dict[str, Any]) -> str:
     rows = result["rows"]["test"]
     warning = f" With {rows} test rows the intervals themselves are too narrow to trust." if rows < _FEW_ROWS else ""
+    seeds = str(result["train_seed"])
+    runs = f"over training runs with the seeds {seeds}" if "," in seeds else f"of one training run with seed {seeds}"
     return (f"“Not distinguishable” means that the 95 % interval of the paired difference includes 0. The intervals "
-            f"are over rows (and over mask draws, where an ensemble has fewer members than were cached) of one "
-            f"training run with seed {result['train_seed']}: another seed may give other numbers, and there is no "
+            f"are over rows (and over mask draws, where an ensemble has fewer members than were cached) {runs}: "
+            f"another seed may give other numbers, and there is no "
             f"correction for the number of comparisons.{warning}")
 
 

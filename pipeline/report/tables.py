@@ -57,7 +57,8 @@ def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
         headings.append("Temperature")
     rows = []
     for system in result["systems"]:
-        subsets = f"mean of {system['subsets']} subsets" if system["subsets"] > 1 else ""
+        what = "seeds" if "seeds" in system else "subsets"
+        subsets = f"mean of {system['subsets']} {what}" if system["subsets"] > 1 else ""
         row = [(system["name"], subsets), (str(system["passes"]), "")]
         row += [_interval_cell(system["test"][scaling][score], _digits(score)) for score, scaling in columns]
         rows.append(row + ([_temperature_cell(system["temperature"])] if system["temperature"] else []))
