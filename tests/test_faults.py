@@ -29,7 +29,7 @@ def test_ten_injections_are_survived() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     last = done.stdout.strip().splitlines()[-1]
-    assert re.fullmatch(r"10 injections: (10 same|9 same, 1 skipped)", last), done.stdout
+    assert re.match(r"10 injections: (10 same, 0 of them not reached$|9 same,.* 1 skipped)", last), done.stdout
 
 
 COMMAND = """
