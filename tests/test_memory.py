@@ -73,7 +73,7 @@ def test_optimizer_states_are_shared_out() -> None:
     config = load_config(None, ["train.deepspeed=zero2"])
     assert states_of(config, 1000, 2, "cpu") == States(4000, 2000, 0, 4000, 3 * 2000, 3 * 2000)
     assert states_of(config, 1000, 1, "cpu") == States(4000, 4000, 4000, 4000, 3 * 4000, 3 * 4000)  # it accumulates
-    assert states_of(config, 1000, 2, "cuda").bucket == 4 * 500_000_000  # DeepSpeed's default, allocated whole
+    assert states_of(config, 1000, 2, "cuda").bucket == 4 * 50_000_000  # of zero2.json, allocated whole
     whole = load_config(None, ["train.deepspeed=zero0", "train.micro_batch=16"])
     assert states_of(whole, 1000, 2, "cpu") == States(4000, 4000, 0, 0, 8000, 3 * 4000)
     one = load_config(None, ["train.deepspeed=zero1", "train.micro_batch=4"])
