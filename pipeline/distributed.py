@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline import lifeline
 from pipeline.errors import LoradropError, SetupError
-from pipeline.launch import free_port
+from pipeline.launch import LAUNCHER_VARIABLES, free_port
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ def _leave_out_shared_memory_op() -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the process group. A world of one takes its address out of the environment, which children inherit."""
+    if not torch.distributed.is_initialized():
+        return
+    alone = torch.distributed.get_world_size() == 1
+    torch.distributed.destroy_process_group()
+    for name in LAUNCHER_VARIABLES if alone else ():
+        os.environ.pop(name, None)
 
 
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:

@@ -21,6 +21,7 @@ import pipeline.train
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.checkpoint import published_checkpoints
 from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
@@ -162,8 +163,9 @@ def test_a_broken_module_stops_the_run_and_nothing_is_lost(
     with pytest.raises(NotFinite, match=r"step 4: .*model\.layers\.1\.post_attention_layernorm \(LlamaRMSNorm\)"):
         train(settings, run, break_down)
     paths = RunPaths(run)
-    assert [p.name for p in paths.checkpoints.iterdir()] == ["step_000002"]
-    assert not manifest_faults(paths.checkpoints / "step_000002") and not manifest_faults(paths.adapter)
+    kept = published_checkpoints(paths.checkpoints)
+    assert [path.name for path in kept] == ["step_000002", "step_000003"]  # of every second step; of the new best
+    assert not any(map(manifest_faults, [*kept, paths.adapter]))
     assert [row["step"] for row in read_json_lines(paths.metrics) if row["kind"] == "train"] == [1, 2, 3]
     found = json.loads((paths.diagnosis / "step_000004" / "diagnosis.json").read_text())
     assert (found["process"], found["micro_batch"], found["mask_phase"]) == (0, 0, 3)
