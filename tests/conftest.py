@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from tiny import write_tiny_data, write_tiny_model
 
-settings.register_profile("shared-machine", deadline=None)
+settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")
 torch.set_num_threads(1)
 
