@@ -78,7 +78,8 @@ def lockstep(chunks: Sequence[list[int]], model: nn.Module) -> Iterator[tuple[li
 
     Forward passes of a sharded model are collectives: a process that has fewer chunks keeps the others company.
     """
+    # Asked before the first pass: later some processes would ask while others still run theirs.
+    most = distributed.largest(len(chunks)) if distributed.is_sharded(model) else len(chunks)
     yield from ((chunk, True) for chunk in chunks)
-    if distributed.is_sharded(model):
-        for _ in range(distributed.largest(len(chunks)) - len(chunks)):
-            yield chunks[-1], False
+    for _ in range(most - len(chunks)):
+        yield chunks[-1], False
