@@ -67,6 +67,16 @@ def test_a_process_with_fewer_chunks_keeps_the_others_company(monkeypatch: pytes
     assert list(lockstep(chunks, model))[2:] == [([1, 2], False)] * 2
 
 
+def test_the_number_of_passes_is_agreed_on_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that asks after its own passes would meet the others in the middle of theirs."""
+    asked: list[int] = []
+    monkeypatch.setattr("pipeline.sharding.distributed.is_sharded", lambda model: True)
+    monkeypatch.setattr("pipeline.sharding.distributed.largest", lambda value: asked.append(value) or 3)
+    passes = lockstep([[0], [1]], torch.nn.Linear(2, 2))
+    assert next(passes) == ([0], True) and asked == [2]
+    assert list(passes) == [([1], True), ([1], False)] and asked == [2]
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_4_bit_linear_can_do_without_its_weight_until_the_backward_pass(storage: torch.dtype, bias: bool) -> None:
