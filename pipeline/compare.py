@@ -95,7 +95,7 @@ def train_all(
         code = run_training(own, Folders(folder / training.run))
         if code == EXIT_STOPPED:
             return found, code
-        found[i] = outcome(training, folder, own) if code == EXIT_OK else _failed(training, folder, code)
+        found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
         write_comparison(paths, config, found)
         if not was_done:
             clock.add(time.monotonic() - started)

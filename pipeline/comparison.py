@@ -24,7 +24,7 @@ from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.compare import NamedMethod
 from pipeline.config.load import config_keys, with_values
 from pipeline.errors import ConfigError, RunFolderError, UserError
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json, read_json_lines, sha256_file, write_json
+from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, read_json, read_json_lines, sha256_file, write_json
 
 TRAININGS = "trainings"
 REFUSALS = "refused.json"
@@ -105,18 +105,17 @@ def choose(trainings: Sequence[Training]) -> list[Training]:
     return [replace(one, chosen=one.state == "done" and best[one.method] == str(one.values)) for one in trainings]
 
 
-def outcome(training: Training, folder: Path, config: RunConfig) -> Training:
+def outcome(training: Training, folder: Path) -> Training:
     """`training` with what its finished run folder says."""
     paths = RunPaths(folder / training.run)
     rows = list(read_json_lines(paths.metrics))
     seconds = [row["seconds"] for row in rows if row["kind"] == "train"]
-    validations = [row["nll"] for row in rows if row["kind"] == "validation"]
     return replace(
         training,
         state="done",
         error="",
         adapter_sha256=sha256_file(paths.adapter / ADAPTER_WEIGHTS),
-        validation_nll=min(validations) if config.train.keep_best else validations[-1],
+        validation_nll=read_json(paths.adapter / MANIFEST)["validation_nll"],
         steps=len(seconds),
         seconds=sum(seconds),
         step_seconds=median(seconds),

@@ -83,15 +83,23 @@ def accelerator_memory() -> list[tuple[str, int]]:
     return [(name.strip(), int(mib) * 1024**2) for name, _, mib in fields if mib.strip().isdigit()]
 
 
+def visible_devices() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; empty where it is not set, or names nothing."""
+    return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
 def check_processes(processes: int) -> None:
     """Refuse more processes on this machine than NVIDIA devices that are visible; without any, CPUs are shared.
 
     Raises:
-        ConfigError: NCCL does not let two processes use one device.
+        ConfigError: NCCL does not let two processes use one device; or devices are not named by number.
     """
-    devices, visible = len(accelerator_memory()), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        devices = min(devices, len([name for name in visible.split(",") if name.strip()]))
+    devices, visible = len(accelerator_memory()), visible_devices()
+    if devices and not all(name.isdigit() for name in visible):
+        constraint = "must be numbers: DeepSpeed's launcher reads no UUIDs"
+        raise ConfigError("CUDA_VISIBLE_DEVICES", ",".join(visible), constraint, "Give the indices of nvidia-smi -L.")
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        devices = min(devices, len(visible))
     if 0 < devices < processes:
         gpus = f"{devices} visible GPU{'s' if devices > 1 else ''}"
         constraint = f"must not exceed the {gpus}: processes cannot share one"

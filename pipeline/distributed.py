@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,17 @@ def start() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        # Its backward pass is NaN where all logits of a query are low, as where all its keys are dropped
+        # (pytorch issue 196678, H100 and H200).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         _leave_out_shared_memory_op()
-        deepspeed.init_distributed(verbose=False)
+        # Longer than DeepSpeed's 10 minutes: loading differs among nodes, and the lifeline sees who is dead.
+        minutes = int(os.environ.get("DEEPSPEED_TIMEOUT", "60"))
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
     lifeline.watch_peers()
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
@@ -213,12 +219,22 @@ def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor
 
 def set_full_fp32(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Overwrite a parameter and its fp32 master."""
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-        from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+    elif hasattr(parameter, "_hp_mapping"):
         safe_set_full_fp32_param(parameter, value.to(parameter.device).reshape(_shape(parameter)))
     with _whole(parameter), torch.no_grad():  # the master alone would reach the parameter with the next step only
         parameter.copy_(value)
+
+
+def _own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This process's part under ZeRO-3, padded: DeepSpeed's own cut fails where sizes do not divide by processes."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    flat = value.flatten()
+    padded = torch.nn.functional.pad(flat, (0, size * torch.distributed.get_world_size() - flat.numel()))
+    return padded.narrow(0, size * torch.distributed.get_rank(), size)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
@@ -234,7 +250,7 @@ def restore_moments(engine: Any, step: int, moments: dict[nn.Parameter, dict[str
 
     DeepSpeed creates the inner optimizer's state lazily; here it is created first, then filled fragment by fragment.
     """
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     inner = getattr(engine.optimizer, "optimizer", None)
     if inner is None or _is_plain(engine):  # ZeRO-0 keeps the plain torch optimizer
@@ -258,7 +274,10 @@ def restore_moments(engine: Any, step: int, moments: dict[nn.Parameter, dict[str
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for parameter, values in moments.items():
         for name, value in values.items():
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device).reshape(_shape(parameter)), name)
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_optimizer_state(parameter, _own_part(parameter, value), name)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device).reshape(_shape(parameter)), name)
 
 
 def _is_plain(engine: Any) -> bool:

@@ -60,6 +60,8 @@ def export_run(run_dir: Path) -> None:
     """
     paths = RunPaths(run_dir)
     config = load_config(paths.config)
+    if not paths.adapter.is_dir():
+        raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     stored = read_adapter(paths.adapter)
     update_status(paths, "export", "running")
     splits = load_splits(config.data)
@@ -152,6 +154,8 @@ def measure_parity(
     ours = np.stack([_our_logits(reader, adapters, ids, members, config.ensemble.seed) for ids in prompts], 1)
     folders = [folder / e.folder for e in exported]
     stock = _stock_logits(folders, reader.base.identity, prompts, str(adapters.device))
+    # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.
+    noise = 0.0 if reader.base.identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
     parity = []
     for k, export in enumerate(exported):
         effect = float(np.abs(ours[k + 1] - ours[0]).max())
@@ -159,12 +163,13 @@ def measure_parity(
         stock_effect = float(np.abs(stock["adapters"][k] - stock["base"]).max())
         if effect == 0.0 or stock_effect == 0.0:
             raise ParityError(f"{export.folder}: its output equals the base model's; the adapter has no effect")
-        if difference > TOLERANCE * effect:
+        if difference > TOLERANCE * effect + 2 * noise or effect < 4 * noise:  # or it could hide in the noise
             raise ParityError(
                 f"{export.folder}: stock PEFT differs by {difference:.4g} where the adapter's whole effect is"
-                f" {effect:.4g} (allowed: {TOLERANCE:.0%})"
+                f" {effect:.4g} (allowed: {TOLERANCE:.0%}) and the bare base differs by {noise:.4g}"
             )
-        parity.append({"max_difference": difference, "max_effect": effect, "ratio": difference / effect})
+        ratio = difference / effect
+        parity.append({"max_difference": difference, "max_effect": effect, "ratio": ratio, "base_noise": noise})
     return parity
 
 
@@ -196,6 +201,8 @@ def _stock_logits(
         (Path(scratch) / "job.json").write_text(json.dumps(job))
         script = Path(__file__).with_name("stock_parity.py")
         command = [sys.executable, "-I", str(script), str(Path(scratch) / "job.json")]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the other process needs the room
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ParityError(f"stock PEFT cannot load the export:\n{done.stderr[-2000:]}")

@@ -161,7 +161,7 @@ class Feed:
         lengths = [self._source.length(*place) for place in places]
         branches = 1 if self._spec.consistency.kind == "none" else 2
         classes = train.draws // branches if self._masked and train.draw_layout == "split" else 1
-        chunks = token_chunks(lengths, budget, lambda positions: len(self._layout(positions).source), classes)
+        chunks = token_chunks(lengths, budget, lambda positions: widest_pass(self._layout(positions)), classes)
         rounds = -(-len(chunks) // self._world)
         return [*chunks[self._rank :: self._world], []][:rounds]
 
@@ -173,6 +173,12 @@ class Feed:
         """A pass without loss over the shortest row: all processes make the same passes through the same modules."""
         shortest = min(places, key=lambda place: self._source.length(*place))
         return MicroBatch([self._source.row(*shortest)], weightless(self._layout([0])))
+
+
+def widest_pass(layout: RowLayout) -> int:
+    """Rows of the larger of the forward passes that a layout takes: branches without gradient have their own."""
+    reference = None if layout.pairing is None else layout.pairing.reference
+    return max(len(layout.source), 0 if reference is None else len(reference.source))
 
 
 def open_feed(

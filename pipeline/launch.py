@@ -26,7 +26,7 @@ from typing import IO
 
 from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
-from pipeline.devices import check_processes
+from pipeline.devices import accelerator_memory, check_processes, visible_devices
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
 from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.nodes import log_name, node_arguments
@@ -60,9 +60,12 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
     if launch.nodes > 1:
         command += node_arguments(launch, run_dir)
-    elif launch.hostfile:
-        command += ["--hostfile", launch.hostfile]
-    if launch.nodes == 1 and (launch.processes or not has_accelerator()):
+    else:  # where none is named, DeepSpeed would obey a /job/hostfile
+        command += ["--hostfile", launch.hostfile or f"{os.devnull}/none"]
+    visible = visible_devices() if has_accelerator() and not launch.hostfile else []
+    if launch.nodes == 1 and launch.processes and visible:  # a count would make DeepSpeed forget what is visible
+        command += ["--include", f"localhost:{','.join(visible[: launch.processes])}"]
+    elif launch.nodes == 1 and (launch.processes or not has_accelerator()):
         command += ["--num_accelerators", str(process_count(launch))]
     return [*command, "--module", module, "--run-dir", str(run_dir.resolve())]
 
@@ -70,14 +73,25 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
 def launcher_environment(launch: LaunchConfig) -> dict[str, str]:
     """Variables for the ranks: what their lifeline has to know; the threads of each on a CPU-only machine."""
     told = {WARNING: launch.warning_signal, GRACE: str(launch.grace_seconds)}
-    if has_accelerator():
+    processes = world_processes(launch)
+    if processes is None:
         return told
-    return {**told, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(launch)))}
+    return {**told, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) * launch.nodes // processes))}
 
 
 def process_count(launch: LaunchConfig) -> int:
     """Processes per node on a machine without accelerators (or as configured)."""
     return launch.processes or min(2, os.cpu_count() or 1)
+
+
+def world_processes(launch: LaunchConfig) -> int | None:
+    """Processes of a stage, on all nodes; None where only the launcher will know (a hostfile)."""
+    if launch.hostfile:
+        return None
+    if launch.processes or not has_accelerator():
+        return launch.nodes * process_count(launch)
+    visible = visible_devices()
+    return len(visible) if visible else len(accelerator_memory()) or None
 
 
 def has_accelerator() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,8 @@ from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.devices import accelerator_memory
 from pipeline.epochs import length_text, resolve_epochs
-from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.launch import has_accelerator, process_count
+from pipeline.errors import EXIT_OK, ConfigError, RunFolderError
+from pipeline.launch import has_accelerator, process_count, world_processes
 from pipeline.nodes import check_nodes
 from pipeline.preflight import check_inputs
 from pipeline.runner import (
@@ -45,6 +47,7 @@ def execute(
     config = resolve(stage, source, folders, overrides, quick)
     check_inputs(config)
     check_nodes(config.launch, stage)
+    config = fit_micro_batch(config, stage)
     if dry_run:
         print(plan_text(stage, config, folders))
         if stage in ("run", "train"):
@@ -56,6 +59,28 @@ def execute(
     if stage == "run" and code == EXIT_OK:
         print_outcome(folders, time.monotonic() - started)
     return code
+
+
+def fit_micro_batch(config: RunConfig, stage: str) -> RunConfig:
+    """`config` with the largest micro-batch, up to train.micro_batch, that divides a process's share of a step.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out evenly.
+    """
+    train, processes = config.train, world_processes(config.launch)
+    if stage not in ("run", "train", "compare") or processes is None:
+        return config
+    if train.global_batch % processes:
+        fitting = -(-train.global_batch // processes) * processes
+        raise ConfigError(
+            "train.global_batch", train.global_batch, f"must be a multiple of the {processes} processes",
+            f"Set train.global_batch={fitting}, or launch.processes.",
+        )
+    fitting = math.gcd(train.global_batch // processes, train.micro_batch)
+    if fitting == train.micro_batch:
+        return config
+    print(f"train.micro_batch {train.micro_batch} -> {fitting}: what a process has of a step", file=sys.stderr)
+    return config.model_copy(update={"train": train.model_copy(update={"micro_batch": fitting})})
 
 
 def show(source: str | None, run_dir: Path | None, overrides: list[str], quick: bool, rows: int) -> int:
@@ -90,9 +115,15 @@ def resolve(stage: str, source: str | None, folders: Folders, overrides: list[st
     if stage in ("evaluate", "report", "export"):
         if not saved.exists():
             raise RunFolderError("--run-dir", str(folders.run), "holds no run", "Train first, or give its folder.")
+        for word in overrides:
+            if not word.startswith("launch."):
+                remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."
+                raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
         base = read_yaml(saved)
     else:
         base = read_yaml(find_recipe(source or ("compare" if stage == "compare" else "default")))
+        if source is None and any(word.startswith("data.path=") for word in overrides):
+            base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
     if quick:
         base = merge_trees(base, read_yaml(find_recipe("quick")))
     return build_config(overridden_tree(base, overrides))

@@ -101,12 +101,13 @@ class Run:
         self.counters = replace(self.counters, validated_step=step)
         if self.budget.supersedes(step, self.counters.best_step or 0):
             best = None
-        if best is None or self.scores["nll"] < best or not self.config.train.keep_best:
+        published = best is None or self.scores["nll"] < best or not self.config.train.keep_best
+        if published:
             self.counters = replace(self.counters, best_step=step, best_validation_nll=self.scores["nll"])
             self.save()  # first: what is published is then never ahead of what a resume knows
             self.publish_adapter(predictions)
         if self.on_validation is not None:
-            self.on_validation({"step": float(step), **self.scores})
+            self.on_validation({"step": float(step), **self.scores, "published": float(published)})
 
     def publish_adapter(self, predictions: Predictions) -> None:
         """adapter/ in PEFT format, and the validation predictions that go with it."""

@@ -23,6 +23,8 @@ def main(job_path: str) -> None:
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     torch.manual_seed(0)  # an untrained head
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as the pipeline does: the same kernels on both sides
     dtype = getattr(torch, job["compute_dtype"])
     quantization = None
     skip = job["unquantized"] or None

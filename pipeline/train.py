@@ -35,7 +35,8 @@ from pipeline.tracking import Progress, say
 def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:
     """Train one adapter in this process (one of `world_size`), write the run folder, return the best validation.
 
-    `on_validation` is told {"step", "nll", "accuracy"} on every process.
+    `on_validation` is told {"step", "nll", "accuracy", "published"} on every process; published: 1 where adapter/ now
+    holds the adapter of this validation, 0 where an earlier one was better.
 
     Raises:
         ConfigError, DataError: the configuration does not fit the data, the model or the world.

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
+from pipeline.config import dump_config, load_config
+from pipeline.errors import ConfigError
+from pipeline.line import fit_micro_batch, resolve
+from pipeline.runner import Folders
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,3 +118,23 @@ def test_a_folder_of_another_configuration_is_refused(
     (tmp_path / "config.yaml").write_text(dump_config(load_config("default", [*tiny_settings, "train.seed=5"])))
     assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_micro_batch_that_processes_cannot_share_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(None, ["train.global_batch=16", "train.micro_batch=8", "launch.processes=4"])
+    assert fit_micro_batch(config, "train").train.micro_batch == 4 and "8 -> 4" in capsys.readouterr().err
+    assert fit_micro_batch(config, "evaluate") is config
+    with pytest.raises(ConfigError, match=r"train\.global_batch=18"):
+        fit_micro_batch(load_config(None, ["train.global_batch=16", "launch.processes=6"]), "run")
+
+
+def test_own_data_are_not_cut_to_the_sizes_of_the_embedded_rows(tmp_path: Path) -> None:
+    config = resolve("train", None, Folders(tmp_path / "x"), [f"data.path={tmp_path}"], quick=False)
+    assert (config.data.train_rows, config.data.max_tokens) == (None, 512)
+
+
+def test_later_stages_refuse_keys_that_they_do_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(None)))
+    with pytest.raises(ConfigError, match="not read by evaluate"):
+        resolve("evaluate", None, Folders(tmp_path), ["ensemble.size=16"], quick=False)
+    resolve("evaluate", None, Folders(tmp_path), ["launch.processes=1"], quick=False)

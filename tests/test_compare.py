@@ -15,7 +15,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, ConfigError, StageFailed
 from pipeline.method_check import refused_methods
 from pipeline.runner import Folders
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, update_status, write_json, write_text
+from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, update_status, write_json, write_text
 
 METHODS = ("none", "dropkey", "hiddencut")
 
@@ -39,6 +39,7 @@ class Processes:
             lines = [{"kind": "train", "step": 1, "seconds": 2.0}, {"kind": "validation", "step": 1, "nll": nll}]
             write_text(paths.metrics, "".join(json.dumps(line) + "\n" for line in lines))
             write_text(paths.adapter / ADAPTER_WEIGHTS, folders.run.name)
+            write_json(paths.adapter / MANIFEST, {"step": 1, "validation_nll": nll})
             update_status(paths, "train", "done")
         elif code == EXIT_FAILED:
             update_status(paths, "train", "failed", "the loss is nan")
@@ -139,4 +140,4 @@ def test_the_outcome_survives_a_second_look(tmp_path: Path, monkeypatch: pytest.
     code, started, _ = run(tmp_path, monkeypatch, {})
     assert code == EXIT_OK and "method_check" not in started
     after = read_comparison(RunPaths(tmp_path / "x-compare")) or []
-    assert after == before == choose([outcome(one, tmp_path / "x-compare", load_config(None)) for one in before])
+    assert after == before == choose([outcome(one, tmp_path / "x-compare") for one in before])

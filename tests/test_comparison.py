@@ -26,11 +26,11 @@ from pipeline.evaluate import listed_adapters
 from pipeline.line import resolve
 from pipeline.predictions import ChoicePredictions, Member, write_members, write_predictions
 from pipeline.report import format_comparison, write_report
-from pipeline.report.comparison import build_comparison
+from pipeline.report.comparison import build_comparison, compared_systems
 from pipeline.report.inputs import read_inputs
 from pipeline.report.systems import base_system
 from pipeline.runner import Folders, refuse_other
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, write_json, write_text
+from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, write_json, write_text
 
 VALUES = {"train.learning_rate": 0.001}
 ROWS = {"validation": 40, "calibration": 60, "test": 80}
@@ -95,16 +95,16 @@ def test_validation_chooses_by_the_mean_over_seeds_among_complete_settings() -> 
     ]
 
 
-@pytest.mark.parametrize(("keep_best", "nll"), [(True, 0.4), (False, 0.6)])
-def test_the_outcome_is_that_of_the_adapter_that_was_kept(tmp_path: Path, keep_best: bool, nll: float) -> None:
+def test_the_outcome_is_that_of_the_adapter_that_was_published(tmp_path: Path) -> None:
+    """Not the lowest of the run: AdaLoRA's validations before its ranks settle do not count."""
     paths = RunPaths(tmp_path / "trainings" / "a")
     write_text(paths.adapter / ADAPTER_WEIGHTS, "weights")
+    write_json(paths.adapter / MANIFEST, {"step": 9, "validation_nll": 0.6})
     lines = [f'{{"kind": "train", "step": {s}, "seconds": {s}.0}}\n' for s in (1, 2, 9)]
     lines += [f'{{"kind": "validation", "step": {s}, "nll": {v}}}\n' for s, v in ((1, 0.5), (2, 0.4), (9, 0.6))]
     write_text(paths.metrics, "".join(lines))
-    config = build_config({"train": {"keep_best": keep_best}})
-    found = outcome(Training("a", "a", {}, 0, "ab", "failed", "once"), tmp_path, config)
-    assert (found.state, found.error, found.validation_nll) == ("done", "", nll)
+    found = outcome(Training("a", "a", {}, 0, "ab", "failed", "once"), tmp_path)
+    assert (found.state, found.error, found.validation_nll) == ("done", "", 0.6)
     assert (found.steps, found.seconds, found.step_seconds) == (3, 12.0, 2.0)
 
 
@@ -216,3 +216,13 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
 @pytest.mark.parametrize(("extra", "name"), [({}, "Base model"), ({"head": "untrained"}, "Base model, untrained head")])
 def test_a_base_with_an_untrained_head_is_called_so(extra: dict[str, Any], name: str) -> None:
     assert [system.name for system in base_system([Member("base", "base", extra=extra)])] == [name]
+
+
+def test_what_is_compared_does_not_depend_on_the_order_of_the_methods(tmp_path: Path) -> None:
+    config = build_config({"compare": {"methods": ["lora_dropout", "none"]}})
+    planned = [one for one, _ in plan_trainings(config)]
+    done = [replace(one, state="done", chosen=one.values == planned[0].values) for one in planned]
+    members = [Member(one.name, "compared", extra={"train_seed": one.seed, "values": one.values, "method": one.method})
+               for one in done]
+    keys = [system.key for system, _ in compared_systems(members, done)]
+    assert keys.index("plain") == 0 and "method_1" in keys

@@ -120,3 +120,13 @@ def test_a_broken_file_is_a_user_error(tmp_path: Path) -> None:
             load_config(path)
     with pytest.raises(ConfigError, match="default"):
         load_config("no-such-recipe")
+
+
+def test_numbers_without_a_dot_are_numbers_and_what_is_quoted_stays_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("train: {learning_rate: 5e-4}\n")
+    config = load_config(path, ["train.weight_decay=1e-2", 'data.template={prompt: "{x}", choices: [" 0", "1e5"]}'])
+    assert (config.train.learning_rate, config.train.weight_decay) == (5e-4, 1e-2)
+    assert config.data.template is not None and config.data.template.choices == (" 0", "1e5")
+    path.write_text(dump_config(config))
+    assert load_config(path) == config

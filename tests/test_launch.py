@@ -29,6 +29,11 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     assert "--num_accelerators" not in launcher_command("pipeline.train", tmp_path, LaunchConfig())
     told = {"LORADROP_WARNING_SIGNAL": "SIGUSR1", "LORADROP_GRACE_SECONDS": "10.0"}
     assert launcher_environment(LaunchConfig()) == told
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setattr("pipeline.launch.check_processes", lambda processes: None)
+    command = launcher_command("pipeline.train", tmp_path, LaunchConfig(processes=2))
+    assert "--include localhost:4,5" in " ".join(command) and "--num_accelerators" not in command
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     launch = LaunchConfig(processes=4, hostfile="hosts", master_port=1234)
     command = launcher_command("pipeline.train", tmp_path, launch)
     assert " ".join(command).endswith(

@@ -29,7 +29,6 @@ TWO = LaunchConfig(nodes=2, processes=1, master_addr="10.77.0.1", master_port=29
         ({"nodes": 2}, "needs launch.processes, launch.master_addr, launch.master_port"),
         ({"nodes": 2, "processes": 1, "master_addr": "a"}, "needs launch.master_port"),
         ({"nodes": 2, "processes": 1, "master_addr": "a", "master_port": 5, "hostfile": "h"}, "set one"),
-        ({"master_addr": "a"}, "goes with launch.nodes"),
     ],
 )
 def test_half_a_description_of_nodes_is_refused(values: dict[str, object], part: str) -> None:

@@ -22,10 +22,11 @@ from pipeline.predictions import (
     write_predictions,
 )
 from pipeline.report import format_table, write_report
-from pipeline.report.inputs import read_inputs
+from pipeline.report.inputs import independent_units, read_inputs
 from pipeline.report.reading import write_reading
 from pipeline.report.result import build_result
 from pipeline.runs import RunPaths, write_json, write_text
+from pipeline.scores import RowMean, bootstrap, percentile_interval
 
 ROWS = {"validation": 120, "calibration": 150, "test": 200}
 DRAWS = 8
@@ -349,3 +350,13 @@ def test_few_rows_come_with_a_warning(finished):
     assert "too narrow to trust" not in finished.result["reading"]
     result = {**finished.result, "rows": {**finished.result["rows"], "test": 20}}
     assert "With 20 test rows the intervals themselves are too narrow to trust." in write_reading(result)
+
+
+def test_rows_of_one_question_are_resampled_together() -> None:
+    assert independent_units(["a", "b", "c"]) is None
+    units = independent_units(["b", "a", "b", "c", "a"])
+    assert units is not None and units.tolist() == [0, 1, 0, 2, 1]
+    values = np.repeat(np.random.default_rng(0).normal(size=40), 7)[None]  # 7 equal rows per question
+    whole = percentile_interval(0.0, bootstrap([RowMean(values)], 280, 4000, 0, np.repeat(np.arange(40), 7))[:, 0])
+    rows = percentile_interval(0.0, bootstrap([RowMean(values)], 280, 4000, 0)[:, 0])
+    assert (whole.high - whole.low) / (rows.high - rows.low) == pytest.approx(7**0.5, rel=0.15)

@@ -137,8 +137,11 @@ def train_and_collect(
     def train_run(config: RunConfig, run: Path, on_validation: Any) -> dict[str, Any]:
         written = config.model_copy(update={"label": "another"}) if changed else config
         write_text(RunPaths(run).config, dump_config(written))
+        best = float("inf")
         for step, nll in rows:
-            on_validation({"step": float(step), "nll": nll, "accuracy": nll / 2})
+            published = float(nll < best or not config.train.keep_best)
+            best = min(best, nll)
+            on_validation({"step": float(step), "nll": nll, "accuracy": nll / 2, "published": published})
         return {"steps": 4, "validation_nll": 0.1, "validation_accuracy": 0.9, "adapter_sha256": "w"}
 
     reports: list[dict[str, Any]] = []

@@ -70,7 +70,7 @@ def train(config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, A
         scores = {"nll": nll, "accuracy": float((predicted.argmax(axis=1) == labels).mean())}
         if main:
             publish(paths, config, predicted, tuple(row.id for row in rows))
-        on_validation({"step": float(step), **scores})
+        on_validation({"step": float(step), **scores, "published": 1.0})
         if paths.stop_request.exists() and step < config.train.max_steps:
             raise Stopped(f"stopped at step {step}")
     return {

@@ -145,10 +145,10 @@ def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Repor
     standing: dict[str, Any] = {}
 
     def on_validation(row: dict[str, Any]) -> None:
-        """Report what the trial would deliver if it ended now: with `keep_best` its best validation so far."""
+        """Report what the trial would deliver if it ended now: the validation of the adapter that is published."""
         if not math.isfinite(row["nll"]):
             raise StageFailed(f"validation NLL is {row['nll']} at step {row['step']}")
-        if not standing or row["nll"] < standing["nll"] or not config.train.keep_best:
+        if not standing or row["published"]:
             standing.update(nll=row["nll"], accuracy=row.get("accuracy"))
         # The last validation is reported with the result, once the adapter is written.
         if row["step"] < config.train.max_steps:

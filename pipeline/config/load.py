@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -16,6 +17,22 @@ from pipeline.errors import ConfigError, ErrorList, UserError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number. What is quoted stays text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+CLOSE_QUOTES = "Close its quotes and brackets, and put the whole key=value in single quotes."
 INSTEAD = {("train", "max_steps"): "epochs", ("train", "epochs"): "max_steps"}
 """(section, key) -> the key of which an override takes the place."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -80,7 +97,7 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
 
 def dump_config(config: RunConfig) -> str:
     """The YAML text that `load_config` turns into an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -98,7 +115,7 @@ def find_recipe(source: str | Path) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises `ConfigError` on a file that is missing, broken, or no mapping."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), None, f"cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -125,10 +142,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError("override", override, "is not of the form key.path=value", "Example: train.max_steps=100.")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
-        raise ConfigError(key, text, "is not a valid YAML value", "Quote it.") from error
-    value = _with_numbers(value)
+        raise ConfigError(key, text, "is not a valid YAML value", CLOSE_QUOTES) from error
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -136,18 +152,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
     node[leaf] = value
-
-
-def _with_numbers(value: object) -> object:
-    """YAML 1.1 reads 1e-4 (no dot) as text, also within lists and mappings; people mean the number."""
-    if isinstance(value, list):
-        return [_with_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _with_numbers(item) for key, item in value.items()}
-    try:
-        return float(value) if isinstance(value, str) and any(c.isdigit() for c in value) else value
-    except ValueError:
-        return value
 
 
 def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:

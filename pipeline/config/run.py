@@ -81,7 +81,9 @@ class RunConfig(Section):
         del values["launch"]
         for name in PLACEMENT:
             del values["train"][name]
-        del values["data"]["cache"]
+        del values["data"]["cache"], values["evaluate"]["batch_tokens"]
+        for section in ("logging", "export", "label"):
+            del values[section]
         return _sha256(values)
 
 

@@ -73,7 +73,7 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.compute_dtype != "auto":
         return DTYPES[config.compute_dtype]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
 
 

@@ -59,7 +59,8 @@ def compared_systems(members: Sequence[Member], trainings: Sequence[Training]) -
     place = {(m.extra.get("train_seed"), str(m.extra.get("values")), m.extra.get("method"), m.draw): i
              for i, m in enumerate(members) if m.group == "compared"}
     systems = []
-    for number, method in enumerate(dict.fromkeys(one.method for one in trainings)):
+    methods = sorted(dict.fromkeys(one.method for one in trainings), key=lambda method: method != REFERENCE)
+    for number, method in enumerate(methods):  # the reference first: what is listed after it is compared with it
         done = [one for one in trainings if one.method == method and one.state == "done"]
         groups: dict[str, list[Training]] = {}
         for one in sorted(done, key=lambda one: not one.chosen):

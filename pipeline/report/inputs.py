@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class ScoredSplit:
     offsets: Ints | None
     """(N + 1,) first cell of each row; None where a row is one cell."""
     seconds: float
+    units: Ints | None = None
+    """(N,) index of the question each row belongs to: rows that share one are not independent. None: all differ."""
 
     @property
     def rows(self) -> int:
@@ -124,16 +126,17 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], path: Path) -> Sc
     if unknown or missing:
         what = f"has {unknown} rows that the data lack, and lacks {missing} rows of the data"
         raise RunFolderError(str(path), None, what, EVALUATE_AGAIN)
+    units = independent_units([by_id[row_id].question or row_id for row_id in predictions.row_ids])
     if isinstance(predictions, RegressionPredictions):
         right = np.array([by_id[row_id].score for row_id in predictions.row_ids], dtype=np.float64)
         if not np.isfinite(right).all():
             raise RunFolderError(str(path), None, "has predictions of rows without a score", EVALUATE_AGAIN)
-        return ScoredSplit(predictions.values[..., None], right, None, predictions.seconds)
+        return ScoredSplit(predictions.values[..., None], right, None, predictions.seconds, units)
     if not isinstance(predictions, ChoicePredictions):
         tokens = predictions.token_log_probs.shape[1]
         no_choice = np.zeros(tokens, dtype=np.int64)
         return ScoredSplit(
-            predictions.token_log_probs[..., None], no_choice, predictions.offsets, predictions.seconds
+            predictions.token_log_probs[..., None], no_choice, predictions.offsets, predictions.seconds, units
         )
     labels = [by_id[row_id].label for row_id in predictions.row_ids]
     choices = predictions.log_probs.shape[2]
@@ -141,7 +144,13 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], path: Path) -> Sc
         if label is None or not 0 <= label < choices or not np.isfinite(logs[:, label]).all():
             what = f"has no prediction for the label {label}"
             raise RunFolderError(f"{path}, row {row_id}", None, what, EVALUATE_AGAIN)
-    return ScoredSplit(predictions.log_probs, np.array(labels), None, predictions.seconds)
+    return ScoredSplit(predictions.log_probs, np.array(labels), None, predictions.seconds, units)
+
+
+def independent_units(questions: Sequence[str]) -> Ints | None:
+    """(N,) number of each row's question, in order of appearance; None where no two rows share one."""
+    numbers = {question: number for number, question in enumerate(dict.fromkeys(questions))}
+    return None if len(numbers) == len(questions) else np.array([numbers[question] for question in questions])
 
 
 def read_training(metrics: Path) -> TrainingCurve:

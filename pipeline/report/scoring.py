@@ -65,7 +65,7 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
 
 
 def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -> Resamples:
-    """Every score of every system on the same resamples of a split's rows: differences of them are paired."""
+    """Every score of every system on the same resamples of a split's questions: differences of them are paired."""
     statistics = {
         (one.system.key, scaling, score): statistic
         for one in scored
@@ -73,7 +73,8 @@ def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -
         for score, statistic in one.statistics[split, scaling].items()
     }
     samples = inputs.config.evaluate.bootstrap_samples
-    table = bootstrap(list(statistics.values()), inputs.splits[split].rows, samples, BOOTSTRAP_SEED)
+    rows, units = inputs.splits[split].rows, inputs.splits[split].units
+    table = bootstrap(list(statistics.values()), rows, samples, BOOTSTRAP_SEED, units)
     return dict(zip(statistics, table.T, strict=True))
 
 
