@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One training (or evaluation) over several SLURM nodes; every node starts its own processes, no ssh between them.
 #
-#   sbatch --nodes=2 docs/slurm.sh train --run-dir runs/mine model.path=/models/llama data.path=rows.jsonl
+#   sbatch --nodes=2 docs/slurm.sh train --run-dir runs/mine model.path=/models/llama data.path=/data/rows.jsonl train.global_batch=128
 #
 # From the checkout, which all nodes must see, as they must see the run folder. A stop before the time limit saves a
 # checkpoint and puts the job back into the queue, where the same command continues.

@@ -35,9 +35,10 @@ examples:
   bash launch.sh train --run-dir runs/mine model.path=/models/llama data.path=rows.jsonl adapter.rate=0.3
   bash launch.sh train --config mine.yaml --dry-run
 
-Any configuration key can be set as key.path=value, among them: model.path data.path data.template adapter.rank
-adapter.alpha adapter.target_modules adapter.method adapter.rate train.max_steps train.global_batch
-train.micro_batch train.learning_rate train.seed train.draws ensemble.size.
+Any configuration key can be set as key.path=value, among them: model.path data.path data.template data.train_rows
+data.max_tokens adapter.rank adapter.alpha adapter.target_modules adapter.method adapter.rate adapter.rates.POSITION
+adapter.kind train.max_steps train.epochs train.global_batch train.micro_batch train.learning_rate train.seed
+train.draws ensemble.size compare.methods compare.learning_rates launch.processes. Every key: pipeline/config/.
 
 exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
 """

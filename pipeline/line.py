@@ -124,6 +124,10 @@ def resolve(stage: str, source: str | None, folders: Folders, overrides: list[st
         base = read_yaml(find_recipe(source or ("compare" if stage == "compare" else "default")))
         if source is None and any(word.startswith("data.path=") for word in overrides):
             base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
+    for word in overrides:
+        if stage == "compare" and word.startswith(("adapter.method", "adapter.rate=", "adapter.rates")):
+            remedy = "Give compare.methods=[{name: …, adapter: {method: …, rates: {…}}}]."
+            raise ConfigError(word, None, "is not read by compare: each method has its own", remedy)
     if quick:
         base = merge_trees(base, read_yaml(find_recipe("quick")))
     return build_config(overridden_tree(base, overrides))

@@ -52,10 +52,11 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
 def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `tree` with `key.path=value` applied. Raises `ConfigError` on an override of another form."""
     tree = copy.deepcopy(tree)
+    given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         _apply_override(tree, override)
         section, _, key = override.partition("=")[0].partition(".")
-        if (section, key) in INSTEAD:
+        if (section, key) in INSTEAD and f"{section}.{INSTEAD[section, key]}" not in given:
             tree[section].pop(INSTEAD[section, key], None)
     return tree
 

@@ -88,7 +88,7 @@ class DataConfig(Section):
     """Rows and how they are divided among their owners."""
 
     path: str = EMBEDDED_DATA
-    """A local .jsonl/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
+    """A local .jsonl/.json/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
     a hub data set, or the embedded default."""
     template: TemplateConfig | None = None
     """Needed only where rows are not {prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}."""
