@@ -24,7 +24,8 @@ from typing import Any
 
 from memory_plan import EIGHT_BILLION, write_random_model
 
-from pipeline.runs import ADAPTER_WEIGHTS, RunPaths, read_json_lines, sha256_file
+from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file
+from pipeline.run_folder.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75

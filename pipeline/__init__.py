@@ -21,10 +21,9 @@ _MODULES = {
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
         "RunFolderError", "StageFailed", "UserError",
     ),
-    "predictions": ("read_predictions",),
-    "runs": (
-        "RunPaths", "publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text",
-    ),
+    "files": ("publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text"),
+    "run_folder.paths": ("RunPaths",),
+    "run_folder.predictions": ("read_predictions",),
     "regression_scores": ("gaussian_nll",),
     "scores": ("nll",),
     "train": ("train_run",),

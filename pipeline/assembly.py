@@ -18,8 +18,8 @@ from pipeline.config import AdapterConfig, RunConfig, TrainConfig
 from pipeline.distributed import World
 from pipeline.ds_config import fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
+from pipeline.files import read_json
 from pipeline.model.load import BaseModel
-from pipeline.runs import read_json
 from pipeline.sharding import leave_head_outside, require_one_dtype
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.errors import RunFolderError
-from pipeline.runs import (
+from pipeline.files import (
     MANIFEST,
     manifest_faults,
     publish_folder,

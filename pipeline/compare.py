@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.comparison import (
+from pipeline.config import RunConfig, dump_config
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
+from pipeline.files import read_json, write_text
+from pipeline.run_folder.comparison import (
     REFUSALS,
     Training,
     choose,
@@ -23,19 +26,8 @@ from pipeline.comparison import (
     values_text,
     write_comparison,
 )
-from pipeline.config import RunConfig, dump_config
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
-from pipeline.runner import (
-    Folders,
-    headline,
-    is_done,
-    refuse_other,
-    run_evaluate,
-    run_process,
-    run_report,
-    run_training,
-)
-from pipeline.runs import RunPaths, read_json, write_text
+from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
+from pipeline.runner import headline, run_evaluate, run_process, run_report, run_training
 
 CHECK = "method_check"
 

@@ -24,9 +24,10 @@ from pipeline.config import RunConfig, load_config
 from pipeline.config.sections import LaunchConfig
 from pipeline.ds_config import DS_CONFIG_FOLDERS, shards_parameters
 from pipeline.errors import UserError
+from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.preflight import check_inputs
-from pipeline.runs import RunPaths, read_json, read_json_lines, write_json
+from pipeline.run_folder.paths import RunPaths
 
 BASES = ("nf4", "int8", "none")
 PROCESSES = (1, 2)

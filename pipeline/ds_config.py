@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.sections import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.runs import read_json
+from pipeline.files import read_json
 
 DS_CONFIG_FOLDERS = (
     Path(__file__).resolve().parent.parent / "ds_configs",  # a checkout

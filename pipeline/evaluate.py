@@ -16,21 +16,29 @@ from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.members import Member
 from pipeline.adapters.state import StoredAdapter, read_adapter
 from pipeline.assembly import attach_stored
-from pipeline.comparison import read_comparison
 from pipeline.config import RunConfig, load_config
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.data import load_splits
 from pipeline.distributed import World, agree, require_shared_folder, stop
 from pipeline.distributed import start as start_world
 from pipeline.errors import RunFolderError, Stopped
+from pipeline.files import read_json
 from pipeline.lifeline import stop_asked, work_begins
-from pipeline.predictions import Group, Predictions, read_members, read_predictions, write_members, write_predictions
-from pipeline.predictions import Member as PredictedMember
 from pipeline.reader import open_reader
 from pipeline.readout import predict_shared
-from pipeline.runs import RunPaths, read_json, update_status
+from pipeline.run_folder.comparison import read_comparison
+from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.predictions import (
+    Group,
+    Predictions,
+    read_members,
+    read_predictions,
+    write_members,
+    write_predictions,
+)
+from pipeline.run_folder.predictions import Member as PredictedMember
 from pipeline.stage import stage_main
-from pipeline.tracking import Progress, say
+from pipeline.terminal import Progress, say
 
 SPLITS = ("validation", "calibration", "test")
 

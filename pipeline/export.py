@@ -28,11 +28,12 @@ from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.data import load_splits
 from pipeline.data.rows import Row
 from pipeline.errors import LoradropError, RunFolderError
+from pipeline.files import MANIFEST, publish_folder, read_json, write_json
 from pipeline.model.load import BaseIdentity
 from pipeline.reader import Reader, open_reader
-from pipeline.runs import MANIFEST, RunPaths, publish_folder, read_json, update_status, write_json
+from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.stage import stage_main
-from pipeline.tracking import say
+from pipeline.terminal import say
 
 PROBE_PROMPTS = 8
 TOLERANCE = 0.05

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import SetupError
-from pipeline.runs import sha256_file
+from pipeline.files import sha256_file
 
 EMBEDDED_PREFIX = "embedded:"
 
@@ -55,7 +55,7 @@ def fetch_distribution(name: str, version: str, sha256: str, kind: Literal["whee
 def alone(target: Path) -> Iterator[None]:
     """Only one process at a time makes `target`; what a killed one left beside it is removed first.
 
-    Temporary neighbours are named `.NAME.*`, as `pipeline.runs` names them; the lock is `.NAME-lock`.
+    Temporary neighbours are named `.NAME.*`, as `pipeline.files` names them; the lock is `.NAME-lock`.
 
     Raises:
         SetupError: the folder cannot be written.

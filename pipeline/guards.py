@@ -25,8 +25,9 @@ from pipeline.config import TrainConfig
 from pipeline.data.encode import Encoded
 from pipeline.distributed import World
 from pipeline.errors import LoradropError
+from pipeline.files import publish_folder, write_json
 from pipeline.objective import Rows
-from pipeline.runs import RunPaths, publish_folder, write_json
+from pipeline.run_folder.paths import RunPaths
 
 BATCH, DIAGNOSIS = "batch.safetensors", "diagnosis.json"
 

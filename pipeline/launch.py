@@ -28,10 +28,11 @@ from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
 from pipeline.devices import accelerator_memory, check_processes, visible_devices
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
+from pipeline.files import write_json
 from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.nodes import log_name, node_arguments
 from pipeline.ranks import WORLD_STAGES
-from pipeline.runs import RunPaths, read_status, update_status, write_json
+from pipeline.run_folder.paths import RunPaths, read_status, update_status
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOISE = re.compile(

@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from pipeline.runs import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, update_status
 
 PARENT, WARNING, GRACE = "LORADROP_PARENT_PID", "LORADROP_WARNING_SIGNAL", "LORADROP_GRACE_SECONDS"
 """Environment variables in which the command tells the processes it starts on its machine what they have to know."""

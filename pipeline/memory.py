@@ -18,10 +18,10 @@ from pipeline.config import ModelConfig, RunConfig
 from pipeline.devices import accelerator_memory, machine_memory
 from pipeline.ds_config import find_ds_config, zero_stage
 from pipeline.errors import ConfigError, LoradropError
+from pipeline.files import read_json
 from pipeline.memory_trace import Batch, Peaks, empty_model, trace_pass
 from pipeline.model.embedded import is_embedded
 from pipeline.model.load import compute_dtype
-from pipeline.runs import read_json
 
 __all__ = ["Batch", "MemoryPlan", "NoPlan", "plan_memory"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.assembly import attach_adapter
-from pipeline.comparison import REFUSALS, plan_trainings
 from pipeline.config import AdapterConfig, RunConfig, load_config
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_skeleton
-from pipeline.runs import RunPaths, update_status, write_json
+from pipeline.run_folder.comparison import REFUSALS, plan_trainings
+from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.stage import stage_main
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import ConfigError, SetupError
-from pipeline.runs import write_text
+from pipeline.files import write_text
 
 NODE_RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
 """Where a node reads which of the launch.nodes it is; the first that is set counts."""

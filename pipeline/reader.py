@@ -16,13 +16,7 @@ from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
 from pipeline.data.cache import cached_examples
-from pipeline.data.classes import (
-    encode_classification,
-    encode_regression,
-    encode_text,
-    output_count,
-    refuse_for_causal,
-)
+from pipeline.data.classes import encode_classification, encode_regression, encode_text, output_count, refuse_for_causal
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
@@ -35,7 +29,7 @@ from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
 from pipeline.objective import SupervisedClassifier, SupervisedLM, SupervisedRegressor
 from pipeline.predict import PassSettings, predict_choices, predict_classes, predict_completions, predict_values
-from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
+from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 
 OnChunk = Callable[[int, int], None]
 

@@ -12,9 +12,9 @@ from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
 from pipeline.distributed import World
 from pipeline.errors import Stopped
-from pipeline.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 from pipeline.reader import OnChunk, Reader
 from pipeline.regression_scores import Correlation, gaussian_nll, row_squared_error
+from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 from pipeline.scores import accuracy, nll
 
 

@@ -30,27 +30,26 @@ from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.distributed import World
 from pipeline.errors import DiskFull, RunFolderError, Stopped
-from pipeline.guards import Guards, StepNumbers, recent_losses
-from pipeline.loggers import open_loggers
-from pipeline.predictions import Member as PredictedMember
-from pipeline.predictions import Predictions, write_members, write_predictions
-from pipeline.reader import Reader
-from pipeline.readout import predict_shared, validation_scores
-from pipeline.runs import (
+from pipeline.files import (
     ADAPTER_WEIGHTS,
     MANIFEST,
-    RunPaths,
     manifest_faults,
     publish_folder,
     read_json,
     read_json_lines,
     remove_asides,
     sha256_file,
-    update_status,
     write_json,
 )
+from pipeline.guards import Guards, StepNumbers, recent_losses
+from pipeline.reader import Reader
+from pipeline.readout import predict_shared, validation_scores
+from pipeline.run_folder.metrics import Metrics, open_loggers
+from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.predictions import Member as PredictedMember
+from pipeline.run_folder.predictions import Predictions, write_members, write_predictions
+from pipeline.terminal import say
 from pipeline.throughput import Meter, Work
-from pipeline.tracking import Metrics, say
 
 OnValidation = Callable[[dict[str, float]], None]
 

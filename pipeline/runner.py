@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.config import RunConfig, dump_config, load_config
-from pipeline.errors import EXIT_OK, RunFolderError
+from pipeline.config import RunConfig, dump_config
+from pipeline.errors import EXIT_OK
+from pipeline.files import write_text
 from pipeline.launch import run_stage, run_world_stage
-from pipeline.runs import RunPaths, read_status, write_text
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The run and the folders it refers to."""
-
-    run: Path
-
-    @property
-    def plain(self) -> Path:
-        """The same budget without dropout."""
-        return self.run.with_name(f"{self.run.name}-plain")
-
-    @property
-    def search(self) -> Path:
-        """Trials and ledger."""
-        return self.run.with_name(f"{self.run.name}-search")
-
-    @property
-    def comparison(self) -> Path:
-        """Methods compared on the same base, data and budget."""
-        return self.run.with_name(f"{self.run.name}-compare")
+from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
 
 
 def run_search(config: RunConfig, folders: Folders) -> int:
@@ -82,22 +58,6 @@ def run_process(stage: str, folders: Folders) -> int:
     headline(stage)
     command = [sys.executable, "-m", f"pipeline.{stage}", "--run-dir", str(folders.run)]
     return run_stage(command, folders.run / "logs" / f"{stage}.log", folders.run, stage)
-
-
-def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], RunConfig] = lambda whole: whole) -> None:
-    """Raises `RunFolderError` where a configuration that asks for another result (in the part that counts) is saved."""
-    if saved.exists() and part(load_config(saved)).result_sha256() != part(config).result_sha256():
-        raise RunFolderError(
-            "--run-dir",
-            str(saved.parent),
-            "belongs to another configuration",
-            "Give another --run-dir, or remove the folder.",
-        )
-
-
-def is_done(paths: RunPaths, stage: str) -> bool:
-    """Whether the stage has ended well."""
-    return read_status(paths).get(stage, {}).get("state") == "done"
 
 
 def headline(text: str) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from pipeline import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, LoradropError
 from pipeline.lifeline import lifeline
-from pipeline.runs import RunPaths, update_status
-from pipeline.tracking import say
+from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.terminal import say
 
 _DYING_SECONDS = 0.5
 """A killed process closes its connections, which fails its peers, some time before it is seen to be dead."""

@@ -21,15 +21,16 @@ from pipeline.environment import describe_environment
 from pipeline.epochs import require_steps
 from pipeline.errors import Stopped
 from pipeline.feed import Feed, StepBatch, open_feed
+from pipeline.files import write_json, write_text
 from pipeline.guards import require_same_inputs
 from pipeline.model.head import check_packing
 from pipeline.objective import Rows, build_rows
 from pipeline.reader import open_reader, training_examples, training_stream
+from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_state import OnValidation, Run
-from pipeline.runs import RunPaths, update_status, write_json, write_text
 from pipeline.sharding import sharding_text
 from pipeline.stage import stage_main
-from pipeline.tracking import Progress, say
+from pipeline.terminal import Progress, say
 
 
 def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:

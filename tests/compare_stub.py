@@ -16,10 +16,11 @@ import torch
 
 from pipeline import distributed, runner
 from pipeline.cli import main
+from pipeline.files import write_json
 from pipeline.launch import free_port
-from pipeline.runs import RunPaths, write_json
+from pipeline.run_folder.metrics import Metrics
+from pipeline.run_folder.paths import RunPaths
 from pipeline.stage import stage_main
-from pipeline.tracking import Metrics
 
 stop_at, arguments = int(sys.argv[1]), sys.argv[2:]
 started, original = 0, Metrics.write

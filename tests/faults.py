@@ -41,8 +41,9 @@ from tiny import write_tiny_data, write_tiny_model  # noqa: E402
 from pipeline import ranks  # noqa: E402
 from pipeline.checkpoint import published_checkpoints  # noqa: E402
 from pipeline.config import dump_config, load_config  # noqa: E402
+from pipeline.files import read_json_lines, sha256_file, write_text  # noqa: E402
 from pipeline.launch import free_port  # noqa: E402
-from pipeline.runs import RunPaths, read_json_lines, sha256_file, write_text  # noqa: E402
+from pipeline.run_folder.paths import RunPaths  # noqa: E402
 
 SETTINGS = """
 data.train_rows=32 data.validation_rows=24 data.calibration_rows=16 data.test_rows=16 data.max_tokens=64
@@ -187,7 +188,7 @@ def broken_stage(
 KILL_POINTS = {
     "mid-step": ("train", "pipeline.train.build_rows", 12, "before"),
     "mid-save: state written, no manifest": ("train", "pipeline.checkpoint.save_file", 3, "after"),
-    "between manifest and rename": ("train", "pipeline.runs._write_manifest", 5, "after"),
+    "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.checkpoint.prune", 3, "before"),
     "in validation": ("train", "pipeline.predict.collate", 12, "before"),

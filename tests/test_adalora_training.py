@@ -13,7 +13,8 @@ from test_training import adapter_hash, launch, losses
 from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.state import read_adapter
 from pipeline.config import load_config
-from pipeline.runs import RunPaths, read_json_lines, write_json
+from pipeline.files import read_json_lines, write_json
+from pipeline.run_folder.paths import RunPaths
 
 pytestmark = pytest.mark.slow
 ADALORA = [

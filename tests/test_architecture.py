@@ -11,25 +11,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     0: [
-        "errors", "config", "runs", "ranks", "lifeline", "nodes", "launch", "bootstrap", "installation", "ds_config",
-        "devices", "comparison",
+        "errors", "config", "files", "run_folder.paths", "run_folder.comparison", "ranks", "lifeline", "nodes", "launch", "bootstrap", "installation", "ds_config",
+        "devices",
     ],
     1: [
         "distributed",
         "randomness",
         "divergence",
-        "tracking",
+        "terminal",
         "fetch",
         "scores",
         "regression_scores",
         "binary_scores",
         "ensemble",
         "calibrate",
-        "predictions",
+        "run_folder",
         "environment",
         "stage",
         "throughput",
-        "loggers",
     ],
     2: ["adapters", "model", "data", "losses"],
     3: [
@@ -155,7 +154,7 @@ def test_imports_point_down() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("pipeline.runs", "import torch"),
+        ("pipeline.files", "import torch"),
         ("pipeline.data.rows", "from pipeline.model.load import load_base"),
         ("pipeline.losses", "import deepspeed"),
         ("pipeline.scores", "from pipeline.predict import predict_choices"),

@@ -21,8 +21,8 @@ from pipeline.checkpoint import (
     tidy,
 )
 from pipeline.errors import DiskFull
-from pipeline.runs import manifest_faults, publish_folder, read_json, read_json_lines, sha256_file, write_json
-from pipeline.tracking import Metrics
+from pipeline.files import manifest_faults, publish_folder, read_json, read_json_lines, sha256_file, write_json
+from pipeline.run_folder.metrics import Metrics
 
 COUNTERS = Counters(1, 0, "hash")
 PARAMETERS = {"a.lora_A": torch.nn.Parameter(torch.randn(4, 64)), "a.lora_B": torch.nn.Parameter(torch.randn(64, 4))}

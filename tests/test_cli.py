@@ -14,7 +14,7 @@ from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.line import fit_micro_batch, resolve
-from pipeline.runner import Folders
+from pipeline.run_folder.paths import Folders
 
 ROOT = Path(__file__).resolve().parent.parent
 

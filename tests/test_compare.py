@@ -10,12 +10,12 @@ from transformers import AutoConfig
 
 from pipeline import compare
 from pipeline.adapters.support import FAMILIES
-from pipeline.comparison import REFUSALS, choose, outcome, read_comparison
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, ConfigError, StageFailed
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
 from pipeline.method_check import refused_methods
-from pipeline.runner import Folders
-from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, update_status, write_json, write_text
+from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison
+from pipeline.run_folder.paths import Folders, RunPaths, update_status
 
 METHODS = ("none", "dropkey", "hiddencut")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER
-from pipeline.runs import ADAPTER_WEIGHTS, read_json_lines, sha256_file
+from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file
 
 TESTS = Path(__file__).resolve().parent
 

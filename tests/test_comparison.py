@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.comparison import (
+from pipeline.config import build_config, dump_config, load_config
+from pipeline.data import Row
+from pipeline.errors import RunFolderError, UserError
+from pipeline.evaluate import listed_adapters
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
+from pipeline.line import resolve
+from pipeline.report import format_comparison, write_report
+from pipeline.report.comparison import build_comparison, compared_systems
+from pipeline.report.inputs import read_inputs
+from pipeline.report.systems import base_system
+from pipeline.run_folder.comparison import (
     Training,
     choose,
     outcome,
@@ -19,18 +29,8 @@ from pipeline.comparison import (
     shared_part,
     write_comparison,
 )
-from pipeline.config import build_config, dump_config, load_config
-from pipeline.data import Row
-from pipeline.errors import RunFolderError, UserError
-from pipeline.evaluate import listed_adapters
-from pipeline.line import resolve
-from pipeline.predictions import ChoicePredictions, Member, write_members, write_predictions
-from pipeline.report import format_comparison, write_report
-from pipeline.report.comparison import build_comparison, compared_systems
-from pipeline.report.inputs import read_inputs
-from pipeline.report.systems import base_system
-from pipeline.runner import Folders, refuse_other
-from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, write_json, write_text
+from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
+from pipeline.run_folder.predictions import ChoicePredictions, Member, write_members, write_predictions
 
 VALUES = {"train.learning_rate": 0.001}
 ROWS = {"validation": 40, "calibration": 60, "test": 80}

@@ -115,7 +115,8 @@ def test_a_decoder_that_predicts_a_number_is_compared_by_its_last_token(side: st
 
 def terms_of(folder: Path) -> list[float]:
     """Both terms of every step."""
-    from pipeline.runs import RunPaths, read_json_lines
+    from pipeline.files import read_json_lines
+    from pipeline.run_folder.paths import RunPaths
 
     rows = [row for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
     return [row[name] for row in rows for name in ("loss", "consistency")]

@@ -18,8 +18,8 @@ from pipeline.config.sections import EMBEDDED_DATA, EMBEDDED_MODEL
 from pipeline.data import embedded as data
 from pipeline.errors import ConfigError
 from pipeline.fetch import cache_folder, fetch_distribution
+from pipeline.files import MANIFEST, publish_folder
 from pipeline.model import embedded as model
-from pipeline.runs import MANIFEST, publish_folder
 
 SNIPPETS = (
     "1\t2.5\tA  delight &amp; a joy.\r\n"

@@ -21,20 +21,13 @@ from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.errors import SetupError, Stopped
+from pipeline.files import ADAPTER_WEIGHTS, manifest_faults, read_json_lines, sha256_file, write_json, write_text
 from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import PassSettings, predict_classes
 from pipeline.reader import open_reader
-from pipeline.runs import (
-    ADAPTER_WEIGHTS,
-    RunPaths,
-    manifest_faults,
-    read_json_lines,
-    sha256_file,
-    write_json,
-    write_text,
-)
+from pipeline.run_folder.paths import RunPaths
 from pipeline.train import train_run
 
 MINILM = "embedded:all-minilm-l6-v2"

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoders import (
-    ENCODERS,
-    POSITIONS,
-    attach_encoder,
-    encoder_tokenizer,
-    load_encoder,
-    write_encoder,
-)
+from encoders import ENCODERS, POSITIONS, attach_encoder, encoder_tokenizer, load_encoder, write_encoder
 from families import CPU
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer

@@ -10,14 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders import (
-    ENCODERS,
-    attach_encoder,
-    load_encoder,
-    texts,
-    trained_encoder,
-    write_encoder,
-)
+from encoders import ENCODERS, attach_encoder, load_encoder, texts, trained_encoder, write_encoder
 from families import CPU, LORA_DROPOUT
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import dense_update

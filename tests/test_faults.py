@@ -18,7 +18,8 @@ import pytest
 
 from pipeline import ranks
 from pipeline.config import dump_config, load_config
-from pipeline.runs import RunPaths, read_json, read_json_lines, write_text
+from pipeline.files import read_json, read_json_lines, write_text
+from pipeline.run_folder.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 

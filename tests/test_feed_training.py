@@ -8,8 +8,9 @@ import pytest
 from test_training import adapter_hash, first_moments, launch, losses
 
 from pipeline.config import load_config
+from pipeline.files import write_json
+from pipeline.run_folder.paths import RunPaths
 from pipeline.run_state import Stopped
-from pipeline.runs import RunPaths, write_json
 from pipeline.train import train_run
 
 

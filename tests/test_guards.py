@@ -27,10 +27,11 @@ from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
 from pipeline.distributed import World
 from pipeline.errors import ConfigError
+from pipeline.files import manifest_faults, read_json_lines
 from pipeline.guards import Guards, LossSpike, NotFinite, Untrained, first_bad_module, recent_losses
 from pipeline.launch import free_port
 from pipeline.objective import SupervisedLM, build_rows
-from pipeline.runs import RunPaths, manifest_faults, read_json_lines
+from pipeline.run_folder.paths import RunPaths
 
 LORA_DROPOUT = (Site(position="lora_A", rate=0.5), Site(position="lora_B", rate=0.5))
 EXAMPLES = [Encoded("a", (1, 5, 9, 4), (-100, -100, 9, 4)), Encoded("b", (1, 8), (-100, 8))]

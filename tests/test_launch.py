@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.sections import LaunchConfig
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.launch import launcher_command, launcher_environment, process_count, run_stage
-from pipeline.runs import RunPaths
+from pipeline.run_folder.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path: Path, capfd: pytest.Captur
 
 def test_a_stage_that_recorded_a_stop_ends_with_its_code(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.runs import RunPaths, update_status;"
+        "import sys; from pathlib import Path; from pipeline.run_folder.paths import RunPaths, update_status;"
         f"update_status(RunPaths(Path({str(tmp_path)!r})), 'train', 'stopped'); sys.exit(1)"
     )
     assert run_stage(python(code), tmp_path / "x.log", tmp_path, "train") == EXIT_STOPPED

@@ -14,7 +14,8 @@ import pytest
 
 from pipeline import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, RunFolderError
-from pipeline.runs import RunPaths, read_status, write_json
+from pipeline.files import write_json
+from pipeline.run_folder.paths import RunPaths, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = """

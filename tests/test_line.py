@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.cli import main
-from pipeline.runs import manifest_faults, sha256_file
+from pipeline.files import manifest_faults, sha256_file
 
 
 @pytest.mark.slow

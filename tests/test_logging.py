@@ -13,10 +13,10 @@ import torch
 from pipeline.config import load_config
 from pipeline.devices import machine_memory, peak_flops, resident_high_water
 from pipeline.errors import SetupError
-from pipeline.loggers import check_loggers
-from pipeline.runs import RunPaths, read_json_lines, write_json
+from pipeline.files import read_json_lines, write_json
+from pipeline.run_folder.metrics import Metrics, check_loggers
+from pipeline.run_folder.paths import RunPaths
 from pipeline.throughput import Meter, Work
-from pipeline.tracking import Metrics
 
 
 class Heard:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunFolderError
-from pipeline.predictions import (
+from pipeline.files import write_json
+from pipeline.run_folder.predictions import (
     ChoicePredictions,
     CompletionPredictions,
     Member,
@@ -13,7 +14,6 @@ from pipeline.predictions import (
     write_members,
     write_predictions,
 )
-from pipeline.runs import write_json
 
 
 def choice(log_probs=None):

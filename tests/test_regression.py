@@ -41,10 +41,10 @@ from pipeline.errors import DataError, RunFolderError
 from pipeline.evaluate import evaluate_run
 from pipeline.objective import SupervisedClassifier, SupervisedRegressor, build_rows
 from pipeline.predict import PassSettings, predict_classes, predict_values
-from pipeline.predictions import RegressionPredictions, read_predictions, write_predictions
 from pipeline.readout import merge_predictions, validation_scores
 from pipeline.regression_scores import Correlation, RootMeanSquare, gaussian_nll, row_squared_error
 from pipeline.report import format_table, write_report
+from pipeline.run_folder.predictions import RegressionPredictions, read_predictions, write_predictions
 from pipeline.scores import bootstrap
 from pipeline.train import train_run
 from pipeline.view import Look, row_text

@@ -13,7 +13,14 @@ from sklearn.metrics import accuracy_score, log_loss
 from pipeline.config import build_config, dump_config
 from pipeline.data import Row
 from pipeline.errors import ConfigError, RunFolderError
-from pipeline.predictions import (
+from pipeline.files import write_json, write_text
+from pipeline.report import format_table, write_report
+from pipeline.report.inputs import read_inputs
+from pipeline.report.reading import write_reading
+from pipeline.report.result import build_result
+from pipeline.run_folder.labelled import independent_units
+from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import (
     ChoicePredictions,
     CompletionPredictions,
     Member,
@@ -21,11 +28,6 @@ from pipeline.predictions import (
     write_members,
     write_predictions,
 )
-from pipeline.report import format_table, write_report
-from pipeline.report.inputs import independent_units, read_inputs
-from pipeline.report.reading import write_reading
-from pipeline.report.result import build_result
-from pipeline.runs import RunPaths, write_json, write_text
 from pipeline.scores import RowMean, bootstrap, percentile_interval
 
 ROWS = {"validation": 120, "calibration": 150, "test": 200}

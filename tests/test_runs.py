@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunFolderError
-from pipeline.runs import (
-    MANIFEST,
-    manifest_faults,
-    publish_folder,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_text,
-)
+from pipeline.files import MANIFEST, manifest_faults, publish_folder, read_json, read_json_lines, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
 from pipeline.devices import check_processes
 from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError, LoradropError
+from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.released import release_weights
 from pipeline.preflight import check_inputs
-from pipeline.runs import read_json, read_json_lines, write_json
 from pipeline.sharding import leave_head_outside, lockstep, require_one_dtype
 
 STAGE_3 = {
@@ -182,8 +182,8 @@ def test_zero_3_trains_a_4_bit_base_like_plain_training(tmp_path: Path) -> None:
 def test_a_checkpoint_resumes_under_another_stage(
     tmp_path: Path, tiny_settings: list[str], stages: tuple[str, str]
 ) -> None:
+    from pipeline.run_folder.paths import RunPaths
     from pipeline.run_state import Stopped
-    from pipeline.runs import RunPaths
     from pipeline.train import train_run
 
     configs = [load_config(None, [*tiny_settings, f"train.deepspeed={stage}"]) for stage in stages]

@@ -406,8 +406,9 @@ def test_presets_train_and_evaluate(
     from pipeline.adapters.state import read_adapter
     from pipeline.config import load_config
     from pipeline.evaluate import evaluate_run
-    from pipeline.predictions import read_members, read_predictions
-    from pipeline.runs import RunPaths, read_json_lines
+    from pipeline.files import read_json_lines
+    from pipeline.run_folder.paths import RunPaths
+    from pipeline.run_folder.predictions import read_members, read_predictions
     from pipeline.train import train_run
 
     monkeypatch.setattr("pipeline.evaluate.stop", lambda: None)  # the process group serves the next test, too

@@ -15,10 +15,8 @@ from pipeline.checkpoint import published_checkpoints
 from pipeline.config import dump_config, load_config
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
-from pipeline.launch import launcher_command, launcher_environment, run_stage
-from pipeline.runs import (
+from pipeline.files import (
     ADAPTER_WEIGHTS,
-    RunPaths,
     manifest_faults,
     read_json,
     read_json_lines,
@@ -26,6 +24,8 @@ from pipeline.runs import (
     write_json,
     write_text,
 )
+from pipeline.launch import launcher_command, launcher_environment, run_stage
+from pipeline.run_folder.paths import RunPaths
 
 
 def launch(folder: Path, settings: list[str]) -> int:

@@ -25,7 +25,7 @@ from pipeline import (
     load_splits,
     write_text,
 )
-from pipeline.predictions import ChoicePredictions, CompletionPredictions, write_predictions
+from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
 from tune import progress as progress_module
 from tune.cluster import plan
 from tune.ledger import Ledger, TrialRecord

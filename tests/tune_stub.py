@@ -20,8 +20,9 @@ import numpy as np
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.data import load_splits
 from pipeline.errors import EXIT_STOPPED, DataError, LoradropError
-from pipeline.predictions import ChoicePredictions, write_predictions
-from pipeline.runs import RunPaths, publish_folder, write_json, write_text
+from pipeline.files import publish_folder, write_json, write_text
+from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
 
 ROWS = 48
 

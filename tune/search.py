@@ -20,16 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import (
-    EXIT_STOPPED,
-    ConfigError,
-    LoradropError,
-    RunConfig,
-    RunPaths,
-    StageFailed,
-    load_config,
-    write_json,
-)
+from pipeline import EXIT_STOPPED, ConfigError, LoradropError, RunConfig, RunPaths, StageFailed, load_config, write_json
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
 from tune.ledger import LEDGER, Ledger, TrialRecord, pending

@@ -22,7 +22,7 @@ from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency, Site
 from pipeline.errors import ConfigError, RunFolderError
-from pipeline.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_file, write_json
+from pipeline.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_file, write_json
 
 METHOD_FILE = "loradrop.json"
 _PREFIX = "base_model.model."

@@ -18,7 +18,6 @@ from pipeline.errors import ConfigError, ErrorList, UserError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number. What is quoted stays text."""
 

@@ -24,7 +24,7 @@ from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.errors import SetupError
 from pipeline.fetch import alone, cache_folder
-from pipeline.runs import manifest_faults, publish_folder
+from pipeline.files import manifest_faults, publish_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

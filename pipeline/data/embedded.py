@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.fetch import EMBEDDED_PREFIX, alone, cache_folder, fetch_distribution, is_embedded
-from pipeline.runs import read_json_lines, write_text
+from pipeline.files import read_json_lines, write_text
 
 __all__ = ["embedded_rows", "is_embedded", "read_movie_reviews"]
 

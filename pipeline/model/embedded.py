@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, RunFolderError, SetupError
 from pipeline.fetch import EMBEDDED_PREFIX, alone, cache_folder, fetch_distribution, is_embedded, report_progress
-from pipeline.runs import MANIFEST, publish_folder, read_json, sha256_file
+from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file
 
 __all__ = [
     "EMBEDDED_MODELS",

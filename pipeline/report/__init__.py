@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_json, write_text
 from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
 from pipeline.report.tables import format_table
-from pipeline.runs import write_json, write_text
 
 __all__ = ["format_comparison", "format_table", "write_report"]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.report import write_report
-from pipeline.runs import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.stage import stage_main
 
 

@@ -11,8 +11,9 @@ from pipeline import calibrate
 from pipeline.binary_scores import BinaryScore
 from pipeline.ensemble import EnsembleCurve, Space, average
 from pipeline.regression_scores import Correlation, RootMeanSquare, row_squared_error
-from pipeline.report.inputs import ReportInputs, ScoredSplit
+from pipeline.report.inputs import ReportInputs
 from pipeline.report.systems import System, ensemble_space
+from pipeline.run_folder.labelled import ScoredSplit
 from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Statistic, bootstrap
 
 BEFORE, AFTER = "before", "after"

@@ -24,7 +24,8 @@ from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.compare import NamedMethod
 from pipeline.config.load import config_keys, with_values
 from pipeline.errors import ConfigError, RunFolderError, UserError
-from pipeline.runs import ADAPTER_WEIGHTS, MANIFEST, RunPaths, read_json, read_json_lines, sha256_file, write_json
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, read_json_lines, sha256_file, write_json
+from pipeline.run_folder.paths import RunPaths
 
 TRAININGS = "trainings"
 REFUSALS = "refused.json"

@@ -1,20 +1,10 @@
-"""The run folder: the interface between stages. Nothing in it is ever half-written.
+"""Files and folders that are never half-written: written aside, fsynced, renamed, proven by a manifest.
 
-runs/NAME/
-  config.yaml  environment.json  status.json  metrics.jsonl
-  checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
-  checkpoints/latest.json     and best.json: which one, its step, metric and hash
-  adapter/                    the result, PEFT format
-  members.json                other adapters that evaluation compares with, by name, path and hash
-  predictions/SPLIT.npz       per-member log-probabilities, no test labels
-  result.json  report.html
-  diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
-  export/                     what is deployed: manifest.json with measured parity
+A manifest holds sizes and hashes: it proves that a file is intact, not where it came from.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -24,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,83 +22,6 @@ from pipeline.errors import DiskFull, RunFolderError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """Where each artefact of one run lies."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, device, base model and data identity."""
-        return self.root / "environment.json"
-
-    @property
-    def status(self) -> Path:
-        """Stage -> state, and the reason of the last failure."""
-        return self.root / "status.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of published checkpoints."""
-        return self.root / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter in PEFT format."""
-        return self.root / "adapter"
-
-    @property
-    def members(self) -> Path:
-        """Adapters of other runs that evaluation compares with."""
-        return self.root / "members.json"
-
-    @property
-    def comparison(self) -> Path:
-        """Trainings of other run folders that make this folder a comparison of methods."""
-        return self.root / "compare.json"
-
-    @property
-    def predictions(self) -> Path:
-        """Folder of cached predictions."""
-        return self.root / "predictions"
-
-    @property
-    def result(self) -> Path:
-        """Scores, machine-readable."""
-        return self.root / "result.json"
-
-    @property
-    def report(self) -> Path:
-        """Scores, for people."""
-        return self.root / "report.html"
-
-    @property
-    def export(self) -> Path:
-        """What is deployed."""
-        return self.root / "export"
-
-    @property
-    def diagnosis(self) -> Path:
-        """Batches that were not finite, one folder per step."""
-        return self.root / "diagnosis"
-
-    @property
-    def stop_request(self) -> Path:
-        """Present while a stop is asked for; all ranks agree on it at the next boundary."""
-        return self.root / "stop_request.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -257,21 +169,6 @@ def sha256_file(path: Path) -> str:
     """Hash of a file's bytes: proves integrity, not origin."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_status(paths: RunPaths) -> dict[str, Any]:
-    """Stage -> entry of status.json; empty where it is missing or damaged: it tells, nothing is decided by it alone."""
-    with contextlib.suppress(RunFolderError):
-        status = read_json(paths.status)
-        return status if isinstance(status, dict) else {}
-    return {}
-
-
-def update_status(paths: RunPaths, stage: str, state: str, detail: str = "") -> None:
-    """Record `state` (starting, running, done, stopped, failed) of a stage in status.json."""
-    status = read_status(paths)
-    status[stage] = {"state": state, **({"detail": detail} if detail else {})}
-    write_json(paths.status, status)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import json
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import RunConfig
 from pipeline.errors import SetupError
-from pipeline.runs import read_json, write_json
+from pipeline.files import full_disk_named, read_json, read_json_lines, write_json, write_text
 
 WANDB_IDENTITY = "wandb.json"
 """In the run folder: the id under which a resumed run continues."""
@@ -90,3 +93,52 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Flush and end."""
         self._run.finish()
+
+
+class Metrics:
+    """Append-only JSON lines, flushed row by row, and whatever else listens. Silent on all but the main process."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self._path, self._enabled = path, enabled
+        self._loggers: list[Logger] = []
+
+    def send_to(self, loggers: Iterable[Logger]) -> None:
+        """Pass the numbers of every further row on to these."""
+        self._loggers.extend(loggers)
+
+    def close(self) -> None:
+        """End what was opened beside the JSON lines."""
+        while self._loggers:
+            self._loggers.pop().close()
+
+    def keep_until(self, step: int, validated: bool) -> None:
+        """After a resume: forget rows of steps that are done again, and of the last validation if that is."""
+        if self._enabled and self._path.exists():
+            rows = [row for row in read_json_lines(self._path) if row.get("step", 0) <= step]
+            if not validated:
+                rows = [row for row in rows if row["kind"] != "validation" or row.get("step") != step]
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one row, whole or not at all. Raises `DiskFull`."""
+        if not self._enabled:
+            return
+        with full_disk_named(self._path.parent), self._path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            row = (json.dumps({"kind": kind, **values}) + "\n").encode()
+            try:
+                if file.write(row) != len(row):
+                    raise OSError(errno.ENOSPC, "part of a row written")
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        step = int(numbers.pop("step", 0))
+        for logger in self._loggers:
+            logger.write(kind, step, numbers)
+
+    def sync(self) -> None:
+        """Rows up to here survive a crash of the machine."""
+        if self._enabled and self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())

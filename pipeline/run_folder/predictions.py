@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pipeline.errors import RunFolderError
-from pipeline.runs import read_json, write_bytes, write_json
+from pipeline.files import read_json, write_bytes, write_json
 from pipeline.scores import Floats, Ints
 
 MEMBERS = "members.json"

@@ -1,0 +1,155 @@
+"""What lies where in a run folder, which folders belong together, and how far each stage has come.
+
+runs/NAME/
+  config.yaml  environment.json  status.json  metrics.jsonl
+  checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
+  checkpoints/latest.json     and best.json: which one, its step, metric and hash
+  adapter/                    the result, PEFT format
+  members.json                other adapters that evaluation compares with, by name, path and hash
+  predictions/SPLIT.npz       per-member log-probabilities, no test labels
+  result.json  report.html
+  diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
+  export/                     what is deployed: manifest.json with measured parity
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig, load_config
+from pipeline.errors import RunFolderError
+from pipeline.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where each artefact of one run lies."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, base model and data identity."""
+        return self.root / "environment.json"
+
+    @property
+    def status(self) -> Path:
+        """Stage -> state, and the reason of the last failure."""
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of published checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT format."""
+        return self.root / "adapter"
+
+    @property
+    def members(self) -> Path:
+        """Adapters of other runs that evaluation compares with."""
+        return self.root / "members.json"
+
+    @property
+    def comparison(self) -> Path:
+        """Trainings of other run folders that make this folder a comparison of methods."""
+        return self.root / "compare.json"
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of cached predictions."""
+        return self.root / "predictions"
+
+    @property
+    def result(self) -> Path:
+        """Scores, machine-readable."""
+        return self.root / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """Scores, for people."""
+        return self.root / "report.html"
+
+    @property
+    def export(self) -> Path:
+        """What is deployed."""
+        return self.root / "export"
+
+    @property
+    def diagnosis(self) -> Path:
+        """Batches that were not finite, one folder per step."""
+        return self.root / "diagnosis"
+
+    @property
+    def stop_request(self) -> Path:
+        """Present while a stop is asked for; all ranks agree on it at the next boundary."""
+        return self.root / "stop_request.json"
+
+
+def read_status(paths: RunPaths) -> dict[str, Any]:
+    """Stage -> entry of status.json; empty where it is missing or damaged: it tells, nothing is decided by it alone."""
+    with contextlib.suppress(RunFolderError):
+        status = read_json(paths.status)
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
+def update_status(paths: RunPaths, stage: str, state: str, detail: str = "") -> None:
+    """Record `state` (starting, running, done, stopped, failed) of a stage in status.json."""
+    status = read_status(paths)
+    status[stage] = {"state": state, **({"detail": detail} if detail else {})}
+    write_json(paths.status, status)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The run and the folders it refers to."""
+
+    run: Path
+
+    @property
+    def plain(self) -> Path:
+        """The same budget without dropout."""
+        return self.run.with_name(f"{self.run.name}-plain")
+
+    @property
+    def search(self) -> Path:
+        """Trials and ledger."""
+        return self.run.with_name(f"{self.run.name}-search")
+
+    @property
+    def comparison(self) -> Path:
+        """Methods compared on the same base, data and budget."""
+        return self.run.with_name(f"{self.run.name}-compare")
+
+
+def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], RunConfig] = lambda whole: whole) -> None:
+    """Raises `RunFolderError` where a configuration that asks for another result (in the part that counts) is saved."""
+    if saved.exists() and part(load_config(saved)).result_sha256() != part(config).result_sha256():
+        raise RunFolderError(
+            "--run-dir",
+            str(saved.parent),
+            "belongs to another configuration",
+            "Give another --run-dir, or remove the folder.",
+        )
+
+
+def is_done(paths: RunPaths, stage: str) -> bool:
+    """Whether the stage has ended well."""
+    return read_status(paths).get(stage, {}).get("state") == "done"
