@@ -70,15 +70,15 @@ def measure(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
     """Load, attach, two steps. Bytes above the imports, after loading and at the most."""
     import torch
 
-    from pipeline import distributed
     from pipeline.config import load_config
-    from pipeline.devices import resident_high_water
+    from pipeline.distributed.devices import resident_high_water
+    from pipeline.distributed.world import start_world
     from pipeline.model.load import load_base
 
     import_everything()
     imports = resident_high_water()
     config = load_config(None, settings)
-    world = distributed.start()
+    world = start_world()
 
     def high() -> int:
         on_device = world.device.type == "cuda"

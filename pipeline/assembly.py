@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import distributed
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import load_head
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
-from pipeline.distributed import World
+from pipeline.distributed import zero
+from pipeline.distributed.world import World
+from pipeline.distributed.zero import leave_head_outside, require_one_dtype
 from pipeline.ds_config import fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
 from pipeline.model.load import BaseModel
-from pipeline.sharding import leave_head_outside, require_one_dtype
 
 
 def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
@@ -88,7 +88,7 @@ def build_engine(
     if train.activation_checkpointing:
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()
-    return distributed.build_engine(objective, parameter_groups(adapters, train), ds_config, train.weight_decay)
+    return zero.build_engine(objective, parameter_groups(adapters, train), ds_config, train.weight_decay)
 
 
 def parameter_groups(adapters: Adapters, train: TrainConfig) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline import distributed
+from pipeline.distributed import zero
 from pipeline.errors import RunFolderError
 from pipeline.files import (
     MANIFEST,
@@ -59,11 +59,11 @@ def collect_state(engine: Any, trained: dict[str, nn.Parameter], keep: bool) -> 
     """
     state: dict[str, Tensor] = {}
     for name, parameter in trained.items():
-        value = distributed.full_fp32(parameter)
+        value = zero.full_fp32(parameter)
         if keep:
             state[name] = value.contiguous()
         for moment in MOMENTS:
-            found = distributed.full_moment(engine, parameter, moment)
+            found = zero.full_moment(engine, parameter, moment)
             if keep and found is not None:
                 state[f"{moment}/{name}"] = found.contiguous()
     return state
@@ -190,12 +190,12 @@ def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -
         )
     counters = Counters(**read_json(path / COUNTERS))
     for name, parameter in trained.items():
-        distributed.set_full_fp32(parameter, state[name])
+        zero.set_full_fp32(parameter, state[name])
     moments = {
         parameter: {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
         for name, parameter in trained.items()
         if f"{MOMENTS[0]}/{name}" in state
     }
     if moments:
-        distributed.restore_moments(engine, counters.step, moments)
+        zero.restore_moments(engine, counters.step, moments)
     return counters

@@ -19,11 +19,11 @@ from pipeline.assembly import attach_stored
 from pipeline.config import RunConfig, load_config
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.data import load_splits
-from pipeline.distributed import World, agree, require_shared_folder, stop
-from pipeline.distributed import start as start_world
+from pipeline.distributed.lifeline import stop_asked, work_begins
+from pipeline.distributed.worker import stage_main
+from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped
 from pipeline.files import read_json
-from pipeline.lifeline import stop_asked, work_begins
 from pipeline.reader import open_reader
 from pipeline.readout import predict_shared
 from pipeline.run_folder.comparison import read_comparison
@@ -37,7 +37,6 @@ from pipeline.run_folder.predictions import (
     write_predictions,
 )
 from pipeline.run_folder.predictions import Member as PredictedMember
-from pipeline.stage import stage_main
 from pipeline.terminal import Progress, say
 
 SPLITS = ("validation", "calibration", "test")
@@ -90,14 +89,14 @@ def evaluate_run(run_dir: Path) -> None:
     progress.close()
     if world.is_main:
         update_status(paths, "evaluate", "done")
-    stop()
+    leave_world()
 
 
 def _stop(paths: RunPaths, world: World) -> NoReturn:
     if world.is_main:
         update_status(paths, "evaluate", "stopped")
         paths.stop_request.unlink(missing_ok=True)
-    stop()
+    leave_world()
     raise Stopped("stopped; the splits that are finished are kept, and the same command continues")
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import distributed
 from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
@@ -27,12 +26,13 @@ from pipeline.config import RunConfig, load_config
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.data import load_splits
 from pipeline.data.rows import Row
+from pipeline.distributed.worker import stage_main
+from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import LoradropError, RunFolderError
 from pipeline.files import MANIFEST, publish_folder, read_json, write_json
 from pipeline.model.load import BaseIdentity
 from pipeline.reader import Reader, open_reader
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.stage import stage_main
 from pipeline.terminal import say
 
 PROBE_PROMPTS = 8
@@ -66,7 +66,7 @@ def export_run(run_dir: Path) -> None:
     stored = read_adapter(paths.adapter)
     update_status(paths, "export", "running")
     splits = load_splits(config.data)
-    world = distributed.start()
+    world = start_world()
     reader = open_reader(config, splits, world.device)
     identity = reader.base.identity
     adapters = attach_stored(reader.base, [stored], config.train.seed)
@@ -97,7 +97,7 @@ def export_run(run_dir: Path) -> None:
 
     publish_folder(paths.export, fill)
     update_status(paths, "export", "done")
-    distributed.stop()
+    leave_world()
     say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
 
 

@@ -19,11 +19,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline import distributed
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
 from pipeline.data.encode import Encoded
-from pipeline.distributed import World
+from pipeline.distributed import zero
+from pipeline.distributed.world import World, gather_objects, require_equal, sum_over_processes
 from pipeline.errors import LoradropError
 from pipeline.files import publish_folder, write_json
 from pipeline.objective import Rows
@@ -95,8 +95,8 @@ class Guards:
             Untrained: in the first steps, a tensor that stays without gradient.
             LossSpike: where train.spike.action is `stop`.
         """
-        squares = distributed.squared_gradient_norm(self._engine)
-        total, apart, squares = distributed.sum_over_processes(
+        squares = zero.squared_gradient_norm(self._engine)
+        total, apart, squares = sum_over_processes(
             [math.fsum(losses), math.fsum(divergences), squares], self._world.device
         )
         if not math.isfinite(total + apart + squares):
@@ -131,7 +131,7 @@ class Guards:
         """
         for name, parameter in self._trained.items():
             if name not in self._moved:
-                gradient = distributed.full_gradient(parameter)  # a collective
+                gradient = zero.full_gradient(parameter)  # a collective
                 if gradient is not None and bool(gradient.any()):
                     self._moved.add(name)
         moved_modules = {name.rpartition(".")[0] for name in self._moved}
@@ -149,11 +149,11 @@ class Guards:
 
     def _explain(self, step: int, losses: Sequence[float], rows_of: RowsOf) -> None:
         """Find where it broke, save the global batch, raise `NotFinite`. A collective."""
-        by_process = distributed.gather_objects(list(losses))
+        by_process = gather_objects(list(losses))
         bad = [(p, m) for p, own in enumerate(by_process) for m, loss in enumerate(own) if not math.isfinite(loss)]
         if bad:
             process, micro = bad[0]
-            found = distributed.gather_objects(first_bad_module(self._engine.module, self._adapters, rows_of(micro)))
+            found = gather_objects(first_bad_module(self._engine.module, self._adapters, rows_of(micro)))
             where = found[process] or "the loss itself: every module's output is finite"
             what = f"the loss of micro-batch {micro} of process {process} is {by_process[process][micro]}"
             what += f"; first output that is not finite: {where}"
@@ -167,7 +167,7 @@ class Guards:
             "mask_seed": self._train.seed, "mask_phase": step,
             "losses": [[repr(loss) for loss in own] for own in by_process],
         }
-        passes = distributed.gather_objects([_record(rows_of(m)) for m in range(len(losses))])
+        passes = gather_objects([_record(rows_of(m)) for m in range(len(losses))])
         if self._world.is_main:
             publish_folder(folder, lambda aside: _write(aside, record, passes))
         raise NotFinite(
@@ -181,7 +181,7 @@ class Guards:
         """The bad parameter whose gradient the backward pass makes first, that is the last one of the forward pass."""
         bad = None
         for name, parameter in self._trained.items():
-            gradient = distributed.full_gradient(parameter)  # a collective: no early exit
+            gradient = zero.full_gradient(parameter)  # a collective: no early exit
             if gradient is not None and not bool(gradient.isfinite().all()):
                 bad = name
         return bad or "none by itself: the norm over all of them overflows"
@@ -265,9 +265,9 @@ def require_same_inputs(data_fingerprint: str, examples: Sequence[Encoded], mode
         LoradropError: on every process, where they differ.
     """
     ids = repr([example.input_ids for example in examples[:16]])
-    distributed.require_equal("the rows of the data split", data_fingerprint)
-    distributed.require_equal("the tokens of the first rows", hashlib.sha256(ids.encode()).hexdigest())
-    distributed.require_equal("the weights of the model", weights_fingerprint(model))
+    require_equal("the rows of the data split", data_fingerprint)
+    require_equal("the tokens of the first rows", hashlib.sha256(ids.encode()).hexdigest())
+    require_equal("the weights of the model", weights_fingerprint(model))
 
 
 def weights_fingerprint(model: nn.Module) -> str:

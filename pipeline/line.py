@@ -14,12 +14,12 @@ from pipeline.compare import plan_steps, run_comparison
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
-from pipeline.devices import accelerator_memory
+from pipeline.distributed.devices import accelerator_memory
+from pipeline.distributed.launcher import has_accelerator, process_count, world_processes
+from pipeline.distributed.nodes import check_nodes
 from pipeline.epochs import length_text, resolve_epochs
 from pipeline.errors import EXIT_OK, ConfigError, RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, read_json, sha256_file, write_json, write_text
-from pipeline.launch import has_accelerator, process_count, world_processes
-from pipeline.nodes import check_nodes
 from pipeline.preflight import check_inputs
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
 from pipeline.runner import headline, run_evaluate, run_export, run_report, run_search, run_training

@@ -15,7 +15,7 @@ import torch
 from pipeline.adapters.attach import Adapters, attach, is_linear, linear_shape
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import ModelConfig, RunConfig
-from pipeline.devices import accelerator_memory, machine_memory
+from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.ds_config import find_ds_config, zero_stage
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pipeline.assembly import attach_adapter
 from pipeline.config import AdapterConfig, RunConfig, load_config
+from pipeline.distributed.worker import stage_main
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_skeleton
 from pipeline.run_folder.comparison import REFUSALS, plan_trainings
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.stage import stage_main
 
 
 def check_methods(run_dir: Path) -> None:

@@ -11,17 +11,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.members import Member, replicate_rows
 from pipeline.data.batches import collate
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.schedule import length_sorted_chunks
+from pipeline.distributed import zero
+from pipeline.distributed.world import largest
 from pipeline.model.classifier import head_outputs
 from pipeline.model.head import head_of, hidden_states
 from pipeline.objective import example_keys
-from pipeline.sharding import lockstep
 
 HEAD_ROWS = 256
 """Hidden states turned into logits at a time (memory: rows × vocabulary)."""
@@ -232,3 +233,15 @@ def _share_one_prompt(answers: Sequence[Encoded]) -> bool:
         and answer.labels[-1] != IGNORE_INDEX
         for answer in answers
     )
+
+
+def lockstep(chunks: Sequence[list[int]], model: nn.Module) -> Iterator[tuple[list[int], bool]]:
+    """Each chunk and whether it counts; under ZeRO-3, the last one again until all processes had as many.
+
+    Forward passes of a sharded model are collectives: a process that has fewer chunks keeps the others company.
+    """
+    # Asked before the first pass: later some processes would ask while others still run theirs.
+    most = largest(len(chunks)) if zero.is_sharded(model) else len(chunks)
+    yield from ((chunk, True) for chunk in chunks)
+    for _ in range(most - len(chunks)):
+        yield chunks[-1], False

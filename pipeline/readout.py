@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline import distributed
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
-from pipeline.distributed import World
+from pipeline.distributed import zero
+from pipeline.distributed.world import World, agree, gather_objects
 from pipeline.errors import Stopped
 from pipeline.reader import OnChunk, Reader
 from pipeline.regression_scores import Correlation, gaussian_nll, row_squared_error
@@ -30,13 +30,13 @@ def predict_shared(
         Stopped: on every process, where `stop_asked` says so on any of them before its last chunk.
     """
 
-    own, sharded = rows[world.process_rank :: world.world_size], distributed.is_sharded(adapters.model)
+    own, sharded = rows[world.process_rank :: world.world_size], zero.is_sharded(adapters.model)
 
     def after_chunk(done: int, total: int) -> None:
         if on_chunk is not None and own:
             on_chunk(done, total)
         # In a sharded model's passes all processes are in step, and can only leave together.
-        if distributed.agree(stop_asked(), world.device) if sharded else done < total and stop_asked():
+        if agree(stop_asked(), world.device) if sharded else done < total and stop_asked():
             raise Stopped("stopped between two chunks of a prediction")
 
     mine, stopped = None, False
@@ -47,7 +47,7 @@ def predict_shared(
             reader.predict(adapters, rows[:1], members, after_chunk)  # every pass needs every process
     except Stopped:
         stopped = True
-    shared = distributed.gather_objects((mine, stopped))  # who is stopped meets the others here: none waits in vain
+    shared = gather_objects((mine, stopped))  # who is stopped meets the others here: none waits in vain
     if any(stopped for _, stopped in shared):
         raise Stopped("stopped between two chunks of a prediction")
     parts = [part for part, _ in shared if part is not None]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import distributed, lifeline
 from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
@@ -28,7 +27,8 @@ from pipeline.checkpoint import (
 from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
-from pipeline.distributed import World
+from pipeline.distributed import lifeline, zero
+from pipeline.distributed.world import World, agree, barrier, gather_objects
 from pipeline.errors import DiskFull, RunFolderError, Stopped
 from pipeline.files import (
     ADAPTER_WEIGHTS,
@@ -111,8 +111,8 @@ class Run:
     def publish_adapter(self, predictions: Predictions) -> None:
         """adapter/ in PEFT format, and the validation predictions that go with it."""
         adapters = self.adapters
-        matrices = adapter_matrices(adapters.layers, 0, distributed.full_fp32)  # a collective
-        head = head_state(adapters.heads, 0, distributed.full_fp32)  # another one
+        matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
+        head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
         spec, base = adapters.specs[0], self.reader.base.identity.resolved
 
         def fill(folder: Path) -> None:
@@ -152,7 +152,7 @@ class Run:
         Raises:
             RunFolderError: it is another run's.
         """
-        found, faults = distributed.gather_objects(find_checkpoint(self.paths.checkpoints))[0]
+        found, faults = gather_objects(find_checkpoint(self.paths.checkpoints))[0]
         for fault in faults:
             say(fault, self.world.is_main)
         if found is not None:
@@ -182,7 +182,7 @@ class Run:
         lifeline.work_begins()
         step = self.counters.step
         if step and self.due(self.config.train.validate_every_steps):
-            published = distributed.gather_objects(self.published_step())[0]
+            published = gather_objects(self.published_step())[0]
             behind = self.counters.best_step == step and published != step
             if behind or self.counters.validated_step != step:
                 self.validate_again()
@@ -209,7 +209,7 @@ class Run:
         Raises:
             RunFolderError: its checkpoint is gone, too.
         """
-        best, published = self.counters.best_step, distributed.gather_objects(self.published_step())[0]
+        best, published = self.counters.best_step, gather_objects(self.published_step())[0]
         if best is None or published == best:
             return
         folder = self.paths.checkpoints / f"step_{best:06d}"
@@ -259,7 +259,7 @@ class Run:
     def stop_if_requested(self) -> None:
         """Save and leave where any process sees the stop request. Raises `Stopped`."""
         done = self.counters.step == self.config.train.max_steps
-        if distributed.agree(self.stop_asked(), self.world.device) and not done:
+        if agree(self.stop_asked(), self.world.device) and not done:
             self.stop()
 
     def stop(self) -> NoReturn:
@@ -278,13 +278,13 @@ class Run:
                 work()
             except DiskFull as error:
                 said = str(error)
-        if said := distributed.gather_objects(said)[0]:
+        if said := gather_objects(said)[0]:
             raise DiskFull(said)
 
     def finish(self) -> dict[str, Any]:
         """Record the end; the best validation and the hash of the adapter that goes with it."""
         self.restore_best()
-        distributed.barrier()
+        barrier()
         best = [
             row
             for row in read_json_lines(self.paths.metrics)

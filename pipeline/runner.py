@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from pipeline.config import RunConfig, dump_config
+from pipeline.distributed.launcher import run_stage, run_world_stage
 from pipeline.errors import EXIT_OK
 from pipeline.files import write_text
-from pipeline.launch import run_stage, run_world_stage
 from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.devices import peak_flops, resident_high_water
+from pipeline.distributed.devices import peak_flops, resident_high_water
 
 GIB = 1024**3
 

@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 
-from pipeline import distributed
 from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.consistency import ConsistentObjective
 from pipeline.data import load_splits
 from pipeline.data.cache import lengths_of
+from pipeline.distributed import zero
+from pipeline.distributed.worker import stage_main
+from pipeline.distributed.world import (
+    leave_world,
+    require_equal,
+    require_shared_folder,
+    start_world,
+    sum_over_processes,
+)
+from pipeline.distributed.zero import sharding_text
 from pipeline.environment import describe_environment
 from pipeline.epochs import require_steps
 from pipeline.errors import Stopped
@@ -28,8 +37,6 @@ from pipeline.objective import Rows, build_rows
 from pipeline.reader import open_reader, training_examples, training_stream
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_state import OnValidation, Run
-from pipeline.sharding import sharding_text
-from pipeline.stage import stage_main
 from pipeline.terminal import Progress, say
 
 
@@ -46,9 +53,9 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         DiskFull: what was saved before stands.
     """
     require_steps(config.train)
-    world = distributed.start()
-    distributed.require_equal("the configuration", config.sha256())
-    distributed.require_shared_folder(run_dir)
+    world = start_world()
+    require_equal("the configuration", config.sha256())
+    require_shared_folder(run_dir)
     paths = RunPaths(run_dir)
     micro_steps = micro_steps_of(config.train, world)
     splits = load_splits(config.data)
@@ -89,7 +96,7 @@ def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
         started = time.monotonic()
         learning_rate = set_learning_rate(engine, train, step)
         batch = feed.of_step(step)
-        supervised, length = distributed.sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
+        supervised, length = sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
 
         losses: list[float] = []
         divergences: list[float] = []
@@ -165,7 +172,7 @@ def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: d
 def describe(run: Run, feed: Feed, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.reader.base.identity
-    trained = sum(distributed.numel(parameter) for parameter in run.trained.values())
+    trained = sum(zero.numel(parameter) for parameter in run.trained.values())
     total = sum(lengths_of(run.examples))
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
     stage = run.engine.zero_optimization_stage()
@@ -196,9 +203,9 @@ def train_stage(run_dir: Path) -> None:
     try:
         train_run(load_config(RunPaths(run_dir).config), run_dir)
     except Stopped:
-        distributed.stop()
+        leave_world()
         raise
-    distributed.stop()  # not after a failure: the others would report the broken connection first
+    leave_world()  # not after a failure: the others would report the broken connection first
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from pipeline import distributed, runner
+from pipeline import runner
 from pipeline.cli import main
+from pipeline.distributed.launcher import free_port
+from pipeline.distributed.worker import stage_main
 from pipeline.files import write_json
-from pipeline.launch import free_port
 from pipeline.run_folder.metrics import Metrics
 from pipeline.run_folder.paths import RunPaths
-from pipeline.stage import stage_main
 
 stop_at, arguments = int(sys.argv[1]), sys.argv[2:]
 started, original = 0, Metrics.write
@@ -35,7 +35,7 @@ def write_metrics(metrics: Metrics, kind: str, **values: Any) -> None:
 def work(stage: str, run_dir: Path) -> int:
     global started
     module = importlib.import_module("pipeline.report.__main__" if stage == "report" else f"pipeline.{stage}")
-    module.stop = lambda: None  # type: ignore[attr-defined]
+    module.leave_world = lambda: None  # type: ignore[attr-defined]
     if stage == "train":
         started += 1
         print("trained", run_dir.name)
@@ -46,7 +46,6 @@ def work(stage: str, run_dir: Path) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    distributed.stop = lambda: None
     Metrics.write = write_metrics  # type: ignore[method-assign]
     runner.run_world_stage = lambda stage, run_dir, launch: work(stage, run_dir)
     runner.run_stage = lambda command, log, run_dir, stage: work(stage, run_dir)

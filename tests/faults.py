@@ -38,11 +38,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tiny import write_tiny_data, write_tiny_model  # noqa: E402
 
-from pipeline import ranks  # noqa: E402
 from pipeline.checkpoint import published_checkpoints  # noqa: E402
 from pipeline.config import dump_config, load_config  # noqa: E402
+from pipeline.distributed import ranks  # noqa: E402
+from pipeline.distributed.launcher import free_port  # noqa: E402
 from pipeline.files import read_json_lines, sha256_file, write_text  # noqa: E402
-from pipeline.launch import free_port  # noqa: E402
 from pipeline.run_folder.paths import RunPaths  # noqa: E402
 
 SETTINGS = """

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_llama
 
 import pipeline.train
-from pipeline import distributed
 from pipeline.config import load_config
 from pipeline.data.encode import Encoded
+from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import LoradropError
 from pipeline.guards import NotFinite, require_same_inputs
 
@@ -32,7 +32,7 @@ def disagreements(process_rank: int) -> list[str]:
 
 def main(run_dir: Path, settings: list[str]) -> None:
     """Print what each part says, one line per finding."""
-    world = distributed.start()
+    world = start_world()
     torch.set_num_threads(1)
     require_same_inputs("equal", [Encoded("a", (1, 2), (-100, 2))], tiny_llama())
     for line in disagreements(world.process_rank):
@@ -52,7 +52,7 @@ def main(run_dir: Path, settings: list[str]) -> None:
         pipeline.train.train_run(load_config(None, settings), run_dir, break_down)
     except NotFinite as error:
         print(f"SAID {error}", flush=True)
-    distributed.stop()
+    leave_world()
 
 
 if __name__ == "__main__":

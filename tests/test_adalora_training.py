@@ -87,8 +87,8 @@ def test_evaluate_report_and_export_take_an_adalora_run(
     from pipeline.report import write_report
     from pipeline.train import train_run
 
-    for stop in ("pipeline.evaluate.stop", "pipeline.distributed.stop"):  # the process group serves the next test, too
-        monkeypatch.setattr(stop, lambda: None)
+    for leave in ("pipeline.evaluate.leave_world", "pipeline.export.leave_world"):  # it serves the next test
+        monkeypatch.setattr(leave, lambda: None)
     run = tmp_path / "run"
     train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2"]), run)
     evaluate_run(run)

@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     0: [
-        "errors", "config", "files", "run_folder.paths", "run_folder.comparison", "ranks", "lifeline", "nodes", "launch", "bootstrap", "installation", "ds_config",
-        "devices",
+        "errors", "config", "files", "run_folder.paths", "run_folder.comparison", "distributed.ranks",
+        "distributed.lifeline", "distributed.nodes", "distributed.launcher", "distributed.devices", "bootstrap",
+        "installation", "ds_config",
     ],
     1: [
         "distributed",
@@ -27,7 +28,6 @@ LAYERS = {
         "calibrate",
         "run_folder",
         "environment",
-        "stage",
         "throughput",
     ],
     2: ["adapters", "model", "data", "losses"],
@@ -47,7 +47,6 @@ LAYERS = {
         "memory",
         "memory_table",
         "memory_trace",
-        "sharding",
         "epochs",
     ],
     4: [

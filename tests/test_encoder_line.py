@@ -20,9 +20,9 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.data import load_splits
+from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
 from pipeline.errors import SetupError, Stopped
 from pipeline.files import ADAPTER_WEIGHTS, manifest_faults, read_json_lines, sha256_file, write_json, write_text
-from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.model import embedded
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import PassSettings, predict_classes

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ranks
 from pipeline.config import dump_config, load_config
+from pipeline.distributed import ranks
 from pipeline.files import read_json, read_json_lines, write_text
 from pipeline.run_folder.paths import RunPaths
 
@@ -37,7 +37,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 from pipeline.config import load_config
-from pipeline.launch import run_world_stage
+from pipeline.distributed.launcher import run_world_stage
 folder = Path(sys.argv[1])
 sys.exit(run_world_stage("train", folder, load_config(folder / "config.yaml").launch))
 """

@@ -25,11 +25,11 @@ from pipeline.checkpoint import published_checkpoints
 from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
-from pipeline.distributed import World
+from pipeline.distributed.launcher import free_port
+from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.files import manifest_faults, read_json_lines
 from pipeline.guards import Guards, LossSpike, NotFinite, Untrained, first_bad_module, recent_losses
-from pipeline.launch import free_port
 from pipeline.objective import SupervisedLM, build_rows
 from pipeline.run_folder.paths import RunPaths
 
@@ -40,9 +40,9 @@ EXAMPLES = [Encoded("a", (1, 5, 9, 4), (-100, -100, 9, 4)), Encoded("b", (1, 8),
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A world of one without DeepSpeed."""
-    monkeypatch.setattr(pipeline.guards.distributed, "sum_over_processes", lambda values, device: list(values))
-    monkeypatch.setattr(pipeline.guards.distributed, "squared_gradient_norm", lambda engine: 9.0)
-    monkeypatch.setattr(pipeline.guards.distributed, "full_gradient", lambda parameter: parameter.grad)
+    monkeypatch.setattr(pipeline.guards, "sum_over_processes", lambda values, device: list(values))
+    monkeypatch.setattr(pipeline.guards.zero, "squared_gradient_norm", lambda engine: 9.0)
+    monkeypatch.setattr(pipeline.guards.zero, "full_gradient", lambda parameter: parameter.grad)
 
 
 def tiny_adapters(sites: tuple[Site, ...] = ()) -> Adapters:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.sections import LaunchConfig
+from pipeline.distributed.launcher import launcher_command, launcher_environment, process_count, run_stage
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from pipeline.launch import launcher_command, launcher_environment, process_count, run_stage
 from pipeline.run_folder.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +25,12 @@ def python(code: str) -> list[str]:
 
 
 def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: True)
+    monkeypatch.setattr("pipeline.distributed.launcher.has_accelerator", lambda: True)
     assert "--num_accelerators" not in launcher_command("pipeline.train", tmp_path, LaunchConfig())
     told = {"LORADROP_WARNING_SIGNAL": "SIGUSR1", "LORADROP_GRACE_SECONDS": "10.0"}
     assert launcher_environment(LaunchConfig()) == told
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    monkeypatch.setattr("pipeline.launch.check_processes", lambda processes: None)
+    monkeypatch.setattr("pipeline.distributed.launcher.check_processes", lambda processes: None)
     command = launcher_command("pipeline.train", tmp_path, LaunchConfig(processes=2))
     assert "--include localhost:4,5" in " ".join(command) and "--num_accelerators" not in command
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -39,7 +39,7 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     assert " ".join(command).endswith(
         f"--master_port 1234 --hostfile hosts --num_accelerators 4 --module pipeline.train --run-dir {tmp_path}"
     )
-    monkeypatch.setattr("pipeline.launch.has_accelerator", lambda: False)
+    monkeypatch.setattr("pipeline.distributed.launcher.has_accelerator", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert process_count(LaunchConfig()) == 2
     assert launcher_environment(LaunchConfig()) == {**told, "OMP_NUM_THREADS": "4"}
@@ -88,7 +88,7 @@ raise SystemExit(75)
 PARENT = """
 import sys
 from pathlib import Path
-from pipeline.launch import run_stage
+from pipeline.distributed.launcher import run_stage
 folder = Path({folder!r})
 sys.exit(run_stage([sys.executable, "-c", {child!r}], folder / "x.log", folder, {stage!r}))
 """

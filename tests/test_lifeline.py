@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ranks
+from pipeline.distributed import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, RunFolderError
 from pipeline.files import write_json
 from pipeline.run_folder.paths import RunPaths, read_status
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import sys, threading
 from pathlib import Path
-from pipeline import lifeline
+from pipeline.distributed import lifeline
 folder = Path(sys.argv[1])
 with lifeline.lifeline("train", folder) as line:
     if "peers" in sys.argv:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import load_config
-from pipeline.devices import machine_memory, peak_flops, resident_high_water
+from pipeline.distributed.devices import machine_memory, peak_flops, resident_high_water
 from pipeline.errors import SetupError
 from pipeline.files import read_json_lines, write_json
 from pipeline.run_folder.metrics import Metrics, check_loggers

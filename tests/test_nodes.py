@@ -15,9 +15,9 @@ import pytest
 
 from pipeline.config import RunConfig, build_config
 from pipeline.config.sections import LaunchConfig
+from pipeline.distributed.launcher import launcher_command
+from pipeline.distributed.nodes import check_nodes, log_name, node_rank
 from pipeline.errors import ConfigError, SetupError
-from pipeline.launch import launcher_command
-from pipeline.nodes import check_nodes, log_name, node_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = LaunchConfig(nodes=2, processes=1, master_addr="10.77.0.1", master_port=29321)

@@ -353,7 +353,7 @@ def write_pairs(path: Path, count: int) -> Path:
 def test_train_evaluate_and_report_with_scores(
     tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.stop", lambda: None)  # the process group serves the next test, too
+    monkeypatch.setattr("pipeline.evaluate.leave_world", lambda: None)  # the process group serves the next test, too
     model, data = write_pair_encoder(tmp_path / "encoder", "bert"), write_pairs(tmp_path / "pairs.jsonl", 300)
     template = 'data.template={prompt: "{s1}", second: "{s2}", score: gold}'
     config = load_config(None, [*tiny_settings, f"model.path={model}", f"data.path={data}", template,

@@ -14,14 +14,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pipeline.config import load_config
 from pipeline.config.sections import ModelConfig
 from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
-from pipeline.devices import check_processes
+from pipeline.distributed.devices import check_processes
+from pipeline.distributed.zero import leave_head_outside, require_one_dtype
 from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.released import release_weights
+from pipeline.predict import lockstep
 from pipeline.preflight import check_inputs
-from pipeline.sharding import leave_head_outside, lockstep, require_one_dtype
 
 STAGE_3 = {
     "bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3},
@@ -63,15 +64,15 @@ def test_a_process_with_fewer_chunks_keeps_the_others_company(monkeypatch: pytes
     chunks, model = [[0], [1, 2]], torch.nn.Linear(1, 1)
     assert list(lockstep(chunks, model)) == [([0], True), ([1, 2], True)]
     model.weight.ds_id = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr("pipeline.distributed.largest", lambda count: 4)
+    monkeypatch.setattr("pipeline.predict.largest", lambda count: 4)
     assert list(lockstep(chunks, model))[2:] == [([1, 2], False)] * 2
 
 
 def test_the_number_of_passes_is_agreed_on_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that asks after its own passes would meet the others in the middle of theirs."""
     asked: list[int] = []
-    monkeypatch.setattr("pipeline.sharding.distributed.is_sharded", lambda model: True)
-    monkeypatch.setattr("pipeline.sharding.distributed.largest", lambda value: asked.append(value) or 3)
+    monkeypatch.setattr("pipeline.distributed.zero.is_sharded", lambda model: True)
+    monkeypatch.setattr("pipeline.predict.largest", lambda value: asked.append(value) or 3)
     passes = lockstep([[0], [1]], torch.nn.Linear(2, 2))
     assert next(passes) == ([0], True) and asked == [2]
     assert list(passes) == [([1], True), ([1], False)] and asked == [2]
@@ -149,7 +150,7 @@ def test_the_table_names_what_is_refused_and_what_failed() -> None:
 def test_more_processes_than_gpus_are_refused_by_launcher_and_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.devices.accelerator_memory", lambda: [("some GPU", 80)] * 2)
+    monkeypatch.setattr("pipeline.distributed.devices.accelerator_memory", lambda: [("some GPU", 80)] * 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     check_processes(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -157,7 +158,7 @@ def test_more_processes_than_gpus_are_refused_by_launcher_and_matrix(
         check_processes(2)
     outcomes = run_matrix([Cell("zero3", "nf4", "float32", c, 2) for c in (False, True)], tmp_path)
     assert [(outcome.status, outcome.detail) for outcome in outcomes] == [("refused", str(caught.value))] * 2
-    monkeypatch.setattr("pipeline.devices.accelerator_memory", list)
+    monkeypatch.setattr("pipeline.distributed.devices.accelerator_memory", list)
     check_processes(64)
 
 

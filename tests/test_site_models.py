@@ -411,7 +411,7 @@ def test_presets_train_and_evaluate(
     from pipeline.run_folder.predictions import read_members, read_predictions
     from pipeline.train import train_run
 
-    monkeypatch.setattr("pipeline.evaluate.stop", lambda: None)  # the process group serves the next test, too
+    monkeypatch.setattr("pipeline.evaluate.leave_world", lambda: None)  # the process group serves the next test, too
     config = load_config(None, [*tiny_settings, f"adapter.method={method}", "train.max_steps=12", "train.draws=2"])
     result = train_run(config, tmp_path / "run")
     evaluate_run(tmp_path / "run")

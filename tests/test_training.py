@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.assembly import schedule_factor
 from pipeline.checkpoint import published_checkpoints
 from pipeline.config import dump_config, load_config
+from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
 from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
 from pipeline.files import (
@@ -24,7 +25,6 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from pipeline.launch import launcher_command, launcher_environment, run_stage
 from pipeline.run_folder.paths import RunPaths
 
 

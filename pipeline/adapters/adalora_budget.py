@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline import distributed
 from pipeline.adapters.adalora import SvdBucket, orthogonality
 from pipeline.adapters.adalora_schedule import RankSchedule
 from pipeline.adapters.linear import LoRALinear
+from pipeline.distributed import zero
 
 
 class RankBudget:
@@ -65,7 +65,7 @@ class RankBudget:
         """Keep the whole gradients that optimizer step `step` (1 = the first) is about to use. A collective."""
         if self.schedule is not None and step < self.schedule.settled:
             for name, parameter in self.parameters.items():
-                gradient = distributed.full_gradient(parameter)
+                gradient = zero.full_gradient(parameter)
                 self.gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.float().clone()
 
     def apply(self, step: int, norm: float) -> None:
@@ -83,7 +83,7 @@ class RankBudget:
         if self.schedule.prunes(step) or step >= self.schedule.settled:
             for name, kept in self.kept.items():
                 parameter = self.buckets[name].lora_E
-                distributed.set_full_fp32(parameter, parameter.detach().masked_fill(~kept, 0.0))
+                zero.set_full_fp32(parameter, parameter.detach().masked_fill(~kept, 0.0))
         if step >= self.schedule.settled:
             self.sensitivity, self.uncertainty = {}, {}
 

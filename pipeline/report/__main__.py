@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from pipeline.distributed.worker import stage_main
 from pipeline.report import write_report
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.stage import stage_main
 
 
 def _report(run_dir: Path) -> None:

@@ -1,144 +1,36 @@
-"""The only importer of torch.distributed and deepspeed. Every helper works in a world of one."""
+"""All that names DeepSpeed: the process group, the engine, whole values of what ZeRO keeps in parts, ZeRO-3's demands.
+
+Under ZeRO-3 every module gathers its parameters when it is called, a collective of all processes. So all processes
+must call the same modules in the same order, the parameters have one precision, and the output head stays outside.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline import lifeline
-from pipeline.errors import LoradropError, SetupError
-from pipeline.launch import LAUNCHER_VARIABLES, free_port
+from pipeline.errors import LoradropError
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all."""
+def join_process_group() -> None:
+    """torch's process group as DeepSpeed makes it, from the launcher's environment.
 
-    process_rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
-        return self.process_rank == 0
-
-
-def start() -> World:
-    """Join the process group that the launcher's environment describes; a world of one without a launcher."""
-    import deepspeed
-
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        # Its backward pass is NaN where all logits of a query are low, as where all its keys are dropped
-        # (pytorch issue 196678, H100 and H200).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    if not torch.distributed.is_initialized():
-        _leave_out_shared_memory_op()
-        # Longer than DeepSpeed's 10 minutes: loading differs among nodes, and the lifeline sees who is dead.
-        minutes = int(os.environ.get("DEEPSPEED_TIMEOUT", "60"))
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
-    lifeline.watch_peers()
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
-
-
-def _leave_out_shared_memory_op() -> None:
-    """Keep DeepSpeed's shared-memory all-reduce for CPUs out.
-
-    Only its inference engine calls it; it is compiled at the first start (25 s, and again for each environment that
-    shares the user's cache), and every run would leave 69 MB per process behind in /dev/shm.
+    DeepSpeed's shared-memory all-reduce for CPUs is kept out. Only its inference engine calls it; it is compiled at the
+    first start (25 s, and again for each environment that shares the user's cache), and every run would leave 69 MB per
+    process behind in /dev/shm.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def stop() -> None:
-    """Leave the process group. A world of one takes its address out of the environment, which children inherit."""
-    if not torch.distributed.is_initialized():
-        return
-    alone = torch.distributed.get_world_size() == 1
-    torch.distributed.destroy_process_group()
-    for name in LAUNCHER_VARIABLES if alone else ():
-        os.environ.pop(name, None)
-
-
-def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum in float64 (float32 on devices without it)."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(list(values), dtype=dtype, device=device)
-    torch.distributed.all_reduce(total)
-    return [float(value) for value in total]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every process's value, in rank order, on every process."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def largest(value: int) -> int:
-    """The largest value of any process."""
-    return max(gather_objects(value))
-
-
-def agree(flag: bool, device: torch.device) -> bool:
-    """True on all processes where any of them says so."""
-    return sum_over_processes([float(flag)], device)[0] > 0
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    torch.distributed.barrier()
-
-
-def require_equal(what: str, value: str) -> None:
-    """Fail on every process where processes hold different values of `what`."""
-    values = gather_objects(value)
-    if len(set(values)) > 1:
-        raise LoradropError(f"processes disagree about {what}: {dict(enumerate(values))}; start all of them alike")
-
-
-def require_shared_folder(folder: Path) -> None:
-    """Fail on every process where some cannot see a file that the main process has just written into `folder`.
-
-    Raises:
-        SetupError: naming the hosts that see another folder of that name.
-    """
-    token = gather_objects(secrets.token_hex(8))[0]
-    mark = folder / f".shared_{token}"
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    barrier()
-    seen = gather_objects((socket.gethostname(), mark.exists()))
-    if torch.distributed.get_rank() == 0:
-        mark.unlink()
-    blind = sorted({host for host, sees in seen if not sees})
-    if blind:
-        raise SetupError(
-            "--run-dir", str(folder), f"is not the same folder on {', '.join(blind)}",
-            "Give a folder on a file system that all nodes share.",
-        )
+    # Longer than DeepSpeed's 10 minutes: loading differs among nodes, and the lifeline sees who is dead.
+    minutes = int(os.environ.get("DEEPSPEED_TIMEOUT", "60"))
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:
@@ -286,3 +178,61 @@ def _is_plain(engine: Any) -> bool:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def leave_head_outside(model: nn.Module) -> list[str]:
+    """Take the output head, and the embedding it is tied to, out of the module tree; returns their names.
+
+    They are called as before but stay whole in every process: the loss calls the head once per chunk of supervised
+    tokens, and processes have different numbers of those.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return []
+    weights = {id(parameter) for parameter in head.parameters()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(id(parameter) in weights for parameter in module.parameters(recurse=False))
+    ]
+    for name in names:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        parent.__dict__[leaf] = parent._modules.pop(leaf)  # found as an attribute, not as a submodule
+    return names
+
+
+def require_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """ZeRO-3's flat buffers hold one precision, and the engine casts what differs: fatal for packed 4-bit weights.
+
+    Raises:
+        LoradropError: names a parameter that lies in another precision and cannot be cast.
+    """
+    for name, parameter in model.named_parameters():
+        packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
+        if packed and parameter.dtype != dtype:
+            fault = f"ZeRO-3 needs {name} stored as {dtype}, not {parameter.dtype}"
+            raise LoradropError(f"{fault}; set train.deepspeed=zero2")
+
+
+def sharding_text(model: nn.Module, world_size: int) -> str:
+    """For people: what each process holds of the base at rest, and what of it is whole in each."""
+    state = [tensor for parameter in model.parameters() for tensor in _quantization_constants(parameter)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = _megabytes(list(head.parameters()) if head is not None else [])
+    sharded = sum(numel(p) * p.element_size() for p in model.parameters()) / 1e6
+    return (
+        f"{sharded:.1f} MB in {world_size} shards; whole in every process: output head {whole:.1f} MB,"
+        f" quantization constants {_megabytes(state):.1f} MB"
+    )
+
+
+def _quantization_constants(parameter: nn.Parameter) -> list[Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    second = getattr(state, "state2", None)
+    found = [getattr(state, "absmax", None), getattr(second, "absmax", None)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _megabytes(tensors: Sequence[Tensor]) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import ranks
+from pipeline.distributed import ranks
+from pipeline.distributed.lifeline import lifeline
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, LoradropError
-from pipeline.lifeline import lifeline
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
 

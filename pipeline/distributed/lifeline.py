@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import ranks
+from pipeline.distributed import ranks
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.run_folder.paths import RunPaths, update_status
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.distributed.nodes import NODE_RANK_VARIABLES
 from pipeline.errors import EXIT_FAILED, RunFolderError
 from pipeline.files import read_json, write_json
-from pipeline.nodes import NODE_RANK_VARIABLES
 
 WORLD_STAGES = ("train", "evaluate")
 """Stages that the launcher starts in several processes, and that answer to a stop request."""

@@ -24,14 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from pipeline import ranks
 from pipeline.config.sections import LaunchConfig
-from pipeline.devices import accelerator_memory, check_processes, visible_devices
+from pipeline.distributed import ranks
+from pipeline.distributed.devices import accelerator_memory, check_processes, visible_devices
+from pipeline.distributed.lifeline import GRACE, PARENT, WARNING, stop_signals
+from pipeline.distributed.nodes import log_name, node_arguments
+from pipeline.distributed.ranks import WORLD_STAGES
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
 from pipeline.files import write_json
-from pipeline.lifeline import GRACE, PARENT, WARNING, stop_signals
-from pipeline.nodes import log_name, node_arguments
-from pipeline.ranks import WORLD_STAGES
 from pipeline.run_folder.paths import RunPaths, read_status, update_status
 
 ROOT = Path(__file__).resolve().parent.parent
