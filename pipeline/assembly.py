@@ -14,10 +14,10 @@ from pipeline.adapters.heads import load_head
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
+from pipeline.config.deepspeed import fill_ds_config, find_ds_config, zero_stage
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
 from pipeline.distributed.zero import leave_head_outside, require_one_dtype
-from pipeline.ds_config import fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
 from pipeline.model.load import BaseModel

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, load_config
-from pipeline.config.sections import LaunchConfig
+from pipeline.config.deepspeed import DS_CONFIG_FOLDERS, shards_parameters
+from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
-from pipeline.ds_config import DS_CONFIG_FOLDERS, shards_parameters
 from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.preflight import check_inputs

@@ -15,8 +15,8 @@ import torch
 from pipeline.adapters.attach import Adapters, attach, is_linear, linear_shape
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import ModelConfig, RunConfig
+from pipeline.config.deepspeed import find_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
-from pipeline.ds_config import find_ds_config, zero_stage
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json
 from pipeline.memory_trace import Batch, Peaks, empty_model, trace_pass

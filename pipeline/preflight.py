@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config, zero_stage
+from pipeline.config.deepspeed import combination_fault, fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG, read_json
 from pipeline.run_folder.metrics import check_loggers

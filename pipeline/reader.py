@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
+from pipeline.config.deepspeed import shards_parameters
 from pipeline.data.cache import cached_examples
 from pipeline.data.classes import encode_classification, encode_regression, encode_text, output_count, refuse_for_causal
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
 from pipeline.data.stream import StreamedBatches, open_stream
-from pipeline.ds_config import shards_parameters
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states

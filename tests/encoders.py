@@ -29,7 +29,7 @@ from transformers import (
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import BaseModel, load_base
 

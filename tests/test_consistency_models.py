@@ -20,7 +20,7 @@ from pipeline.adapters.layout import plain_layout, training_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.consistency import ConsistentObjective
 from pipeline.data.encode import Encoded
 from pipeline.model.load import load_base

@@ -23,7 +23,7 @@ from pipeline.adapters.members import Member, MemberAxisError
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import adapter_matrices
 from pipeline.config.method import Site
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.model.load import BaseModel, load_base
 from pipeline.objective import SupervisedClassifier, build_rows
 from pipeline.predict import PassSettings, predict_classes

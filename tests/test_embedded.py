@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.sections import EMBEDDED_DATA, EMBEDDED_MODEL
+from pipeline.config.data import EMBEDDED_DATA
+from pipeline.config.model import EMBEDDED_MODEL
 from pipeline.data import embedded as data
 from pipeline.errors import ConfigError
 from pipeline.fetch import cache_folder, fetch_distribution

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.spec import AdapterSpec, count_layers, layer_number
 from pipeline.config import load_config
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.data.classes import encode_classification, encode_text, shared_choices
 from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, DataError

@@ -27,7 +27,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.state import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.config.method import Site
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.model.load import load_base
 from pipeline.objective import SupervisedClassifier, build_rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.sections import LaunchConfig
+from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command, launcher_environment, process_count, run_stage
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.run_folder.paths import RunPaths

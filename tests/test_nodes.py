@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, build_config
-from pipeline.config.sections import LaunchConfig
+from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command
 from pipeline.distributed.nodes import check_nodes, log_name, node_rank
 from pipeline.errors import ConfigError, SetupError

@@ -12,11 +12,11 @@ from tiny import tiny_llama
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config import load_config
-from pipeline.config.sections import ModelConfig
+from pipeline.config.deepspeed import combination_fault, fill_ds_config, find_ds_config
+from pipeline.config.model import ModelConfig
 from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
 from pipeline.distributed.devices import check_processes
 from pipeline.distributed.zero import leave_head_outside, require_one_dtype
-from pipeline.ds_config import combination_fault, fill_ds_config, find_ds_config
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.model.head import head_of, hidden_states

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from pipeline.assembly import schedule_factor
 from pipeline.checkpoint import published_checkpoints
 from pipeline.config import dump_config, load_config
+from pipeline.config.deepspeed import fill_ds_config
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
-from pipeline.ds_config import fill_ds_config
 from pipeline.errors import EXIT_STOPPED, ConfigError
 from pipeline.files import (
     ADAPTER_WEIGHTS,

@@ -44,6 +44,7 @@ FIXED = {
     "train.activation_checkpointing": "It does not change what is trained.",
 }
 
+
 class DimensionFile(BaseModel):
     """One dimension as the file states it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.adalora import AdaLoRAConfig
+from pipeline.config.adapter import AdaLoRAConfig
 
 
 @dataclass(frozen=True)

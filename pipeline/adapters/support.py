@@ -22,7 +22,7 @@ from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import LEGAL, Site
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError, LoradropError, UserError
 from pipeline.model.load import pin_training_mode, quantization_config, switch_off_dropout
 

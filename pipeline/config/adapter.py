@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.adalora import AdaLoRAConfig
-from pipeline.config.base import Section
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
+from pipeline.config.section import Section
 
 UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}, "adapter.consistency": {}}
 """Dotted keys of a configuration whose method keeps its own rates (and its own consistency term)."""
@@ -36,6 +35,7 @@ class RatesConfig(Section):
         """position -> rate, where one is set."""
         return {position: rate for position, rate in self if rate is not None}
 
+
 SERVED_RANKS = (8, 16, 32, 64, 128, 256)
 """LoRA ranks vLLM has kernels for; other ranks are padded to the next of them."""
 
@@ -60,6 +60,62 @@ class ConsistencyConfig(Section):
                 " term: set adapter.consistency.kind to kl or js, or take a method that has one, such as hiddenkey"
             )
         return method.model_copy(update={"consistency": term})
+
+
+def _check_span(span: int | float) -> int | float:
+    if span < 0 or (isinstance(span, float) and span >= 1.0):
+        raise ValueError("must be a whole number of steps, or a fraction of train.max_steps below 1")
+    return span
+
+
+Span = Annotated[int | float, AfterValidator(_check_span)]
+"""Optimizer steps (a whole number), or a fraction of train.max_steps (rounded down)."""
+
+Decay = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class AdaLoRAConfig(Section):
+    """The rank budget of `adapter.kind: adalora`. Its end, the average rank that is kept, is `adapter.rank`."""
+
+    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    """R of every matrix at the start; None = 1.5 × adapter.rank, rounded up (the paper's section 3.3)."""
+    warmup: Span = 0.1
+    """Steps before the first pruning: a whole number, or a fraction of train.max_steps (the released GLUE scripts:
+    a tenth to a sixth)."""
+    final: Span = 0.4
+    """Steps at the end with the final ranks: a whole number, or a fraction of train.max_steps (the released GLUE
+    scripts: nearly half)."""
+    interval: Annotated[int, Field(ge=1)] = 1
+    """Steps between two prunings (the released scripts: 1 to 100, the more the longer the run)."""
+    beta1: Decay = 0.85
+    """Decay of the averaged sensitivity |w · gradient| (the paper's value)."""
+    beta2: Decay = 0.85
+    """Decay of its averaged uncertainty (the paper's value)."""
+    orthogonality: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of the regularizer that keeps P and Q orthogonal (the released scripts: 0.1, RTE 0.3; PEFT: 0.5)."""
+
+    def initial_rank_for(self, target_rank: int) -> int:
+        """R at the start."""
+        return -(-3 * target_rank // 2) if self.initial_rank is None else self.initial_rank
+
+    def steps(self, max_steps: int) -> tuple[int, int]:
+        """(warm-up, final) in optimizer steps.
+
+        Raises:
+            ValueError: they leave no step in which ranks are pruned by what was observed before.
+        """
+        warmup, final = _steps(self.warmup, max_steps), _steps(self.final, max_steps)
+        if max_steps - final <= max(warmup, 1):
+            raise ValueError(
+                f"adapter.adalora.warmup and adapter.adalora.final take {warmup} + {final} of train.max_steps ="
+                f" {max_steps}, which leaves no step to prune in; lower them (fractions such as 0.1 and 0.4 fit every"
+                " length of 2 steps or more) or raise train.max_steps"
+            )
+        return warmup, final
+
+
+def _steps(span: int | float, max_steps: int) -> int:
+    return span if isinstance(span, int) else int(span * max_steps + 1e-9)
 
 
 KIND_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA"}

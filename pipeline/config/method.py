@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Section
+from pipeline.config.section import Section
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Probability of *dropping* an entry, in [0, 1)."""

@@ -9,31 +9,14 @@ from typing import Any
 from pydantic import model_validator
 
 from pipeline.config.adapter import AdapterConfig
-from pipeline.config.base import Section
-from pipeline.config.compare import CompareConfig
-from pipeline.config.logging import LoggingConfig
-from pipeline.config.sections import (
-    DataConfig,
-    EnsembleConfig,
-    EvaluateConfig,
-    ExportConfig,
-    LaunchConfig,
-    ModelConfig,
-    SearchConfig,
-    TrainConfig,
-)
+from pipeline.config.data import DataConfig
+from pipeline.config.evaluate import EnsembleConfig, EvaluateConfig, ExportConfig
+from pipeline.config.launch import LaunchConfig, LoggingConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.search import CompareConfig, SearchConfig
+from pipeline.config.section import Section
+from pipeline.config.train import PLACEMENT, TrainConfig
 from pipeline.errors import ConfigError
-
-PLACEMENT = (
-    "micro_batch",
-    "micro_tokens",
-    "deepspeed",
-    "activation_checkpointing",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "checkpoint_bytes",
-)
-"""Keys of `train` that do not change what is trained."""
 
 
 class RunConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import DataConfig
-from pipeline.config.sections import EMBEDDED_DATA
+from pipeline.config.data import EMBEDDED_DATA
 from pipeline.data.classes import output_count, refuse_for_causal
 from pipeline.data.embedded import movie_reviews_cached
 from pipeline.data.read import read_file

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, TemplateConfig
-from pipeline.config.sections import EMBEDDED_DATA
+from pipeline.config.data import EMBEDDED_DATA
 from pipeline.data.read import READERS, Record, read_file
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.template import ColumnError, to_row

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from pipeline.config.sections import LaunchConfig
+from pipeline.config.launch import LaunchConfig
 from pipeline.distributed import ranks
 from pipeline.distributed.devices import accelerator_memory, check_processes, visible_devices
 from pipeline.distributed.lifeline import GRACE, PARENT, WARNING, stop_signals

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config.sections import LaunchConfig
+from pipeline.config.launch import LaunchConfig
 from pipeline.errors import ConfigError, SetupError
 from pipeline.files import write_text
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, is_embedded
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model

@@ -21,8 +21,8 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.config.adapter import UNSET_RATES
-from pipeline.config.compare import NamedMethod
 from pipeline.config.load import config_keys, with_values
+from pipeline.config.search import NamedMethod
 from pipeline.errors import ConfigError, RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, read_json_lines, sha256_file, write_json
 from pipeline.run_folder.paths import RunPaths

