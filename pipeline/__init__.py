@@ -11,12 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "calibrate": ("apply_temperature", "fit_temperature"),
     "config": ("RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
     "data": ("load_splits",),
-    "ensemble": ("average", "choose_adapters"),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
         "RunFolderError", "StageFailed", "UserError",
@@ -24,8 +22,10 @@ _MODULES = {
     "files": ("publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text"),
     "run_folder.paths": ("RunPaths",),
     "run_folder.predictions": ("read_predictions",),
-    "regression_scores": ("gaussian_nll",),
-    "scores": ("nll",),
+    "scores.classification": ("nll",),
+    "scores.ensemble": ("average", "choose_adapters"),
+    "scores.regression": ("gaussian_nll",),
+    "scores.temperature": ("apply_temperature", "fit_temperature"),
     "train": ("train_run",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -13,9 +13,9 @@ from pipeline.distributed import zero
 from pipeline.distributed.world import World, agree, gather_objects
 from pipeline.errors import Stopped
 from pipeline.reader import OnChunk, Reader
-from pipeline.regression_scores import Correlation, gaussian_nll, row_squared_error
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
-from pipeline.scores import accuracy, nll
+from pipeline.scores.classification import accuracy, nll
+from pipeline.scores.regression import Correlation, gaussian_nll, row_squared_error
 
 
 def predict_shared(

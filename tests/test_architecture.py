@@ -13,7 +13,7 @@ LAYERS = {
     0: [
         "errors", "config", "files", "run_folder.paths", "run_folder.comparison", "distributed.ranks",
         "distributed.lifeline", "distributed.nodes", "distributed.launcher", "distributed.devices", "bootstrap",
-        "installation", "ds_config",
+        "installation",
     ],
     1: [
         "distributed",
@@ -22,10 +22,6 @@ LAYERS = {
         "terminal",
         "fetch",
         "scores",
-        "regression_scores",
-        "binary_scores",
-        "ensemble",
-        "calibrate",
         "run_folder",
         "environment",
         "throughput",
@@ -156,7 +152,7 @@ def test_imports_point_down() -> None:
         ("pipeline.files", "import torch"),
         ("pipeline.data.rows", "from pipeline.model.load import load_base"),
         ("pipeline.losses", "import deepspeed"),
-        ("pipeline.scores", "from pipeline.predict import predict_choices"),
+        ("pipeline.scores.regression", "from pipeline.predict import predict_choices"),
         ("pipeline.export", "from pipeline.evaluate import evaluate_run"),
         ("pipeline.train", "import ray"),
         ("tune.search", "from pipeline.train import train_run"),

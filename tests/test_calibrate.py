@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from pipeline.calibrate import (
+from pipeline.scores.temperature import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     apply_temperature,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from scipy.stats import gmean
 
-from pipeline import ensemble
-from pipeline.ensemble import EnsembleCurve, average, choose_adapters, choose_size, ensemble_curve, subsets
-from pipeline.scores import nll, row_correct, row_nll
+from pipeline.scores import ensemble
+from pipeline.scores.classification import nll, row_correct, row_nll
+from pipeline.scores.ensemble import EnsembleCurve, average, choose_adapters, choose_size, ensemble_curve, subsets
 
 
 def predictions(members, rows=40, choices=3, seed=0, scale=2.0):

@@ -18,8 +18,8 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
-from pipeline.ensemble import average
 from pipeline.predict import HEAD_ROWS, PassSettings, plan_sequences, predict_choices, predict_completions
+from pipeline.scores.ensemble import average
 
 PAD = 2
 MEMBERS = [Member(None), Member(0), Member(0, 0), Member(1), Member(1, 3), Member(0, 1), Member(2, 0)]

@@ -22,7 +22,6 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.binary_scores import BinaryScore
 from pipeline.cli import main
 from pipeline.config import DataConfig, TemplateConfig, load_config
 from pipeline.data import (
@@ -36,16 +35,17 @@ from pipeline.data import (
 )
 from pipeline.data.batches import collate
 from pipeline.data.template import check_template, to_row
-from pipeline.ensemble import average, choose_adapters
 from pipeline.errors import DataError, RunFolderError
 from pipeline.evaluate import evaluate_run
 from pipeline.objective import SupervisedClassifier, SupervisedRegressor, build_rows
 from pipeline.predict import PassSettings, predict_classes, predict_values
 from pipeline.readout import merge_predictions, validation_scores
-from pipeline.regression_scores import Correlation, RootMeanSquare, gaussian_nll, row_squared_error
 from pipeline.report import format_table, write_report
 from pipeline.run_folder.predictions import RegressionPredictions, read_predictions, write_predictions
-from pipeline.scores import bootstrap
+from pipeline.scores.bootstrap import bootstrap
+from pipeline.scores.classification import BinaryScore
+from pipeline.scores.ensemble import average, choose_adapters
+from pipeline.scores.regression import Correlation, RootMeanSquare, gaussian_nll, row_squared_error
 from pipeline.train import train_run
 from pipeline.view import Look, row_text
 

@@ -28,7 +28,7 @@ from pipeline.run_folder.predictions import (
     write_members,
     write_predictions,
 )
-from pipeline.scores import RowMean, bootstrap, percentile_interval
+from pipeline.scores.bootstrap import RowMean, bootstrap, percentile_interval
 
 ROWS = {"validation": 120, "calibration": 150, "test": 200}
 DRAWS = 8

@@ -14,7 +14,7 @@ from pipeline.report import plots, tables
 from pipeline.report.comparison import training_table
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
-from pipeline.scores import reliability
+from pipeline.scores.classification import reliability
 
 _TEMPLATE = "page.html"
 _ROWS_PER_POINT = 40

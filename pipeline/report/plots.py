@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report.inputs import TrainingCurve
 from pipeline.report.tables import HEADINGS
-from pipeline.scores import Reliability
+from pipeline.scores.classification import Reliability
 
 _INK, _FAINT = "#010203", "#040506"
 """Stand-ins, replaced by the page's own colours so that dark pages work."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import calibrate
-from pipeline.ensemble import SUBSET_LIMIT, choose_size
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.reading import REFERENCES, write_reading
 from pipeline.report.scoring import (
@@ -31,7 +29,10 @@ from pipeline.report.systems import (
     method_name,
     table_sizes,
 )
-from pipeline.scores import LEVEL, Floats, bin_count, percentile_interval, plugin_ece
+from pipeline.scores import temperature
+from pipeline.scores.bootstrap import LEVEL, Floats, percentile_interval
+from pipeline.scores.classification import bin_count, plugin_ece
+from pipeline.scores.ensemble import SUBSET_LIMIT, choose_size
 
 COMPARED_SCORES = ("nll", "accuracy", "pearson", "spearman", "rmse")
 ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
@@ -93,7 +94,7 @@ def _temperature_entry(temperatures: Floats) -> dict[str, Any]:
         "mean": float(temperatures.mean()),
         "min": float(temperatures.min()),
         "max": float(temperatures.max()),
-        "at_bound": any(calibrate.at_bound(value) for value in temperatures.tolist()),
+        "at_bound": any(temperature.at_bound(value) for value in temperatures.tolist()),
     }
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import calibrate
-from pipeline.binary_scores import BinaryScore
-from pipeline.ensemble import EnsembleCurve, Space, average
-from pipeline.regression_scores import Correlation, RootMeanSquare, row_squared_error
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.systems import System, ensemble_space
 from pipeline.run_folder.labelled import ScoredSplit
-from pipeline.scores import ROW_SCORES, CalibrationError, Floats, RowMean, Statistic, bootstrap
+from pipeline.scores import temperature
+from pipeline.scores.bootstrap import Floats, RowMean, Statistic, bootstrap
+from pipeline.scores.classification import ROW_SCORES, BinaryScore, CalibrationError
+from pipeline.scores.ensemble import EnsembleCurve, Space, average
+from pipeline.scores.regression import Correlation, RootMeanSquare, row_squared_error
 
 BEFORE, AFTER = "before", "after"
 """Temperature scaling."""
@@ -51,14 +51,14 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
     temperatures = None
     if inputs.kind == "choice":
         calibration = inputs.splits["calibration"]
-        temperatures = calibrate.fit_temperatures(_predict(calibration, system, space), calibration.labels)
+        temperatures = temperature.fit_temperatures(_predict(calibration, system, space), calibration.labels)
     predictions: dict[tuple[str, str], Floats] = {}
     statistics: dict[tuple[str, str], dict[str, Statistic]] = {}
     for name in ("validation", "test"):
         before = predictions[name, BEFORE] = _predict(inputs.splits[name], system, space)
         statistics[name, BEFORE] = _statistics(inputs, inputs.splits[name], before)
         if temperatures is not None:
-            after = predictions[name, AFTER] = calibrate.apply_temperature(before, temperatures)
+            after = predictions[name, AFTER] = temperature.apply_temperature(before, temperatures)
             # Scaling keeps the order of the choices; rounding must not make new ties.
             kept = {score: one for score, one in statistics[name, BEFORE].items() if score in UNSCALED_SCORES}
             statistics[name, AFTER] = _statistics(inputs, inputs.splits[name], after) | kept

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pipeline.config import AdapterConfig, RunConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.method import WEIGHT_POSITIONS
-from pipeline.ensemble import Space, choose_adapters, subsets
 from pipeline.report.inputs import ReportInputs
 from pipeline.run_folder.labelled import ScoredSplit
 from pipeline.run_folder.predictions import Group, Member
+from pipeline.scores.ensemble import Space, choose_adapters, subsets
 
 METHOD_NAMES = {
     "none": "LoRA without dropout",

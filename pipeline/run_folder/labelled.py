@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import RunFolderError
 from pipeline.run_folder.predictions import ChoicePredictions, Predictions, RegressionPredictions
-from pipeline.scores import Floats, Ints, RowMean
+from pipeline.scores.bootstrap import Floats, Ints, RowMean
 
 SPLITS = ("validation", "calibration", "test")
 

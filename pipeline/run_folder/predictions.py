@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, write_bytes, write_json
-from pipeline.scores import Floats, Ints
+from pipeline.scores.bootstrap import Floats, Ints
 
 MEMBERS = "members.json"
 REMEDY = "Run the evaluate stage (again)."

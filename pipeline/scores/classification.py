@@ -1,4 +1,4 @@
-"""Scores of predictions, and bootstrap intervals around them. Pure numpy.
+"""Scores of predicted choices.
 
 Shapes: log_probs (..., N, C), natural logarithms normalised over the C choices, -inf for a choice that
 a row does not have; labels (N,), indices of the right choices. Leading axes are other predictors and
@@ -7,19 +7,13 @@ are kept. NLL is in nats; a Brier score is the sum over classes, in [0, 2].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Ints = NDArray[np.integer]
-
-LEVEL = 0.95
-_CHUNK_NUMBERS = 4_000_000
-"""Bootstrap weights held in memory at once."""
+from pipeline.scores.bootstrap import Floats, Ints
 
 
 def row_correct(log_probs: Floats, labels: Ints) -> Floats:
@@ -118,42 +112,6 @@ def bin_count(rows: int, bins: int) -> int:
     return max(1, min(bins, rows // 2))
 
 
-class Statistic(Protocol):
-    """A score of N rows that can be taken under row weights.
-
-    A statistic may stand for Q interchangeable predictors (ensembles of the same size with other mask draws).
-    Its point is the mean over them; each resample scores *one* of them, so that an interval holds the variance
-    over rows and over draws: where the score of one random draw on other rows would lie.
-    """
-
-    def point(self) -> float:
-        """The score on the rows as they are."""
-
-    def resampled(self, weights: Floats) -> Floats:
-        """Scores under weights (S, N), how often each row was drawn: (S,)."""
-
-
-@dataclass(frozen=True)
-class RowMean:
-    """sum_i w_i value_i / sum_i w_i size_i, for values (Q, N) and sizes (N,) (1, or the tokens of a row)."""
-
-    values: Floats
-    sizes: Floats | None = None
-
-    def point(self) -> float:
-        """Mean over rows and predictors."""
-        total = self.values.shape[1] if self.sizes is None else self.sizes.sum()
-        return float(self.values.mean(axis=0).sum() / total)
-
-    def resampled(self, weights: Floats) -> Floats:
-        """Resample s scores predictor s mod Q."""
-        total = weights.sum(axis=1) if self.sizes is None else weights @ self.sizes
-        sums = np.empty(len(weights))
-        for predictor, values in enumerate(self.values):
-            sums[predictor :: len(self.values)] = weights[predictor :: len(self.values)] @ values
-        return sums / total
-
-
 @dataclass(frozen=True)
 class CalibrationError:
     """The debiased ECE of `ece`, for gaps and bins (Q, N).
@@ -194,68 +152,49 @@ class CalibrationError:
         return np.sqrt(np.maximum((mass * unbiased).sum(axis=1) / mass.sum(axis=1), 0.0))
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A value and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Both ends on one side of 0."""
-        return self.low > 0.0 or self.high < 0.0
-
-
-def bootstrap(
-    statistics: Sequence[Statistic], rows: int, samples: int = 2000, seed: int = 0, units: Ints | None = None
-) -> Floats:
-    """Every statistic on the same resamples of rows, so that their differences are paired: (samples, statistics).
-
-    Args:
-        rows: N.
-        units: (N,) index from 0 of the independent unit (document) each row belongs to; whole units are drawn.
-            None: every row is a unit.
-    """
-    chunks = _weights(rows if units is None else int(units.max()) + 1, samples, seed)
-    return np.concatenate([
-        np.stack([one.resampled(w if units is None else w[:, units]) for one in statistics], axis=1) for w in chunks
-    ])
-
-
-def percentile_interval(value: float, resamples: Floats) -> Interval:
-    """The central 95 % of resamples (S,)."""
-    low, high = np.quantile(resamples, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
-    return Interval(float(value), float(low), float(high))
-
-
-def bootstrap_interval(
-    statistic: Statistic, rows: int, samples: int = 2000, seed: int = 0, units: Ints | None = None
-) -> Interval:
-    """Percentile interval of one statistic over N rows (or units)."""
-    return percentile_interval(statistic.point(), bootstrap([statistic], rows, samples, seed, units)[:, 0])
-
-
-def paired_difference_interval(
-    first: Statistic, second: Statistic, rows: int, samples: int = 2000, seed: int = 0, units: Ints | None = None
-) -> Interval:
-    """Percentile interval of first - second, both on the same resampled rows (or units)."""
-    pair = bootstrap([first, second], rows, samples, seed, units)
-    return percentile_interval(first.point() - second.point(), pair[:, 0] - pair[:, 1])
-
-
-def _weights(units: int, samples: int, seed: int) -> Iterator[Floats]:
-    """How often each unit was drawn, (S, units), in chunks that fit memory."""
-    random = np.random.default_rng(seed)
-    step = max(64, _CHUNK_NUMBERS // units)
-    for start in range(0, samples, step):
-        count = min(step, samples - start)
-        drawn = random.integers(units, size=(count, units)) + units * np.arange(count)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units).astype(np.float64)
-
-
 def _over_predictors(log_probs: Floats, score: Callable[[Floats], float]) -> Floats:
     """`score` of every (N, C) in (..., N, C): (...)."""
     flat = log_probs.reshape(-1, *log_probs.shape[-2:])
     return np.array([score(one) for one in flat]).reshape(log_probs.shape[:-2])
+
+
+@dataclass(frozen=True)
+class BinaryScore:
+    """Matthews' correlation (CoLA) or F1 of label 1 (MRPC, QQP): a `bootstrap.Statistic`.
+
+    With the counts of a 2 × 2 table, MCC = (tp·tn - fp·fn) / sqrt((tp+fp)(tp+fn)(tn+fp)(tn+fn)) and
+    F1 = 2·tp / (2·tp + fp + fn); 0 where that is 0/0, as in scikit-learn.
+    """
+
+    chosen: Floats
+    """(Q, N) 1 where a predictor chooses label 1, else 0."""
+    labels: Ints
+    """(N,)."""
+    kind: Literal["matthews", "f1"]
+
+    @classmethod
+    def of(cls, log_probs: Floats, labels: Ints, kind: Literal["matthews", "f1"]) -> BinaryScore:
+        """From log_probs (Q, N, 2)."""
+        return cls(log_probs.argmax(axis=-1).astype(np.float64), labels, kind)
+
+    def point(self) -> float:
+        """Mean over predictors."""
+        ones = np.ones((1, len(self.labels)))
+        return float(np.mean([self._weighted(ones, chosen) for chosen in self.chosen]))
+
+    def resampled(self, weights: Floats) -> Floats:
+        """Resample s scores predictor s mod Q."""
+        found = np.empty(len(weights))
+        for predictor, chosen in enumerate(self.chosen):
+            found[predictor :: len(self.chosen)] = self._weighted(weights[predictor :: len(self.chosen)], chosen)
+        return found
+
+    def _weighted(self, weights: Floats, chosen: Floats) -> Floats:
+        right = self.labels.astype(np.float64)
+        tp, fp = weights @ (chosen * right), weights @ (chosen * (1.0 - right))
+        fn, tn = weights @ ((1.0 - chosen) * right), weights @ ((1.0 - chosen) * (1.0 - right))
+        if self.kind == "f1":
+            above, below = 2.0 * tp, 2.0 * tp + fp + fn
+        else:
+            above, below = tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        return np.divide(above, below, out=np.zeros_like(below), where=below > 0.0)

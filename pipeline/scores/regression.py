@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.scores import Floats, Ints
+from pipeline.scores.bootstrap import Floats, Ints
 
 _SMALLEST = 1e-12
 """Mean squared error that counts as none."""
@@ -35,7 +35,7 @@ def row_squared_error(values: Floats, scores: Floats | Ints) -> Floats:
 
 @dataclass(frozen=True)
 class RootMeanSquare:
-    """sqrt(sum_i w_i error_i^2 / sum_i w_i) for squared errors (Q, N): a `scores.Statistic`."""
+    """sqrt(sum_i w_i error_i^2 / sum_i w_i) for squared errors (Q, N): a `bootstrap.Statistic`."""
 
     squares: Floats
 
@@ -54,7 +54,7 @@ class RootMeanSquare:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's correlation of predicted with right numbers, or of their ranks (Spearman): a `scores.Statistic`.
+    """Pearson's correlation of predicted with right numbers, or of their ranks (Spearman): a `bootstrap.Statistic`.
 
     0 where either is constant. Ranks are taken anew in every resample, ties share the mean of their ranks.
     """

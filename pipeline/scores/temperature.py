@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.scores import Floats, Ints
+from pipeline.scores.bootstrap import Floats, Ints
 
 MIN_TEMPERATURE = 0.05
 MAX_TEMPERATURE = 20.0

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.regression_scores import gaussian_nll
-from pipeline.scores import Floats, Ints, nll, row_nll
+from pipeline.scores.bootstrap import Floats, Ints
+from pipeline.scores.classification import nll, row_nll
+from pipeline.scores.regression import gaussian_nll
 
 Space = Literal["probability", "logit", "value"]
 
@@ -95,7 +96,7 @@ def ensemble_curve(
 
     Args:
         log_probs: (M, N, C).
-        score: One value per row, (..., N, C) and labels (N,) -> (..., N), such as `scores.row_nll`.
+        score: One value per row, (..., N, C) and labels (N,) -> (..., N), such as `classification.row_nll`.
     """
     return EnsembleCurve.of(sizes, [
         np.stack([score(average(log_probs[s], space), labels) for s in subsets(len(log_probs), size, limit, seed)])

@@ -1,0 +1,1 @@
+"""Scores of predictions, their intervals, ensembles and temperatures. Pure numpy; nothing of ours but errors."""
