@@ -25,9 +25,10 @@ from pipeline.adapters.members import Member, replicate_rows
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.loss.objective import SupervisedLM
 from pipeline.model.head import hidden_states
 from pipeline.model.load import load_base
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.training.batch import lay_out
 
 
 def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -50,7 +51,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def training_step(adapters: Adapters, examples: list[Encoded], layout: RowLayout) -> None:
     """Forward and backward of one micro-batch."""
-    rows = build_rows(adapters, examples, layout, 0, seed=0, phase=0)
+    rows = lay_out(adapters, examples, layout, 0, seed=0, phase=0)
     with adapters.axis.active(rows.plan):
         SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights).backward()
     adapters.model.zero_grad(set_to_none=True)
@@ -58,7 +59,7 @@ def training_step(adapters: Adapters, examples: list[Encoded], layout: RowLayout
 
 def forward(adapters: Adapters, examples: list[Encoded], members: list[Member]) -> None:
     """One pass with all `members`."""
-    rows = build_rows(adapters, examples, plain_layout(len(examples)), 0, seed=0, phase=0)
+    rows = lay_out(adapters, examples, plain_layout(len(examples)), 0, seed=0, phase=0)
     plan = adapters.plan(members, len(examples), 0, "test")
     names = ("input_ids", "attention_mask", "position_ids")
     with torch.no_grad(), adapters.axis.active(plan):

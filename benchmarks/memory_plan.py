@@ -91,13 +91,14 @@ def measure(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
 
 
 def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
-    from pipeline.assembly import attach_adapter, build_engine, micro_steps_of
-    from pipeline.consistency import ConsistentObjective
+    from pipeline.adapters.build import attach_adapter
+    from pipeline.assembly import build_engine, micro_steps_of
+    from pipeline.loss.consistency import TrainingObjective
+    from pipeline.loss.objective import SupervisedLM
     from pipeline.model.load import compute_dtype
-    from pipeline.objective import SupervisedLM
 
     adapters = attach_adapter(config, base)
-    objective = ConsistentObjective(SupervisedLM(base.model), adapters.axis, adapters.specs[0].consistency)
+    objective = TrainingObjective(SupervisedLM(base.model), adapters.axis, adapters.specs[0].consistency)
     dtype = compute_dtype(config.model, world.device)
     return build_engine(config, adapters, objective, micro_steps_of(config.train, world), dtype), adapters
 
@@ -105,7 +106,7 @@ def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
 def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int) -> None:
     from pipeline.adapters.layout import training_layout
     from pipeline.data.encode import IGNORE_INDEX, Encoded
-    from pipeline.objective import build_rows
+    from pipeline.training.batch import lay_out
 
     train, chance = config.train, random.Random(0)
     for step in range(2):
@@ -116,7 +117,7 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int)
                 labels = (IGNORE_INDEX,) * (len(ids) - SUPERVISED) + ids[-SUPERVISED:]
                 examples.append(Encoded(f"{step}.{micro}.{i}", ids, labels))
             layout = training_layout(range(train.micro_batch), train.draws, train.draw_layout, True)
-            rows = build_rows(adapters, examples, layout, tokenizer.pad_token_id, 0, step)
+            rows = lay_out(adapters, examples, layout, tokenizer.pad_token_id, 0, step)
             with adapters.axis.active(rows.plan):
                 engine.backward(engine(**rows.inputs)[0])
             engine.step()

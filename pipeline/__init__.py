@@ -14,7 +14,7 @@ _MODULES = {
     "config": ("RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
-    "data": ("load_splits",),
+    "data.splits": ("load_splits",),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
         "RunFolderError", "StageFailed", "UserError",

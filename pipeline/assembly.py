@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.heads import load_head
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.state import StoredAdapter, load_matrices, read_adapter
-from pipeline.config import AdapterConfig, RunConfig, TrainConfig
+from pipeline.adapters.attach import Adapters
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.config.deepspeed import fill_ds_config, find_ds_config, zero_stage
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
 from pipeline.distributed.zero import leave_head_outside, require_one_dtype
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
-from pipeline.model.load import BaseModel
-
-
-def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
-    """Attach the configured adapter: fresh, or from `adapter.init_from`.
-
-    A classifier's head starts from the stored one where there is one; a LoRA without a head is a start, too.
-
-    Raises:
-        ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
-    """
-    spec = AdapterSpec.from_config(config.adapter, config.train.max_steps)
-    if config.adapter.init_from is None:
-        return attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
-    stored = read_adapter(Path(config.adapter.init_from))
-    _refuse_other_scaling(config.adapter, spec, stored)
-    adapters = attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
-    load_matrices(adapters.layers, 0, stored.matrices, "adapter.init_from")
-    if stored.head.tensors:
-        load_head(adapters.heads, 0, stored.head, "adapter.init_from")
-    return adapters
-
-
-def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Adapters:
-    """K adapters from disk on one base, ranks and layers mixed as they come."""
-    names = sorted({name for adapter in stored for name in adapter.matrices})
-    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed, base.heads)
-    for k, adapter in enumerate(stored):
-        load_matrices(adapters.layers, k, adapter.matrices, f"adapter {k}")
-        load_head(adapters.heads, k, adapter.head, f"adapter {k}")
-    return adapters
 
 
 def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
@@ -133,19 +98,3 @@ def schedule_factor(step: int, max_steps: int, warmup: int, kind: str) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
 
 
-def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: StoredAdapter) -> None:
-    if stored.spec.kind != "lora":
-        raise ConfigError(
-            "adapter.init_from", config.init_from, "is an AdaLoRA adapter",
-            "Give the plain LoRA that `export` makes of it.",
-        )
-    for name in stored.matrices:
-        ours, theirs = spec.scaling_of(name), stored.spec.scaling_of(name)
-        if spec.rank_of(name) != stored.spec.rank_of(name) or not math.isclose(ours, theirs, rel_tol=1e-6):
-            raise ConfigError(
-                "adapter.init_from",
-                config.init_from,
-                f"has rank {stored.spec.rank_of(name)} and scaling {theirs:g} at {name};"
-                f" the configuration has rank {spec.rank_of(name)} and scaling {ours:g}",
-                f"Set adapter.rank={stored.spec.rank} and adapter.alpha={stored.spec.alpha:g}.",
-            )

@@ -6,7 +6,7 @@ import math
 
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.config.load import with_values
-from pipeline.data import load_splits
+from pipeline.data.splits import load_splits
 from pipeline.errors import ConfigError
 
 

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.adapters.adalora_state import shown_rank
+from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
-from pipeline.adapters.state import StoredAdapter, read_adapter
-from pipeline.assembly import attach_stored
+from pipeline.adapters.peft_adalora import shown_rank
+from pipeline.adapters.peft_format import StoredAdapter, read_adapter
 from pipeline.config import RunConfig, load_config
 from pipeline.config.adapter import KIND_NAMES
-from pipeline.data import load_splits
+from pipeline.data.splits import load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.worker import stage_main
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped
 from pipeline.files import read_json
-from pipeline.reader import open_reader
-from pipeline.readout import predict_shared
+from pipeline.prediction.predict import predict_shared
+from pipeline.prediction.task import open_task
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_folder.predictions import (
@@ -61,8 +61,8 @@ def evaluate_run(run_dir: Path) -> None:
         return
     world = start_world()
     require_shared_folder(run_dir)
-    reader = open_reader(config, splits, world.device)
-    adapters = attach_stored(reader.base, stored, config.train.seed)
+    task = open_task(config, splits, world.device)
+    adapters = attach_stored(task.base, stored, config.train.seed)
     rows = sum(len(getattr(splits, name)) for name in missing)
     say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
@@ -80,7 +80,7 @@ def evaluate_run(run_dir: Path) -> None:
         started = time.monotonic()
         shown = _counter(progress, done, len(chosen), name, world.world_size)
         try:
-            predictions = predict_shared(reader, adapters, chosen, members, world, shown, lambda: stop_asked(paths))
+            predictions = predict_shared(task, adapters, chosen, members, world, shown, lambda: stop_asked(paths))
         except Stopped:
             _stop(paths, world)
         done += len(chosen)

@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.attach import Adapters
+from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
-from pipeline.adapters.state import StoredAdapter, as_plain_lora, masked_matrices, read_adapter, write_adapter
-from pipeline.assembly import attach_stored
+from pipeline.adapters.peft_adalora import shown_rank
+from pipeline.adapters.peft_format import StoredAdapter, as_plain_lora, masked_matrices, read_adapter, write_adapter
 from pipeline.config import RunConfig, load_config
 from pipeline.config.method import WEIGHT_POSITIONS
-from pipeline.data import load_splits
 from pipeline.data.rows import Row
+from pipeline.data.splits import load_splits
 from pipeline.distributed.worker import stage_main
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import LoradropError, RunFolderError
 from pipeline.files import MANIFEST, publish_folder, read_json, write_json
 from pipeline.model.load import BaseIdentity
-from pipeline.reader import Reader, open_reader
+from pipeline.prediction.task import Task, open_task
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
 
@@ -67,9 +67,9 @@ def export_run(run_dir: Path) -> None:
     update_status(paths, "export", "running")
     splits = load_splits(config.data)
     world = start_world()
-    reader = open_reader(config, splits, world.device)
-    identity = reader.base.identity
-    adapters = attach_stored(reader.base, [stored], config.train.seed)
+    task = open_task(config, splits, world.device)
+    identity = task.base.identity
+    adapters = attach_stored(task.base, [stored], config.train.seed)
     exported = planned_exports(config, paths, stored)
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
@@ -81,7 +81,7 @@ def export_run(run_dir: Path) -> None:
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
         write_exports(folder, exported, adapters, plain, config, identity.resolved)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, reader, adapters, config, splits.calibration[:PROBE_PROMPTS])
+        parity = measure_parity(folder, exported, task, adapters, config, splits.calibration[:PROBE_PROMPTS])
         manifest = {
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
@@ -143,20 +143,20 @@ def write_exports(
 
 
 def measure_parity(
-    folder: Path, exported: list[Exported], reader: Reader, adapters: Adapters, config: RunConfig, rows: list[Row]
+    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, config: RunConfig, rows: list[Row]
 ) -> list[dict[str, float]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
 
     Raises:
         ParityError: beyond the tolerance, or an export without effect.
     """
-    prompts = [reader.probe(row) for row in rows]
+    prompts = [task.probe(row) for row in rows]
     members = [Member(None), *(e.member for e in exported)]
-    ours = np.stack([_our_logits(reader, adapters, ids, members, config.ensemble.seed) for ids in prompts], 1)
+    ours = np.stack([_our_logits(task, adapters, ids, members, config.ensemble.seed) for ids in prompts], 1)
     folders = [folder / e.folder for e in exported]
-    stock = _stock_logits(folders, reader.base.identity, prompts, str(adapters.device))
+    stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device))
     # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.
-    noise = 0.0 if reader.base.identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
+    noise = 0.0 if task.base.identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
     parity = []
     for k, export in enumerate(exported):
         effect = float(np.abs(ours[k + 1] - ours[0]).max())
@@ -174,12 +174,12 @@ def measure_parity(
     return parity
 
 
-def _our_logits(reader: Reader, adapters: Adapters, ids: list[int], members: list[Member], seed: int) -> np.ndarray:
+def _our_logits(task: Task, adapters: Adapters, ids: list[int], members: list[Member], seed: int) -> np.ndarray:
     """(M, V) logits behind one prompt; (M, C) of a classifier."""
     adapters.model.eval()
     rows = torch.tensor([ids] * len(members), device=adapters.device)
     with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, seed, "test")):
-        return reader.probe_logits(rows).float().cpu().numpy()
+        return task.probe_logits(rows).float().cpu().numpy()
 
 
 def _stock_logits(

@@ -12,7 +12,7 @@ from pipeline.config import RunConfig, TrainConfig
 from pipeline.data.cache import lengths_of
 from pipeline.data.encode import Encoded
 from pipeline.data.packing import PackedRows
-from pipeline.data.schedule import global_batch_places, process_share, token_chunks
+from pipeline.data.sampler import global_batch_places, process_share, token_chunks
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from pipeline.distributed import zero
 from pipeline.distributed.world import World, gather_objects, require_equal, sum_over_processes
 from pipeline.errors import LoradropError
 from pipeline.files import publish_folder, write_json
-from pipeline.objective import Rows
 from pipeline.run_folder.paths import RunPaths
+from pipeline.training.batch import MemberBatch
 
 BATCH, DIAGNOSIS = "batch.safetensors", "diagnosis.json"
 
-RowsOf = Callable[[int], Rows]
+RowsOf = Callable[[int], MemberBatch]
 """Micro-batch of the step at hand -> its rows, made again."""
 
 
@@ -187,7 +187,7 @@ class Guards:
         return bad or "none by itself: the norm over all of them overflows"
 
 
-def first_bad_module(objective: nn.Module, adapters: Adapters, rows: Rows) -> str | None:
+def first_bad_module(objective: nn.Module, adapters: Adapters, rows: MemberBatch) -> str | None:
     """Run the forward pass of `rows` again; the module whose output is first not finite, in order of execution.
 
     Positions that are padding are passed over.
@@ -232,7 +232,7 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for item in output for tensor in _tensors(item)] if isinstance(output, list | tuple) else []
 
 
-def _record(rows: Rows) -> dict[str, Any]:
+def _record(rows: MemberBatch) -> dict[str, Any]:
     """One pass in plain values, for the way to the main process and the disk."""
     inputs = {**rows.tensors, "row_weights": rows.weights}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}

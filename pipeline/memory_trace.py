@@ -27,7 +27,7 @@ from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig
-from pipeline.losses import chunked_losses
+from pipeline.loss.terms import chunked_losses
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.load import switch_off_dropout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.assembly import attach_adapter
+from pipeline.adapters.build import attach_adapter
 from pipeline.config import AdapterConfig, RunConfig, load_config
 from pipeline.distributed.worker import stage_main
 from pipeline.errors import UserError

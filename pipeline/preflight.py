@@ -41,7 +41,7 @@ def check_inputs(config: RunConfig) -> None:
     if fault := combination_fault(ds_config, config.model):
         raise fault
     _check_rank_budget(config, ds_config)
-    from pipeline.data import check_data
+    from pipeline.data.check import check_data
     from pipeline.model.kind import local_kind
 
     kind = local_kind(config.model)

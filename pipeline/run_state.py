@@ -12,7 +12,7 @@ from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
-from pipeline.adapters.state import adapter_matrices, write_adapter
+from pipeline.adapters.peft_format import adapter_matrices, write_adapter
 from pipeline.assembly import trained_parameters
 from pipeline.checkpoint import (
     Counters,
@@ -42,8 +42,8 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.guards import Guards, StepNumbers, recent_losses
-from pipeline.reader import Reader
-from pipeline.readout import predict_shared, validation_scores
+from pipeline.prediction.predict import predict_shared, validation_scores
+from pipeline.prediction.task import Task
 from pipeline.run_folder.metrics import Metrics, open_loggers
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_folder.predictions import Member as PredictedMember
@@ -61,7 +61,7 @@ class Run:
     config: RunConfig
     paths: RunPaths
     world: World
-    reader: Reader
+    task: Task
     adapters: Adapters
     examples: Sequence[Encoded]
     validation_rows: list[Row]
@@ -91,7 +91,7 @@ class Run:
         step, best = self.counters.step, self.counters.best_validation_nll
         try:
             predictions = predict_shared(
-                self.reader, self.adapters, self.validation_rows, [Member(0)], self.world, stop_asked=self.stop_asked
+                self.task, self.adapters, self.validation_rows, [Member(0)], self.world, stop_asked=self.stop_asked
             )
         except Stopped:
             self.stop()
@@ -113,7 +113,7 @@ class Run:
         adapters = self.adapters
         matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
         head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
-        spec, base = adapters.specs[0], self.reader.base.identity.resolved
+        spec, base = adapters.specs[0], self.task.base.identity.resolved
 
         def fill(folder: Path) -> None:
             write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head)
@@ -220,7 +220,7 @@ class Run:
             )
         final = self.counters
         load_checkpoint(folder, self.engine, self.trained)
-        predictions = predict_shared(self.reader, self.adapters, self.validation_rows, [Member(0)], self.world)
+        predictions = predict_shared(self.task, self.adapters, self.validation_rows, [Member(0)], self.world)
         self.counters = replace(final, step=best)
         self.scores = validation_scores(predictions, self.validation_rows)
         self.publish_adapter(predictions)
@@ -238,15 +238,15 @@ class Run:
 
     def meter(self) -> Meter:
         """Counts what a step did."""
-        head = getattr(self.reader.base.model, "get_output_embeddings", lambda: None)()
-        linears = [m for m in self.reader.base.model.modules() if is_linear(m) and m is not head]
+        head = getattr(self.task.base.model, "get_output_embeddings", lambda: None)()
+        linears = [m for m in self.task.base.model.modules() if is_linear(m) and m is not head]
         work = Work(
             base=sum(math.prod(linear_shape(linear)) for linear in linears),
             adapter=sum(parameter.numel() for parameter in self.trained.values()),
             head=math.prod(linear_shape(head)) if head is not None else 0,
             recomputed=self.config.train.activation_checkpointing,
         )
-        return Meter(work, self.world.device, self.reader.base.identity.compute_dtype)
+        return Meter(work, self.world.device, self.task.base.identity.compute_dtype)
 
     def report_spike(self, numbers: StepNumbers) -> None:
         """One metrics row and one line, where the step's loss was a spike."""

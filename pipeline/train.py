@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pipeline.assembly import attach_adapter, build_engine, micro_steps_of, schedule_factor, warmup_steps
+from pipeline.adapters.build import attach_adapter
+from pipeline.assembly import build_engine, micro_steps_of, schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
-from pipeline.consistency import ConsistentObjective
-from pipeline.data import load_splits
 from pipeline.data.cache import lengths_of
+from pipeline.data.splits import load_splits
 from pipeline.distributed import zero
 from pipeline.distributed.worker import stage_main
 from pipeline.distributed.world import (
@@ -32,12 +32,13 @@ from pipeline.errors import Stopped
 from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.files import write_json, write_text
 from pipeline.guards import require_same_inputs
+from pipeline.loss.consistency import TrainingObjective
 from pipeline.model.head import check_packing
-from pipeline.objective import Rows, build_rows
-from pipeline.reader import open_reader, training_examples, training_stream
+from pipeline.prediction.task import open_task, training_examples, training_stream
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_state import OnValidation, Run
 from pipeline.terminal import Progress, say
+from pipeline.training.batch import MemberBatch, lay_out
 
 
 def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:
@@ -60,21 +61,21 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     micro_steps = micro_steps_of(config.train, world)
     splits = load_splits(config.data)
     say(f"loading the base model {config.model.path}", world.is_main)
-    reader = open_reader(config, splits, world.device)
-    examples = training_examples(reader, splits.train, config)
-    adapters = attach_adapter(config, reader.base)
+    task = open_task(config, splits, world.device)
+    examples = training_examples(task, splits.train, config)
+    adapters = attach_adapter(config, task.base)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
-    run = Run(config, paths, world, reader, adapters, examples, splits.validation, on_validation)
+    run = Run(config, paths, world, task, adapters, examples, splits.validation, on_validation)
     if config.train.packing:
-        check_packing(reader.base.model, config.model.attention)
-    stream = training_stream(reader, splits, config)
+        check_packing(task.base.model, config.model.attention)
+    stream = training_stream(task, splits, config)
     feed = open_feed(config, examples, adapters.specs[0], world.process_rank, world.world_size, stream)
-    objective = ConsistentObjective(reader.objective(), adapters.axis, adapters.specs[0].consistency)
-    run.engine = build_engine(config, adapters, objective, micro_steps, reader.base.compute_dtype)
+    objective = TrainingObjective(task.objective(), adapters.axis, adapters.specs[0].consistency)
+    run.engine = build_engine(config, adapters, objective, micro_steps, task.base.compute_dtype)
     if world.is_main:
         if not paths.config.exists():
             write_text(paths.config, dump_config(config))
-        identity = reader.base.identity.as_dict()
+        identity = task.base.identity.as_dict()
         write_json(paths.environment, describe_environment(identity, splits.fingerprint, world.world_size))
         update_status(paths, "train", "running")
         describe(run, feed, micro_steps)
@@ -154,11 +155,11 @@ def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:
     return train.learning_rate * factor
 
 
-def micro_rows(run: Run, batch: StepBatch, step: int, micro: int) -> Rows:
+def micro_rows(run: Run, batch: StepBatch, step: int, micro: int) -> MemberBatch:
     """The rows of one pass of this process: a function of the step, so that it can be made again."""
-    pass_, pad_id = batch.micros[micro], run.reader.base.tokenizer.pad_token_id
-    seed, side = run.config.train.seed, run.reader.padding
-    return build_rows(run.adapters, pass_.examples, pass_.layout, pad_id, seed, step, side)
+    pass_, pad_id = batch.micros[micro], run.task.base.tokenizer.pad_token_id
+    seed, side = run.config.train.seed, run.task.padding
+    return lay_out(run.adapters, pass_.examples, pass_.layout, pad_id, seed, step, side)
 
 
 def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: dict[str, float]) -> list[str]:
@@ -171,7 +172,7 @@ def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: d
 
 def describe(run: Run, feed: Feed, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
-    train, identity = run.config.train, run.reader.base.identity
+    train, identity = run.config.train, run.task.base.identity
     trained = sum(zero.numel(parameter) for parameter in run.trained.values())
     total = sum(lengths_of(run.examples))
     sites = ", ".join(f"{s.position} {s.rate:g}" for s in run.adapters.specs[0].sites if s.rate > 0) or "none"
@@ -194,7 +195,7 @@ def describe(run: Run, feed: Feed, micro_steps: int) -> None:
         carried = {"one": "one branch", "both": "all branches"}[term.branches]
         say(f"consistency  {term.kind}, weight {term.weight:g}, {train.draws // 2} pairs, gradient through {carried}")
     sample = " (a sample of the stream)" if run.config.data.streaming else ""
-    say(f"data         {len(run.examples)} rows{sample}, {total:,} tokens, {run.reader.supervision(run.examples)}")
+    say(f"data         {len(run.examples)} rows{sample}, {total:,} tokens, {run.task.supervision(run.examples)}")
     say(f"batch        {feed.describe(micro_steps)}")
 
 

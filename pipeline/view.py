@@ -13,10 +13,10 @@ from rich.text import Text
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig
-from pipeline.data.classes import encode_answered, output_count, refuse_for_causal
 from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
+from pipeline.data.encode_classifier import encode_answered, output_count, refuse_for_causal
 from pipeline.data.rows import Row
-from pipeline.data.schedule import length_sorted_chunks
+from pipeline.data.sampler import length_sorted_chunks
 from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import DataError
 from pipeline.feed import open_feed

@@ -191,20 +191,20 @@ KILL_POINTS = {
     "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.checkpoint.prune", 3, "before"),
-    "in validation": ("train", "pipeline.predict.collate", 12, "before"),
+    "in validation": ("train", "pipeline.prediction.passes.collate", 12, "before"),
     "between checkpoint and adapter": ("train", "pipeline.run_state.write_adapter", 3, "before"),
     "between adapter and its predictions": ("train", "pipeline.run_state.write_predictions", 3, "before"),
-    "in evaluation": ("evaluate", "pipeline.predict.collate", 40, "before"),
+    "in evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40, "before"),
     "between two splits of an evaluation": ("evaluate", "pipeline.evaluate.write_predictions", 3, "after"),
 }
 SIGNAL_POINTS = {
     "set-up, data": ("train", "pipeline.train.load_splits", 1),
     "set-up, model": ("train", "pipeline.train.attach_adapter", 1),
     "training": ("train", "pipeline.train.build_rows", 12),
-    "validation": ("train", "pipeline.predict.collate", 12),
+    "validation": ("train", "pipeline.prediction.passes.collate", 12),
     "saving": ("train", "pipeline.checkpoint.save_file", 3),
-    "set-up of evaluation": ("evaluate", "pipeline.evaluate.open_reader", 1),
-    "evaluation": ("evaluate", "pipeline.predict.collate", 40),
+    "set-up of evaluation": ("evaluate", "pipeline.evaluate.open_task", 1),
+    "evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40),
 }
 
 
@@ -226,7 +226,7 @@ def ask(bench: Bench, point: str) -> str:
 
 def kill_one_of_two(bench: Bench, point: str) -> str:
     """kill -9 of one of two processes: the other leaves by itself, within the grace time, and names the cause."""
-    points = {"mid-step": ("pipeline.train.build_rows", 6), "in validation": ("pipeline.predict.collate", 6)}
+    points = {"mid-step": ("pipeline.train.build_rows", 6), "in validation": ("pipeline.prediction.passes.collate", 6)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGKILL))
     folder, rank = bench.fresh(), bench.random.randint(0, 1)
@@ -243,7 +243,7 @@ def kill_one_of_two(bench: Bench, point: str) -> str:
 
 def ask_one_of_two(bench: Bench, point: str) -> str:
     """A signal to one of two processes: both save and leave."""
-    points = {"training": ("pipeline.train.build_rows", 6), "validation": ("pipeline.predict.collate", 6)}
+    points = {"training": ("pipeline.train.build_rows", 6), "validation": ("pipeline.prediction.passes.collate", 6)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGTERM))
     expected = {75} if point == "training" else {75, 0}  # 0: before the last chunk of the last validation

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from reference import dense_update, lowbias32, phi_z, reference_bits, z_score
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import element_mask, mix32, threshold, token_hash
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.layout import replicate_layout
+from pipeline.adapters.masks import element_mask, mix32, threshold, token_hash
 from pipeline.adapters.members import Member, MemberAxisError, RowKeys
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
-from pipeline.objective import build_rows, example_keys
+from pipeline.data.collate import example_keys
+from pipeline.training.batch import lay_out
 
 ALL = slice(None)
 
@@ -164,7 +165,7 @@ def test_padding_side_order_and_company_do_not_change_the_mask_of_a_token() -> N
     adapters = adapted_llama(AdapterSpec(sites=site))
     rows = examples([7, 4, 9])
     def masks(chosen: list[int], side: str, draws: int) -> dict[tuple[str, int], Tensor]:
-        built = build_rows(adapters, [rows[i] for i in chosen], replicate_layout(len(chosen), draws), 2, 0, 3, side)
+        built = lay_out(adapters, [rows[i] for i in chosen], replicate_layout(len(chosen), draws), 2, 0, 3, side)
         mask = element_mask(built.plan.row_keys, ALL, 99, 16, 0.5)
         real = built.tensors["attention_mask"].bool()
         names = [rows[i].example for i in chosen] * draws

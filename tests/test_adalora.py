@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.adalora import orthogonality
-from pipeline.adapters.adalora_schedule import RankSchedule
-from pipeline.adapters.adalora_state import shown_rank
 from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.build import attach_stored
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.state import (
+from pipeline.adapters.peft_adalora import shown_rank
+from pipeline.adapters.peft_format import (
     adapter_matrices,
     as_plain_lora,
     load_matrices,
@@ -33,7 +32,7 @@ from pipeline.adapters.state import (
     read_adapter,
     write_adapter,
 )
-from pipeline.assembly import attach_stored
+from pipeline.adapters.spec import AdapterSpec, RankSchedule
 from pipeline.config import load_config
 from pipeline.config.adapter import SERVED_RANKS
 from pipeline.config.method import Site

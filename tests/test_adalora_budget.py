@@ -15,9 +15,8 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from pipeline.adapters.adalora_budget import RankBudget
-from pipeline.adapters.adalora_schedule import RankSchedule
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.spec import AdapterSpec, RankSchedule
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(1))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from test_training import adapter_hash, launch, losses
 
-from pipeline.adapters.adalora_state import shown_rank
-from pipeline.adapters.state import read_adapter
+from pipeline.adapters.peft_adalora import shown_rank
+from pipeline.adapters.peft_format import read_adapter
 from pipeline.config import load_config
 from pipeline.files import read_json_lines, write_json
 from pipeline.run_folder.paths import RunPaths

@@ -15,35 +15,12 @@ LAYERS = {
         "distributed.lifeline", "distributed.nodes", "distributed.launcher", "distributed.devices", "bootstrap",
         "installation",
     ],
-    1: [
-        "distributed",
-        "randomness",
-        "divergence",
-        "terminal",
-        "fetch",
-        "scores",
-        "run_folder",
-        "environment",
-        "throughput",
-    ],
-    2: ["adapters", "model", "data", "losses"],
+    1: ["distributed", "randomness", "terminal", "fetch", "scores", "run_folder", "environment", "throughput"],
+    2: ["adapters", "model", "data"],
     3: [
-        "adapters.attach",
-        "assembly",
-        "consistency",
-        "objective",
-        "checkpoint",
-        "predict",
-        "reader",
-        "readout",
-        "preflight",
-        "run_state",
-        "feed",
-        "guards",
-        "memory",
-        "memory_table",
-        "memory_trace",
-        "epochs",
+        "adapters.attach", "adapters.build", "assembly", "loss", "training", "checkpoint", "prediction", "preflight",
+        "run_state", "feed", "guards", "memory", "memory_table", "memory_trace", "epochs",
+        "adapters.adalora_budget",
     ],
     4: [
         "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",
@@ -52,12 +29,12 @@ LAYERS = {
     5: ["tune"],
 }
 STAGES = {"train", "evaluate", "report", "export"}
-GROUPS = {"adapters", "model", "data", "losses"}
+GROUPS = {"adapters", "model", "data"}
 NO_TORCH = LAYERS[0]
 ONLY_IMPORTER = {
     "deepspeed": {"pipeline.distributed"},
     "torch.distributed": {"pipeline.distributed"},
-    "bitsandbytes": {"pipeline.model", "pipeline.adapters.state"},
+    "bitsandbytes": {"pipeline.model", "pipeline.adapters.peft_format"},
     "ray": {"tune"},
 }
 
@@ -151,8 +128,8 @@ def test_imports_point_down() -> None:
     [
         ("pipeline.files", "import torch"),
         ("pipeline.data.rows", "from pipeline.model.load import load_base"),
-        ("pipeline.losses", "import deepspeed"),
-        ("pipeline.scores.regression", "from pipeline.predict import predict_choices"),
+        ("pipeline.loss.terms", "import deepspeed"),
+        ("pipeline.scores.regression", "from pipeline.prediction.passes import predict_choices"),
         ("pipeline.export", "from pipeline.evaluate import evaluate_run"),
         ("pipeline.train", "import ray"),
         ("tune.search", "from pipeline.train import train_run"),

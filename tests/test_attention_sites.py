@@ -14,16 +14,16 @@ from reference import phi_z, z_score
 from site_models import compare_with_reference
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import dropped_keys, dropped_pairs
-from pipeline.adapters.attention import AttentionSites, member_attention
-from pipeline.adapters.attention_math import (
+from pipeline.adapters.masks import dropped_keys, dropped_pairs
+from pipeline.adapters.members import Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
+from pipeline.adapters.sites.attention import AttentionSites, member_attention
+from pipeline.adapters.sites.attention_kernels import (
     Heads,
     column_attention,
     pair_attention,
     plain_attention,
     scaled_dot_product,
 )
-from pipeline.adapters.members import Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
 from pipeline.config.method import Site
 
 ALL = slice(None)
@@ -389,8 +389,9 @@ def test_adapters_with_different_sites_share_a_pass(together: tuple[str, ...], p
 
 def test_without_stop_gradient_the_fused_kernels_serve_dropattention(monkeypatch: pytest.MonkeyPatch) -> None:
     free = Site(position="attention_weights", pattern="column", rate=0.5, stop_gradient=False)
-    monkeypatch.setattr("pipeline.adapters.attention.plain_attention", lambda *_: pytest.fail("the unfused form ran"))
-    monkeypatch.setattr("pipeline.adapters.attention.pair_attention", lambda *_: pytest.fail("a mask was built"))
+    ours = "pipeline.adapters.sites.attention"
+    monkeypatch.setattr(f"{ours}.plain_attention", lambda *_: pytest.fail("the unfused form ran"))
+    monkeypatch.setattr(f"{ours}.pair_attention", lambda *_: pytest.fail("a mask was built"))
     same_key = run([Member(0, 1)], {0: ((free, 9),)})
     assert torch.equal(same_key, run([Member(0, 1)], {0: ((LOGITS["column"], 9),)}))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import build_config, dump_config, load_config
-from pipeline.data import Row
+from pipeline.data.rows import Row
 from pipeline.errors import RunFolderError, UserError
 from pipeline.evaluate import listed_adapters
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text

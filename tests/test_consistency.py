@@ -27,7 +27,6 @@ from site_models import Reference, adapted
 from tiny import tiny_llama
 from torch import Tensor, nn
 
-from pipeline import losses
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import RowLayout, plain_layout, training_layout, weightless
 from pipeline.adapters.members import Member
@@ -35,12 +34,15 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.method import Consistency, Site
-from pipeline.consistency import ConsistentObjective
+from pipeline.data.collate import example_keys
 from pipeline.data.encode import Encoded
-from pipeline.data.schedule import process_share
-from pipeline.divergence import bidirectional_kl, divergence, jensen_shannon, representation_log_probs
+from pipeline.data.sampler import process_share
 from pipeline.errors import ConfigError
-from pipeline.objective import SupervisedClassifier, SupervisedLM, build_rows, example_keys
+from pipeline.loss import terms
+from pipeline.loss.consistency import TrainingObjective
+from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
+from pipeline.loss.terms import bidirectional_kl, divergence, jensen_shannon, representation_log_probs
+from pipeline.training.batch import lay_out
 
 PAD, SEED, STEP = 2, 1, 3
 HIDDENKEY = tuple(
@@ -57,8 +59,8 @@ def run(
     adapters: Adapters, rows: list[Encoded], layout: RowLayout, term: Consistency, side: str = "left"
 ) -> tuple[float, float, Gradients]:
     """One micro-batch as the training loop runs it: both terms, and the gradient of nll + weight · D."""
-    built = build_rows(adapters, rows, layout, PAD, SEED, STEP, side)  # type: ignore[arg-type]
-    objective = ConsistentObjective(SupervisedLM(adapters.model), adapters.axis, term)
+    built = lay_out(adapters, rows, layout, PAD, SEED, STEP, side)  # type: ignore[arg-type]
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
         (nll + term.weight * apart).backward()
@@ -105,8 +107,8 @@ def test_the_loss_is_the_equation_by_hand(kind: str, branches: str, nll: float, 
     adapters.model.axis = adapters.axis  # type: ignore[assignment]
     term = Consistency(kind=kind, branches=branches)  # type: ignore[arg-type]
     rows = [Encoded(f"row-{i}", (5,), (1,)) for i in range(3)]
-    built = build_rows(adapters, rows, training_layout(range(3), 2, draw_layout, True, term), PAD, SEED, STEP)
-    objective = ConsistentObjective(SupervisedClassifier(adapters.model), adapters.axis, term)
+    built = lay_out(adapters, rows, training_layout(range(3), 2, draw_layout, True, term), PAD, SEED, STEP)
+    objective = TrainingObjective(SupervisedClassifier(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         found = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
     assert [float(x) for x in found] == pytest.approx([3 * nll, 3 * apart], abs=1e-5)
@@ -300,7 +302,7 @@ def test_hiddenkey_equals_the_dense_reference(term: Consistency) -> None:
     rows, names = examples([9, 6], supervised=4), example_keys(["row-0", "row-1"])
     ours = run(adapters, rows, training_layout(range(2), 4, "split", True, term), term)
     reference = Reference(stock, adapters, "llama")
-    plan = build_rows(adapters, rows, training_layout(range(2), 4, "split", True), PAD, SEED, STEP).plan
+    plan = lay_out(adapters, rows, training_layout(range(2), 4, "split", True), PAD, SEED, STEP).plan
     nll = apart = torch.zeros((), dtype=torch.float64)
     for i, row in enumerate(rows):
         ids = torch.tensor([row.input_ids])
@@ -386,7 +388,7 @@ def test_chunks_of_the_head_change_no_value_and_bound_the_logits(
     whole = run(adapters, rows, layout, term)
     sizes: list[int] = []
     adapters.model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.shape[0]))  # type: ignore[operator]
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 6)
+    monkeypatch.setattr(terms, "CHUNK_TOKENS", 6)
     chunked = run(adapters, rows, layout, term)
     assert max(sizes) <= 6 and len(sizes) > 6
     assert chunked[:2] == pytest.approx(whole[:2], rel=1e-5)

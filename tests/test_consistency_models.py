@@ -21,10 +21,11 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency
 from pipeline.config.model import ModelConfig
-from pipeline.consistency import ConsistentObjective
 from pipeline.data.encode import Encoded
+from pipeline.loss.consistency import TrainingObjective
+from pipeline.loss.objective import SupervisedClassifier, SupervisedRegressor
 from pipeline.model.load import load_base
-from pipeline.objective import SupervisedClassifier, SupervisedRegressor, build_rows
+from pipeline.training.batch import lay_out
 
 SEED, STEP = 11, 4
 SCORES = (0.5, -1.0, 2.0)
@@ -64,8 +65,8 @@ def test_an_encoders_terms_equal_the_dense_model(family: str, kind: str, term: C
     if kind == "scores":
         rows = [Encoded(r.example, r.input_ids, r.labels, score=s) for r, s in zip(rows, SCORES, strict=True)]
     module = SupervisedClassifier if kind == "classes" else SupervisedRegressor
-    built = build_rows(adapters, rows, training_layout(range(3), 4, "split", True, term), PAD, SEED, STEP, "right")
-    objective = ConsistentObjective(module(adapters.model), adapters.axis, term)
+    built = lay_out(adapters, rows, training_layout(range(3), 4, "split", True, term), PAD, SEED, STEP, "right")
+    objective = TrainingObjective(module(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.inputs)
         (nll + term.weight * apart).backward()
@@ -102,9 +103,9 @@ def test_a_decoder_that_predicts_a_number_is_compared_by_its_last_token(side: st
     stock = copy.deepcopy(base.model).double()
     adapters = attach_encoder(base, AdapterSpec(rank=4))  # untrained: the base itself
     rows = [Encoded(f"row-{n}", tuple(range(5, 5 + n)), (-100,) * n, score=1.0) for n in (6, 1, 4)]
-    built = build_rows(adapters, rows, plain_layout(3), base.tokenizer.pad_token_id, SEED, STEP, side)  # type: ignore[arg-type]
+    built = lay_out(adapters, rows, plain_layout(3), base.tokenizer.pad_token_id, SEED, STEP, side)  # type: ignore[arg-type]
     with torch.no_grad(), adapters.axis.active(built.plan):
-        features = SupervisedRegressor(adapters.model).read(**built.model_tensors).features
+        features = SupervisedRegressor(adapters.model).features(**built.model_tensors).values
     for i, row in enumerate(rows):
         found = stock(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True)
         torch.testing.assert_close(features[i, 1:].double(), found.hidden_states[-1][0, -1], rtol=1e-4, atol=1e-4)

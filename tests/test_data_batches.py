@@ -10,15 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import (
-    IGNORE_INDEX,
-    Encoded,
-    collate,
-    filler,
-    global_batch_indices,
-    length_sorted_chunks,
-    process_share,
-)
+from pipeline.data.collate import collate
+from pipeline.data.collate import filler
+from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.data.sampler import global_batch_indices, length_sorted_chunks, process_share
 from pipeline.errors import ConfigError
 
 LONG = Encoded("long", (5, 6, 7), (IGNORE_INDEX, 6, 7))

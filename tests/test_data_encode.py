@@ -11,15 +11,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers_made import CHATML, CORPUS, byte_level_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data import (
+from pipeline.data.encode import (
     IGNORE_INDEX,
     Encoded,
-    Row,
     encode_candidates,
     encode_training,
     encode_training_rows,
     supervised_share,
 )
+from pipeline.data.rows import Row
 from pipeline.errors import DataError
 
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import DataConfig, TemplateConfig
-from pipeline.data import Splits, check_data, load_splits
+from pipeline.data.check import check_data
+from pipeline.data.splits import Splits, load_splits
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -15,18 +15,19 @@ from reference import dense_update
 from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification, DebertaV2Config, DebertaV2Model
 
-from pipeline.adapters import deberta
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.members import Member, MemberAxisError
+from pipeline.adapters.peft_format import adapter_matrices
+from pipeline.adapters.sites import deberta
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.state import adapter_matrices
 from pipeline.config.method import Site
 from pipeline.config.model import ModelConfig
+from pipeline.loss.objective import SupervisedClassifier
 from pipeline.model.load import BaseModel, load_base
-from pipeline.objective import SupervisedClassifier, build_rows
-from pipeline.predict import PassSettings, predict_classes
+from pipeline.prediction.passes import PassSettings, predict_classes
+from pipeline.training.batch import lay_out
 
 DROPOUT = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
 PLAIN = AdapterSpec(rank=2, alpha=3.0)
@@ -128,7 +129,7 @@ def test_loss_and_gradients_equal_stock_peft(tmp_path: Path) -> None:
         for head, trained in adapters.heads.items():
             for leaf, value in trained.copies[0].named_parameters():
                 named[f"base_model.model.{head}.modules_to_save.default.{leaf}"].copy_(value)
-    built = build_rows(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
+    built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
     with adapters.axis.active(built.plan):
         ours = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
         ours.backward()
@@ -167,7 +168,7 @@ def test_recomputation_gives_the_same_gradients(tmp_path: Path) -> None:
         adapters = trained_encoder(load_encoder(tmp_path, "deberta-v3", "nf4"), AdapterSpec(rank=4, sites=sites))
         if checkpointing:
             adapters.model.activation_checkpointing_enable({"use_reentrant": False})
-        built = build_rows(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
+        built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
         with adapters.axis.active(built.plan):
             SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights).backward()
         found.append({name: p.grad for name, p in adapters.model.named_parameters() if p.requires_grad})

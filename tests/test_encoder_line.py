@@ -19,16 +19,17 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
-from pipeline.data import load_splits
+from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
 from pipeline.errors import SetupError, Stopped
 from pipeline.files import ADAPTER_WEIGHTS, manifest_faults, read_json_lines, sha256_file, write_json, write_text
+from pipeline.loss.objective import SupervisedClassifier
 from pipeline.model import embedded
-from pipeline.objective import SupervisedClassifier, build_rows
-from pipeline.predict import PassSettings, predict_classes
-from pipeline.reader import open_reader
+from pipeline.prediction.passes import PassSettings, predict_classes
+from pipeline.prediction.task import open_task
 from pipeline.run_folder.paths import RunPaths
 from pipeline.train import train_run
+from pipeline.training.batch import lay_out
 
 MINILM = "embedded:all-minilm-l6-v2"
 
@@ -96,24 +97,24 @@ def test_the_real_encoder_learns_the_movie_reviews() -> None:
     sizes = ["data.train_rows=48", "data.validation_rows=20", "data.calibration_rows=20", "data.test_rows=20"]
     config = load_config(None, [f"model.path={MINILM}", *sizes])
     splits = load_splits(config.data)
-    reader = open_reader(config, splits, CPU)
-    assert reader.base.identity.quantized_modules == 36 and set(reader.base.heads) == {"classifier"}
-    ids = reader.probe(splits.train[0])
-    tokenizer = reader.base.tokenizer
+    task = open_task(config, splits, CPU)
+    assert task.base.identity.quantized_modules == 36 and set(task.base.heads) == {"classifier"}
+    ids = task.probe(splits.train[0])
+    tokenizer = task.base.tokenizer
     assert tokenizer.decode(ids).startswith("[CLS] review : ") and ids[-1] == tokenizer.sep_token_id
     spec = AdapterSpec(rank=8, alpha=32.0, sites=(*SITES["lora_A"], *SITES["lora_B"]))
-    adapters = attach(reader.base.model, [spec], "all-linear", 0, reader.base.heads)
+    adapters = attach(task.base.model, [spec], "all-linear", 0, task.base.heads)
     optimizer = torch.optim.AdamW([p for p in adapters.model.parameters() if p.requires_grad], lr=2e-3)
     start = adapters.heads["classifier"].copies[0].weight.detach().clone()
-    objective, rows = reader.objective().train(), reader.examples(splits.train)
+    objective, rows = task.objective().train(), task.examples(splits.train)
     for step in range(40):
         chosen = [rows[(16 * step + i) % 48] for i in range(16)]
-        built = build_rows(adapters, chosen, split_layout(range(16), 4), 0, 0, step, reader.padding)
+        built = lay_out(adapters, chosen, split_layout(range(16), 4), 0, 0, step, task.padding)
         with adapters.axis.active(built.plan):
             (objective(**built.tensors, row_weights=built.weights) / 16).backward()
         optimizer.step()
         optimizer.zero_grad()
-    predictions = reader.predict(adapters, splits.train, [Member(0), Member(None)])
+    predictions = task.predict(adapters, splits.train, [Member(0), Member(None)])
     labels = np.array([row.label for row in splits.train])
     right = (predictions.log_probs.argmax(-1) == labels).mean(axis=1)
     assert right[0] >= 0.8 and right[1] <= 0.7
@@ -136,7 +137,7 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
     frozen = {n: p.detach().clone() for n, p in adapters.model.named_parameters() if not p.requires_grad}
     losses = []
     for step in range(8):
-        built = build_rows(adapters, rows, split_layout(range(4), 2), 1, 0, step, "right")
+        built = lay_out(adapters, rows, split_layout(range(4), 2), 1, 0, step, "right")
         with adapters.axis.active(built.plan):
             loss = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
             loss.backward()

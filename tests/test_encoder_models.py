@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.adapters.spec import AdapterSpec, count_layers, layer_number
 from pipeline.config import load_config
 from pipeline.config.model import ModelConfig
-from pipeline.data.classes import encode_classification, encode_text, shared_choices
+from pipeline.data.encode_classifier import encode_classification, encode_text, shared_choices
 from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.classifier import position_limit

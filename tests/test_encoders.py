@@ -24,14 +24,15 @@ from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import head_state, load_head
 from pipeline.adapters.layout import replicate_layout, split_layout
 from pipeline.adapters.members import Member
+from pipeline.adapters.peft_format import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.state import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.config.method import Site
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError, RunFolderError
+from pipeline.loss.objective import SupervisedClassifier
 from pipeline.model.load import load_base
-from pipeline.objective import SupervisedClassifier, build_rows
-from pipeline.predict import PassSettings, predict_classes
+from pipeline.prediction.passes import PassSettings, predict_classes
+from pipeline.training.batch import lay_out
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)
@@ -153,7 +154,7 @@ def test_loss_and_gradients_of_a_training_pass_equal_the_dense_model(family: str
     stock = copy.deepcopy(base.model).double()
     adapters = trained_encoder(base, MIXED[0])
     rows = texts([3, 9, 6])
-    built = build_rows(adapters, rows, replicate_layout(3, 2), 1, 11, "test", "right")
+    built = lay_out(adapters, rows, replicate_layout(3, 2), 1, 11, "test", "right")
     with adapters.axis.active(built.plan):
         ours = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
         ours.backward()
@@ -181,7 +182,7 @@ def test_activation_checkpointing_changes_no_bit_of_an_encoders_gradients(family
         adapters = trained_encoder(load_encoder(tmp_path, family, "nf4"), MIXED[0])
         if checkpointing:
             adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
-        built = build_rows(adapters, texts([9, 4, 6]), split_layout(range(3), 2), 1, 0, 0, "right")
+        built = lay_out(adapters, texts([9, 4, 6]), split_layout(range(3), 2), 1, 0, 0, "right")
         with adapters.axis.active(built.plan):
             SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights).backward()
         found.append({name: p.grad for name, p in adapters.model.named_parameters() if p.requires_grad})

@@ -13,11 +13,12 @@ from pipeline.adapters.attach import Adapters
 from pipeline.adapters.layout import replicate_layout, training_layout
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import LEGAL, Consistency, Site
-from pipeline.consistency import ConsistentObjective
 from pipeline.data.encode import Encoded
 from pipeline.data.packing import pack
-from pipeline.divergence import bidirectional_kl
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.loss.consistency import TrainingObjective
+from pipeline.loss.objective import SupervisedLM
+from pipeline.loss.terms import bidirectional_kl
+from pipeline.training.batch import lay_out
 
 pattern = pytest.mark.parametrize("pattern", ["column", "element", "span"])
 
@@ -36,11 +37,11 @@ def with_every_site(pattern: str, rate: float = 0.6) -> Adapters:
 
 def per_token(adapters: Adapters, rows: list[Encoded], side: str = "left") -> tuple[Tensor, Tensor]:
     """(2, n) loss of every token after a row's first under two draws, and (n,) KL between the draws."""
-    built = build_rows(adapters, rows, replicate_layout(len(rows), 2), 2, seed=1, phase=3, side=side)  # type: ignore[arg-type]
+    built = lay_out(adapters, rows, replicate_layout(len(rows), 2), 2, seed=1, phase=3, side=side)  # type: ignore[arg-type]
     objective = SupervisedLM(adapters.model)
     with torch.no_grad(), adapters.axis.active(built.plan):
-        read = objective.read(**built.model_tensors)
-        losses, log_probs = objective.score(read.features, read.targets)
+        read = objective.features(**built.model_tensors)
+        losses, log_probs = objective.score(read.values, read.targets)
     halves = log_probs.view(2, -1, log_probs.shape[-1])
     return losses.view(2, -1), bidirectional_kl(*halves)
 
@@ -89,9 +90,9 @@ def test_packed_examples_and_padding_do_not_enter_each_others_loss(pattern: str)
 def test_never_a_nan(pattern: str, rate: float, term: Consistency) -> None:
     """Rates at which nearly every query, row and rank is lost, padded rows: loss and every gradient are finite."""
     adapters, rows = with_every_site(pattern, rate), rows_of([8, 3, 5])
-    built = build_rows(adapters, rows, training_layout(range(3), 2, "split", True, term), 2, seed=1, phase=3)
+    built = lay_out(adapters, rows, training_layout(range(3), 2, "split", True, term), 2, seed=1, phase=3)
     with adapters.axis.active(built.plan):
-        nll, apart = ConsistentObjective(SupervisedLM(adapters.model), adapters.axis, term)(**built.inputs)
+        nll, apart = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)(**built.inputs)
         (nll + apart).backward()
     assert bool(nll.isfinite()) and bool(apart.isfinite())
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(adapters).values())

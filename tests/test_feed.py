@@ -19,13 +19,15 @@ from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.method import Consistency, Site
-from pipeline.consistency import ConsistentObjective
-from pipeline.data import IGNORE_INDEX, collate
+from pipeline.data.collate import collate
+from pipeline.data.encode import IGNORE_INDEX
 from pipeline.data.packing import PackedRows, best_fit, pack
 from pipeline.errors import ConfigError
 from pipeline.feed import Feed, MicroBatch, open_feed
+from pipeline.loss.consistency import TrainingObjective
+from pipeline.loss.objective import SupervisedLM
 from pipeline.model.head import check_packing
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.training.batch import lay_out
 
 GROUPS = ((0, 1, 2), (3, 4), (5,))
 LENGTHS = [5, 9, 4, 7, 8, 6]
@@ -52,9 +54,9 @@ def adapted(
 
 def loss_and_gradients(adapters: Adapters, micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor]]:
     term, total = adapters.specs[0].consistency, 0.0
-    objective = ConsistentObjective(SupervisedLM(adapters.model), adapters.axis, term)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
     for micro in micros:
-        rows = build_rows(adapters, micro.examples, micro.layout, 2, seed=0, phase=7)
+        rows = lay_out(adapters, micro.examples, micro.layout, 2, seed=0, phase=7)
         with adapters.axis.active(rows.plan):
             nll, divergence = objective(**rows.inputs)
             loss = nll + term.weight * divergence
@@ -113,7 +115,7 @@ def test_packed_batches_restart_positions_and_have_no_attention_mask(side: str) 
     assert batch.labels[0, 4] == IGNORE_INDEX  # nothing before an example predicts its first token
     assert batch.packed and not collate(rows, pad_id=2).packed
     layout = training_layout([0, 1], 2, "split", True)
-    packed = build_rows(adapted("llama", "sdpa", WEIGHT_SITES), [pack(rows[:2]), rows[2]], layout, 2, 0, 0)
+    packed = lay_out(adapted("llama", "sdpa", WEIGHT_SITES), [pack(rows[:2]), rows[2]], layout, 2, 0, 0)
     assert "attention_mask" not in packed.inputs and int(packed.tensors["attention_mask"].sum()) == 15
 
 

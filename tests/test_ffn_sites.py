@@ -11,10 +11,10 @@ from reference import phi_z, z_score
 from site_models import adapted, batch, compare_with_reference, our_logits, plan_for
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import dropped_hidden
-from pipeline.adapters.anatomy import down_projections
-from pipeline.adapters.ffn import HiddenCut, drop
+from pipeline.adapters.masks import dropped_hidden
 from pipeline.adapters.members import Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
+from pipeline.adapters.sites.anatomy import down_projections
+from pipeline.adapters.sites.ffn import HiddenCut, drop
 from pipeline.config.method import Site
 
 ALL = slice(None)

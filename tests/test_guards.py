@@ -30,8 +30,9 @@ from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.files import manifest_faults, read_json_lines
 from pipeline.guards import Guards, LossSpike, NotFinite, Untrained, first_bad_module, recent_losses
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.loss.objective import SupervisedLM
 from pipeline.run_folder.paths import RunPaths
+from pipeline.training.batch import lay_out
 
 LORA_DROPOUT = (Site(position="lora_A", rate=0.5), Site(position="lora_B", rate=0.5))
 EXAMPLES = [Encoded("a", (1, 5, 9, 4), (-100, -100, 9, 4)), Encoded("b", (1, 8), (-100, 8))]
@@ -62,7 +63,7 @@ def no_rows(micro: int) -> Any:
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj", "model.norm"])
 def test_the_first_bad_module_is_named(name: str) -> None:
     adapters = tiny_adapters(LORA_DROPOUT)
-    rows = build_rows(adapters, EXAMPLES, training_layout([0, 1], 2, "split", True), 2, 0, 0)
+    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 2, "split", True), 2, 0, 0)
     objective = SupervisedLM(adapters.model)
     assert first_bad_module(objective, adapters, rows) is None
     adapters.model.get_submodule(name).weight.data.view(-1)[7] = torch.nan
@@ -73,7 +74,7 @@ def test_the_first_bad_module_is_named(name: str) -> None:
 
 def test_padding_may_be_anything() -> None:
     adapters = tiny_adapters()
-    rows = build_rows(adapters, EXAMPLES, training_layout([0, 1], 1, "split", False), 2, 0, 0)
+    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 1, "split", False), 2, 0, 0)
     padding = ~rows.tensors["attention_mask"].bool().unsqueeze(-1)
     adapters.model.model.embed_tokens.register_forward_hook(lambda *call: call[2].masked_fill(padding, torch.nan))
     found = first_bad_module(SupervisedLM(adapters.model), adapters, rows)

@@ -17,9 +17,10 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.assembly import schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.losses import nll_and_log_probs, token_losses
-from pipeline.objective import SupervisedClassifier, SupervisedLM, build_rows
-from pipeline.reader import RegressionReader
+from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
+from pipeline.loss.terms import nll_and_log_probs, token_losses
+from pipeline.prediction.task import RegressionTask
+from pipeline.training.batch import lay_out
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -35,7 +36,7 @@ def test_token_losses_equal_torch(smoothing: float, monkeypatch: pytest.MonkeyPa
     )
     wanted = torch.autograd.grad(expected, (hidden, weight))
     for chunk in (1000, 4):
-        monkeypatch.setattr("pipeline.losses.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("pipeline.loss.terms.CHUNK_TOKENS", chunk)
         losses, _ = token_losses(hidden, labels, lambda x: x @ weight.T, smoothing)
         torch.testing.assert_close(losses.sum(), expected)
         for found, one in zip(torch.autograd.grad(losses.sum(), (hidden, weight)), wanted, strict=True):
@@ -49,7 +50,7 @@ def test_token_losses_equal_torch(smoothing: float, monkeypatch: pytest.MonkeyPa
 def test_objectives_smooth(tmp_path: Path) -> None:
     adapters = attach(tiny_llama(), [AdapterSpec()], "all-linear", 0)
     rows = examples([7, 4])
-    built = build_rows(adapters, rows, replicate_layout(2, 1), 2, 0, 0)
+    built = lay_out(adapters, rows, replicate_layout(2, 1), 2, 0, 0)
     found = SupervisedLM(adapters.model, 0.1)(**built.tensors, row_weights=built.weights)
     logits = [adapters.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1] for row in rows]
     expected = sum(
@@ -60,7 +61,7 @@ def test_objectives_smooth(tmp_path: Path) -> None:
 
     encoder = trained_encoder(load_encoder(tmp_path), AdapterSpec())
     inputs = texts([5, 3])
-    built = build_rows(encoder, inputs, replicate_layout(2, 1), 1, 0, 0, "right")
+    built = lay_out(encoder, inputs, replicate_layout(2, 1), 1, 0, 0, "right")
     found = SupervisedClassifier(encoder.model, 0.2)(**built.tensors, row_weights=built.weights)
     logits = [encoder.model(input_ids=torch.tensor([row.input_ids])).logits for row in inputs]
     expected = sum(cross_entropy(one, torch.tensor([i]), label_smoothing=0.2) for i, one in enumerate(logits))
@@ -68,9 +69,9 @@ def test_objectives_smooth(tmp_path: Path) -> None:
 
 
 def test_numbers_cannot_be_smoothed(tmp_path: Path) -> None:
-    reader = RegressionReader(load_encoder(tmp_path, classes=1), RunConfig(train=TrainConfig(label_smoothing=0.1)), 64)
+    task = RegressionTask(load_encoder(tmp_path, classes=1), RunConfig(train=TrainConfig(label_smoothing=0.1)), 64)
     with pytest.raises(ConfigError, match=r"train.label_smoothing = 0.1: has no meaning for rows with a score"):
-        reader.objective()
+        task.objective()
 
 
 def test_the_warm_up_may_be_given_in_steps() -> None:

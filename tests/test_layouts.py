@@ -32,8 +32,9 @@ from pipeline.adapters.members import Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
-from pipeline.data.schedule import process_share
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.data.sampler import process_share
+from pipeline.loss.objective import SupervisedLM
+from pipeline.training.batch import lay_out
 
 PAD = 2
 EVERYTHING = (*LORA_DROPOUT, Site(position="lora_rank", rate=0.3), Site(position="lora_input", rate=0.2))
@@ -44,7 +45,7 @@ def loss_and_gradients(
     adapters: Adapters, rows: list[Encoded], layout: RowLayout, step: int = 3, side: str = "left"
 ) -> tuple[float, Gradients]:
     """One micro-batch as the training loop runs it: Σ weighted nll, backward inside the plan."""
-    built = build_rows(adapters, rows, layout, PAD, seed=1, phase=step, side=side)
+    built = lay_out(adapters, rows, layout, PAD, seed=1, phase=step, side=side)
     with adapters.axis.active(built.plan):
         loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
         loss.backward()

@@ -21,9 +21,10 @@ from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.loss.objective import SupervisedLM
 from pipeline.model.load import pin_training_mode
-from pipeline.objective import SupervisedLM, build_rows
-from pipeline.predict import PassSettings, predict_completions
+from pipeline.prediction.passes import PassSettings, predict_completions
+from pipeline.training.batch import lay_out
 
 IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
 needs_repacking = pytest.mark.skipif(
@@ -89,7 +90,7 @@ def test_members_on_an_nf4_base_equal_the_dense_reference(tmp_path: Path) -> Non
 def training_gradients(adapters: Adapters) -> dict[str, Tensor]:
     """One training pass under dropout, as the training loop runs it."""
     adapters.model.train()
-    rows = build_rows(adapters, examples([7, 5, 9, 6]), split_layout(range(4), 2), 2, seed=1, phase=0)
+    rows = lay_out(adapters, examples([7, 5, 9, 6]), split_layout(range(4), 2), 2, seed=1, phase=0)
     with adapters.axis.active(rows.plan):
         SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights).backward()
     return gradients(adapters)

@@ -20,11 +20,11 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.activation import element_mask
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
+from pipeline.adapters.masks import element_mask
 from pipeline.adapters.members import Member
+from pipeline.adapters.peft_format import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.state import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.config.method import Site
 
 TOLERANCE = {"fp32": 1e-5, "nf4": 1e-5, "bf16": 0.05}

@@ -18,7 +18,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
-from pipeline.predict import HEAD_ROWS, PassSettings, plan_sequences, predict_choices, predict_completions
+from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, predict_choices, predict_completions
 from pipeline.scores.ensemble import average
 
 PAD = 2

@@ -24,22 +24,17 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import DataConfig, TemplateConfig, load_config
-from pipeline.data import (
-    Row,
-    check_data,
-    encode_classification,
-    encode_regression,
-    encode_text,
-    load_splits,
-    output_count,
-)
-from pipeline.data.batches import collate
+from pipeline.data.check import check_data
+from pipeline.data.collate import collate
+from pipeline.data.encode_classifier import encode_classification, encode_regression, encode_text, output_count
+from pipeline.data.rows import Row
+from pipeline.data.splits import load_splits
 from pipeline.data.template import check_template, to_row
 from pipeline.errors import DataError, RunFolderError
 from pipeline.evaluate import evaluate_run
-from pipeline.objective import SupervisedClassifier, SupervisedRegressor, build_rows
-from pipeline.predict import PassSettings, predict_classes, predict_values
-from pipeline.readout import merge_predictions, validation_scores
+from pipeline.loss.objective import SupervisedClassifier, SupervisedRegressor
+from pipeline.prediction.passes import PassSettings, predict_classes, predict_values
+from pipeline.prediction.predict import merge_predictions, validation_scores
 from pipeline.report import format_table, write_report
 from pipeline.run_folder.predictions import RegressionPredictions, read_predictions, write_predictions
 from pipeline.scores.bootstrap import bootstrap
@@ -47,6 +42,7 @@ from pipeline.scores.classification import BinaryScore
 from pipeline.scores.ensemble import average, choose_adapters
 from pipeline.scores.regression import Correlation, RootMeanSquare, gaussian_nll, row_squared_error
 from pipeline.train import train_run
+from pipeline.training.batch import lay_out
 from pipeline.view import Look, row_text
 
 MEMBERS = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
@@ -226,7 +222,7 @@ def test_pairs_give_what_the_stock_model_gives(family: str, score: bool, tmp_pat
     alone = np.stack([predict(adapters, encoded, [member], PassSettings(1, 1, 7))[0] for member in MEMBERS])
     np.testing.assert_allclose(found, alone, atol=2e-5)
 
-    built = build_rows(adapters, encoded, replicate_layout(5, 2), 1, 7, "test", "right")
+    built = lay_out(adapters, encoded, replicate_layout(5, 2), 1, 7, "test", "right")
     objective = SupervisedRegressor(adapters.model) if score else SupervisedClassifier(adapters.model)
     with adapters.axis.active(built.plan):
         loss = float(objective(**built.tensors, row_weights=built.weights).detach())

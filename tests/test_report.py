@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, log_loss
 
 from pipeline.config import build_config, dump_config
-from pipeline.data import Row
+from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import write_json, write_text
 from pipeline.report import format_table, write_report

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.released import release_weights
-from pipeline.predict import lockstep
+from pipeline.prediction.passes import lockstep
 from pipeline.preflight import check_inputs
 
 STAGE_3 = {
@@ -64,7 +64,7 @@ def test_a_process_with_fewer_chunks_keeps_the_others_company(monkeypatch: pytes
     chunks, model = [[0], [1, 2]], torch.nn.Linear(1, 1)
     assert list(lockstep(chunks, model)) == [([0], True), ([1, 2], True)]
     model.weight.ds_id = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr("pipeline.predict.largest", lambda count: 4)
+    monkeypatch.setattr("pipeline.prediction.passes.largest", lambda count: 4)
     assert list(lockstep(chunks, model))[2:] == [([1, 2], False)] * 2
 
 
@@ -72,7 +72,7 @@ def test_the_number_of_passes_is_agreed_on_before_the_first(monkeypatch: pytest.
     """A process that asks after its own passes would meet the others in the middle of theirs."""
     asked: list[int] = []
     monkeypatch.setattr("pipeline.distributed.zero.is_sharded", lambda model: True)
-    monkeypatch.setattr("pipeline.predict.largest", lambda value: asked.append(value) or 3)
+    monkeypatch.setattr("pipeline.prediction.passes.largest", lambda value: asked.append(value) or 3)
     passes = lockstep([[0], [1]], torch.nn.Linear(2, 2))
     assert next(passes) == ([0], True) and asked == [2]
     assert list(passes) == [([1], True), ([1], False)] and asked == [2]

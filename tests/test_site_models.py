@@ -11,17 +11,18 @@ import torch
 from site_models import Reference, adapted, batch, model_positions, our_logits, plan_for, with_random_B
 from torch import Tensor
 
-from pipeline.adapters.anatomy import attention_modules, down_projections, is_causal
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.attention import NAME
 from pipeline.adapters.layout import replicate_layout, split_layout
 from pipeline.adapters.members import Member
+from pipeline.adapters.sites.anatomy import attention_modules, down_projections, is_causal
+from pipeline.adapters.sites.attention import NAME
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.support import FAMILIES, format_table, support_table, tiny_model
 from pipeline.config import AdapterConfig
 from pipeline.config.method import LEGAL, Method, Site
 from pipeline.errors import ConfigError
-from pipeline.objective import SupervisedLM, build_rows
+from pipeline.loss.objective import SupervisedLM
+from pipeline.training.batch import lay_out
 
 MEMBERS = [Member(0, 0), Member(0, 5), Member(0)]
 EXAMPLES = torch.tensor([21, 22])
@@ -159,7 +160,7 @@ def test_micro_batches_and_processes_change_neither_loss_nor_gradient(pattern: s
     def total(parts: list[list[int]]) -> tuple[float, list[Tensor]]:
         loss = torch.zeros(())
         for part in parts:
-            built = build_rows(adapters, [rows[i] for i in part], split_layout(part, 2), 2, seed=1, phase=4)  # type: ignore[misc]
+            built = lay_out(adapters, [rows[i] for i in part], split_layout(part, 2), 2, seed=1, phase=4)  # type: ignore[misc]
             with adapters.axis.active(built.plan):
                 loss = loss + SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
         parameters = [p for p in adapters.model.parameters() if p.requires_grad]
@@ -182,7 +183,7 @@ def test_activation_checkpointing_recomputes_the_same_masks(pattern: str) -> Non
     for checkpointing in (False, True):
         if checkpointing:
             adapters.model.activation_checkpointing_enable({"use_reentrant": False})
-        built = build_rows(adapters, rows, replicate_layout(4, 2), 2, seed=1, phase=4)  # type: ignore[arg-type]
+        built = lay_out(adapters, rows, replicate_layout(4, 2), 2, seed=1, phase=4)  # type: ignore[arg-type]
         with adapters.axis.active(built.plan):
             loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
             parameters = [p for p in adapters.model.parameters() if p.requires_grad]
@@ -403,7 +404,7 @@ def test_presets_train_and_evaluate(
     method: str, tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training under the preset, then base, adapter and four mask draws on all splits; draws differ, all is finite."""
-    from pipeline.adapters.state import read_adapter
+    from pipeline.adapters.peft_format import read_adapter
     from pipeline.config import load_config
     from pipeline.evaluate import evaluate_run
     from pipeline.files import read_json_lines
@@ -465,7 +466,7 @@ def test_the_table_is_found_out_by_attaching(
     assert by_position == {p: {"refused" if p.startswith("attention") else "tested"} for p in LEGAL}
     assert "attention interface" in format_table(cells)
     monkeypatch.setattr(support, "legal_sites", lambda: iter([Site(position="ffn_hidden", rate=0.4)]))
-    monkeypatch.setattr("pipeline.adapters.ffn.drop", lambda x, dropped, kept: x)
+    monkeypatch.setattr("pipeline.adapters.sites.ffn.drop", lambda x, dropped, kept: x)
     assert support.main(["--family", "llama"]) == 1
     shown = capsys.readouterr().out
     assert "FAILED" in shown and "two draws give the same result" in shown

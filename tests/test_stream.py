@@ -17,8 +17,10 @@ from tiny import tiny_tokenizer
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import DataConfig, RunConfig, load_config
 from pipeline.config.method import Site
-from pipeline.data import Row, encode_training_rows, load_splits
+from pipeline.data.encode import encode_training_rows
 from pipeline.data.read import Record
+from pipeline.data.rows import Row
+from pipeline.data.splits import load_splits
 from pipeline.data.stream import RowStream, StreamedBatches, open_stream
 from pipeline.errors import ConfigError, DataError
 from pipeline.feed import open_feed

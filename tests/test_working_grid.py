@@ -13,8 +13,9 @@ from pipeline.adapters.layout import plain_layout, split_layout
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
-from pipeline.objective import Rows, SupervisedLM, build_rows
-from pipeline.predict import PassSettings, predict_completions
+from pipeline.loss.objective import SupervisedLM
+from pipeline.prediction.passes import PassSettings, predict_completions
+from pipeline.training.batch import MemberBatch, lay_out
 
 ROWS = examples([8, 6, 9, 7, 8, 5, 9, 6])
 TOGETHER = tuple(Site(position=position, rate=0.1) for position in SITES)
@@ -29,7 +30,7 @@ def train(adapters: Adapters, steps: int = 20, checkpointing: bool = False) -> N
     if checkpointing:
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})
     for step in range(steps):
-        rows = build_rows(adapters, ROWS, split_layout(range(len(ROWS)), 4), 2, seed=0, phase=step)
+        rows = lay_out(adapters, ROWS, split_layout(range(len(ROWS)), 4), 2, seed=0, phase=step)
         loss = run(adapters, rows)
         assert torch.isfinite(loss)
         for name, parameter in trained.items():
@@ -40,7 +41,7 @@ def train(adapters: Adapters, steps: int = 20, checkpointing: bool = False) -> N
         optimizer.zero_grad()
 
 
-def run(adapters: Adapters, rows: Rows) -> torch.Tensor:
+def run(adapters: Adapters, rows: MemberBatch) -> torch.Tensor:
     with adapters.axis.active(rows.plan):
         loss = SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights)
         loss.backward()
@@ -48,7 +49,7 @@ def run(adapters: Adapters, rows: Rows) -> torch.Tensor:
 
 
 def mask_free_loss(adapters: Adapters) -> float:
-    rows = build_rows(adapters, ROWS, plain_layout(len(ROWS)), 2, seed=0, phase="test")
+    rows = lay_out(adapters, ROWS, plain_layout(len(ROWS)), 2, seed=0, phase="test")
     with torch.no_grad(), adapters.axis.active(rows.plan):
         return float(SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights))
 

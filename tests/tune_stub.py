@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import RunConfig, dump_config, load_config
-from pipeline.data import load_splits
+from pipeline.data.splits import load_splits
 from pipeline.errors import EXIT_STOPPED, DataError, LoradropError
 from pipeline.files import publish_folder, write_json, write_text
 from pipeline.run_folder.paths import RunPaths

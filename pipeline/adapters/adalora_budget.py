@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.adalora import SvdBucket, orthogonality
-from pipeline.adapters.adalora_schedule import RankSchedule
 from pipeline.adapters.linear import LoRALinear
+from pipeline.adapters.spec import RankSchedule
 from pipeline.distributed import zero
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.adalora import SvdBucket
-from pipeline.adapters.anatomy import check_sites, is_causal
-from pipeline.adapters.attention import install_attention_sites
-from pipeline.adapters.deberta import install_position_projections
-from pipeline.adapters.ffn import install_ffn_sites
 from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
 from pipeline.adapters.members import Member, MemberAxis, MemberPlan, RowKeys
+from pipeline.adapters.sites.anatomy import check_sites, is_causal
+from pipeline.adapters.sites.attention import install_attention_sites
+from pipeline.adapters.sites.deberta import install_position_projections
+from pipeline.adapters.sites.ffn import install_ffn_sites
 from pipeline.adapters.spec import AdapterSpec, count_layers
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import element_mask
+from pipeline.adapters.masks import element_mask
 from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
 from pipeline.config.method import Site
 

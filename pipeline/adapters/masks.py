@@ -1,7 +1,17 @@
-"""Weight masks: drawn before the forward, for all layers and members in one flat draw on the CPU.
+"""Masks are functions of keys, never state: equal on every device, after a resume, in every layout of the rows.
 
-Keyed by (run seed, step or phase, draw, layer name, position): shared by all rows of a draw, by micro-batches
-and by processes; equal on every device and after a resume.
+*Weight masks* are drawn before the forward, for all layers and members in one flat draw on the CPU, keyed by (run seed,
+step or phase, draw, layer name, position). They are shared by all rows of a draw, by micro-batches and by processes.
+
+*Activation masks* are never stored. An entry is kept or dropped by a 32-bit hash of (seed, step, branch, layer,
+example, token position, feature); an attention logit by one of (…, layer, head, example, key position) or of (…, head,
+example, query and key position). So padding side, packing, batch order, number of processes, accumulation and
+recomputation do not change it. All arithmetic is int32 with wrap-around.
+
+*Spans*: positions are cut into blocks of `span_length` consecutive ones, with an offset drawn per line of positions
+(per example and layer; in attention per head and query too), and a block is dropped as a whole with probability
+`rate`. So every entry is dropped with probability `rate` exactly, a block never depends on the length of the row, and
+all but the first and last block of a line have `span_length` entries.
 """
 
 from __future__ import annotations
@@ -13,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import Member, RowKeys
 from pipeline.config.method import WEIGHT_POSITIONS, Site
 from pipeline.randomness import key64, uniforms
+
+_TWO_31 = 2147483648
 
 
 @dataclass(frozen=True)
@@ -84,3 +96,115 @@ def _assemble(
         begin = starts[name, position]
         masks.setdefault(name, {})[position] = moved[begin : begin + members * width].view(members, width)
     return masks
+
+
+def element_mask(keys: RowKeys, rows: slice, layer_key: int, features: int, rate: float) -> Tensor:
+    """Rescaled element mask (B, T, features): 0 with probability `rate`, else 1/(1-rate).
+
+    Args:
+        keys: identity of the rows of the whole pass.
+        rows: the rows wanted.
+        layer_key: 64-bit key of (layer, site).
+    """
+    token_BT = token_hash(keys, rows, layer_key)
+    feature = torch.arange(features, dtype=torch.int32, device=token_BT.device)
+    bits = mix32(token_BT.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27))
+    return (bits >= threshold(rate)).to(torch.float32) / (1.0 - rate)
+
+
+def dropped_hidden(keys: RowKeys, rows: slice, layer_key: int, features: int, site: Site) -> Tensor:
+    """Where hidden vectors (B, T, F) are dropped: bool, broadcastable to that shape.
+
+    `element`: every entry on its own, (B, T, F). `column`: a feature for all tokens of an example, (B, 1, F), or
+    (B, T, F) where rows are packed. `span`: whole vectors of consecutive tokens, (B, T, 1).
+    """
+    if site.pattern == "span":
+        line = row_hash(keys, rows, layer_key)
+        return _drop(_pair(line, _block(line, keys.position[rows], site.span_length)), site).unsqueeze(-1)
+    lines = token_hash(keys, rows, layer_key) if site.pattern == "element" else row_hash(keys, rows, layer_key)
+    feature = torch.arange(features, dtype=torch.int32, device=lines.device)
+    return _drop(mix32(lines.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27)), site)
+
+
+def dropped_keys(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: Site) -> Tensor:
+    """Pattern `column`: (B, H, T) bool, where a key is dropped for all queries of a head."""
+    token_BT = token_hash(keys, rows, layer_key)
+    return _drop(_per_head(token_BT, heads), site)
+
+
+def dropped_pairs(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: Site) -> Tensor:
+    """Patterns `element` and `span`: (B, H, Tq, Tk) bool, where a (query, key) pair of a head is dropped.
+
+    `span`: consecutive keys of a query are dropped together.
+    """
+    query_BHT = _per_head(token_hash(keys, rows, layer_key), heads)
+    line = query_BHT.unsqueeze(-1)
+    key_B11T = keys.position[rows].unsqueeze(1).unsqueeze(1)
+    if site.pattern == "span":
+        return _drop(_pair(line, _block(line, key_B11T, site.span_length)), site)
+    return _drop(_pair(line, key_B11T.to(torch.int32)), site)
+
+
+def row_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
+    """(B, 1) int32 hash of (seed, step, layer, branch, example); (B, T) where rows are packed."""
+    key = key64(keys.seed, layer_key)  # both halves count: no two (step, layer) pairs of a run share masks
+    example = keys.example[rows]
+    example = example.unsqueeze(-1) if example.dim() == 1 else example
+    branch = keys.branch[rows].to(torch.int32).unsqueeze(-1)
+    low, high = (example & 0xFFFFFFFF), (example >> 32) & 0xFFFFFFFF
+    row = mix32(_to_int32(low) ^ _signed(key))
+    row = mix32(row ^ _to_int32(high) * _signed(0x85EBCA6B) ^ _signed(key >> 32))
+    return mix32(row + branch * _signed(0xC2B2AE35))
+
+
+def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
+    """(B, T) int32 hash of everything but the feature."""
+    return _pair(row_hash(keys, rows, layer_key), keys.position[rows].to(torch.int32))
+
+
+def _pair(line: Tensor, position: Tensor) -> Tensor:
+    """Hash of a line's hash and an int32 position or block on it."""
+    return mix32(line ^ mix32(position * _signed(0x27D4EB2F) + 0x165667))
+
+
+def _per_head(token_BT: Tensor, heads: int) -> Tensor:
+    """(B, H, T): a hash of its own for every head."""
+    head = torch.arange(heads, dtype=torch.int32, device=token_BT.device).view(-1, 1)
+    return mix32(token_BT.unsqueeze(1) ^ mix32(head * _signed(0x9E3779B1) + 0x3C6EF3))
+
+
+def _block(line: Tensor, position: Tensor, length: int) -> Tensor:
+    """int32 index of the block that a position falls into; blocks start at an offset that the line decides."""
+    offset = (mix32(line + 0x2545F4) & 0x7FFFFFFF) % length
+    return (position.to(torch.int32) + offset) // length
+
+
+def _drop(bits: Tensor, site: Site) -> Tensor:
+    return bits < threshold(site.rate)
+
+
+def threshold(rate: float) -> int:
+    """The int32 below which a hash means "drop": P(hash < threshold) = rate for a uniform hash."""
+    return min(max(round(rate * 2.0**32) - _TWO_31, -_TWO_31), _TWO_31 - 1)
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A full-avalanche permutation of int32 (murmur3's finalizer with the constants of C. Wellons' lowbias32)."""
+    x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
+    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's is arithmetic on signed integers."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - 2**32 if value >= _TWO_31 else value
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    """Low 32 bits of an int64 tensor as int32, with wrap-around."""
+    return torch.where(x >= _TWO_31, x - 2**32, x).to(torch.int32)

@@ -114,8 +114,8 @@ class Site(Section):
 class Consistency(Section):
     """A loss term that pulls the distributions of an example's branches together (arXiv 2403.00812, section 3.4).
 
-    Every example is read under a pair of mask draws: the S draws of a step are S/2 pairs. `pipeline.consistency` has
-    the equation.
+    Every example is read under a pair of mask draws: the S draws of a step are S/2 pairs. `pipeline.loss.consistency`
+    has the equation.
     """
 
     kind: Literal["none", "kl", "js"] = "none"

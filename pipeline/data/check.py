@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipeline.config import DataConfig
 from pipeline.config.data import EMBEDDED_DATA
-from pipeline.data.classes import output_count, refuse_for_causal
 from pipeline.data.embedded import movie_reviews_cached
+from pipeline.data.encode_classifier import output_count, refuse_for_causal
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.sources import check_name, is_local, local_files, parse, sources_of

@@ -27,7 +27,7 @@ class Encoded:
 
     `labels[t]` is the supervision for predicting `input_ids[t]` (from the tokens before t): that token, or
     IGNORE_INDEX. Nothing is shifted. The first position is never supervised: nothing precedes it. (A classifier's
-    rows hold their class there instead, see `pipeline.data.classes`.)
+    rows hold their class there instead, see `pipeline.data.encode_classifier`.)
     """
 
     example: str

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.encode import Encoded
-from pipeline.data.schedule import permutation
+from pipeline.data.sampler import permutation
 
 _PACKING = 2**32
 """Added to an epoch, so that the order of examples is drawn apart from the order of rows."""

@@ -13,7 +13,7 @@ from itertools import islice
 from pipeline.config import DataConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import IdRegister, Row
-from pipeline.data.schedule import permutation
+from pipeline.data.sampler import permutation
 from pipeline.data.sources import open_records, sources_of
 from pipeline.data.splits import Splits
 from pipeline.data.template import to_row

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, load_config
-from pipeline.data import load_splits
+from pipeline.data.splits import load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, read_json_lines
 from pipeline.run_folder.comparison import Training, read_comparison

@@ -1,4 +1,4 @@
-"""Adapters on disk: always ordinary PEFT adapters. PEFT's own names appear here and in `adalora_state` alone.
+"""Adapters on disk: always ordinary PEFT adapters. PEFT's own names appear here and in `peft_adalora` alone.
 
 An adapter is written in the `inverse` convention: with rescale `none`, alpha is multiplied by the mean-field
 factor, which gives the same model (and stock PEFT then computes its mean-field read-out).
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.adapters.adalora_state import peft_adalora, plain_lora, with_peft_schedule
 from pipeline.adapters.heads import HeadState
 from pipeline.adapters.linear import LoRALinear
+from pipeline.adapters.peft_adalora import peft_adalora, plain_lora, with_peft_schedule
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency, Site
 from pipeline.errors import ConfigError, RunFolderError

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import dropped_keys, dropped_pairs
-from pipeline.adapters.anatomy import UNKNOWN_TERMS, attention_modules
-from pipeline.adapters.attention_math import (
+from pipeline.adapters.masks import dropped_keys, dropped_pairs
+from pipeline.adapters.members import MemberAxis, MemberAxisError, RowKeys
+from pipeline.adapters.sites.anatomy import UNKNOWN_TERMS, attention_modules
+from pipeline.adapters.sites.attention_kernels import (
     Heads,
     column_attention,
     pair_attention,
     plain_attention,
     scaled_dot_product,
 )
-from pipeline.adapters.members import MemberAxis, MemberAxisError, RowKeys
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import ATTENTION_POSITIONS, Site
 from pipeline.errors import ConfigError

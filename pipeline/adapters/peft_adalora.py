@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adalora_schedule import RankSchedule
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.spec import AdapterSpec, RankSchedule
 from pipeline.config.adapter import SERVED_RANKS
 
 SvdMatrices = Mapping[str, tuple[Tensor, ...]]

@@ -12,14 +12,14 @@ from pipeline.data.rows import Row
 from pipeline.distributed import zero
 from pipeline.distributed.world import World, agree, gather_objects
 from pipeline.errors import Stopped
-from pipeline.reader import OnChunk, Reader
+from pipeline.prediction.task import OnChunk, Task
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 from pipeline.scores.classification import accuracy, nll
 from pipeline.scores.regression import Correlation, gaussian_nll, row_squared_error
 
 
 def predict_shared(
-    reader: Reader, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
+    task: Task, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
     on_chunk: OnChunk | None = None, stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predictions:
     """Log-probabilities of every answer of `rows` under every member.
@@ -42,9 +42,9 @@ def predict_shared(
     mine, stopped = None, False
     try:
         if own:
-            mine = reader.predict(adapters, own, members, after_chunk)
+            mine = task.predict(adapters, own, members, after_chunk)
         elif sharded:
-            reader.predict(adapters, rows[:1], members, after_chunk)  # every pass needs every process
+            task.predict(adapters, rows[:1], members, after_chunk)  # every pass needs every process
     except Stopped:
         stopped = True
     shared = gather_objects((mine, stopped))  # who is stopped meets the others here: none waits in vain

@@ -17,24 +17,36 @@ from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
 from pipeline.config.deepspeed import shards_parameters
 from pipeline.data.cache import cached_examples
-from pipeline.data.classes import encode_classification, encode_regression, encode_text, output_count, refuse_for_causal
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
+from pipeline.data.encode_classifier import (
+    encode_classification,
+    encode_regression,
+    encode_text,
+    output_count,
+    refuse_for_causal,
+)
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
 from pipeline.data.stream import StreamedBatches, open_stream
 from pipeline.errors import ConfigError
+from pipeline.loss.objective import SupervisedClassifier, SupervisedLM, SupervisedRegressor
 from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
-from pipeline.objective import SupervisedClassifier, SupervisedLM, SupervisedRegressor
-from pipeline.predict import PassSettings, predict_choices, predict_classes, predict_completions, predict_values
+from pipeline.prediction.passes import (
+    PassSettings,
+    predict_choices,
+    predict_classes,
+    predict_completions,
+    predict_values,
+)
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
 
 OnChunk = Callable[[int, int], None]
 
 
-class Reader(Protocol):
+class Task(Protocol):
     """A base model and the way its inputs are made of rows, and answers of its outputs."""
 
     @property
@@ -52,7 +64,7 @@ class Reader(Protocol):
         """For people: how much of the training rows carries loss."""
 
     def objective(self) -> nn.Module:
-        """The base as a module whose forward is the weighted loss of a pass (see `pipeline.objective`)."""
+        """The base as a module whose forward is the weighted loss of a pass (see `pipeline.loss.objective`)."""
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
@@ -67,7 +79,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class CausalReader:
+class CausalLMTask:
     """Answers are tokens behind the prompt; choice, completion and chat rows."""
 
     base: BaseModel
@@ -110,7 +122,7 @@ class CausalReader:
 
 
 @dataclass(frozen=True)
-class ClassifierReader:
+class ClassificationTask:
     """The text, or pair of texts, is read; a trained head gives one logit per choice. Rows share their choices."""
 
     base: BaseModel
@@ -149,7 +161,7 @@ class ClassifierReader:
 
 
 @dataclass(frozen=True)
-class RegressionReader(ClassifierReader):
+class RegressionTask(ClassificationTask):
     """The head has one output: the row's score."""
 
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
@@ -178,7 +190,7 @@ class RegressionReader(ClassifierReader):
         return RegressionPredictions(tuple(row.id for row in rows), predict_values(adapters, texts, members, settings))
 
 
-def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Reader:
+def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
     """Load the base model as `model.kind` says.
 
     Raises:
@@ -191,23 +203,23 @@ def open_reader(config: RunConfig, splits: Splits, device: torch.device) -> Read
     if model_kind(config.model) == "classifier":
         base = load_base(config.model, device, output_count(rows), sharded)
         longest = config.data.max_tokens
-        reader = RegressionReader if rows[0].kind == "regression" else ClassifierReader
-        return reader(base, config, min(longest, position_limit(base.model) or longest))
+        kind = RegressionTask if rows[0].kind == "regression" else ClassificationTask
+        return kind(base, config, min(longest, position_limit(base.model) or longest))
     refuse_for_causal(rows)
     base = load_base(config.model, device, sharded=sharded)
     check_halves(base.model, device)
-    return CausalReader(base, config)
+    return CausalLMTask(base, config)
 
 
-def training_examples(reader: Reader, rows: Sequence[Row], config: RunConfig) -> Sequence[Encoded]:
+def training_examples(task: Task, rows: Sequence[Row], config: RunConfig) -> Sequence[Encoded]:
     """`Reader.examples`, kept for the next start where `data.cache` says so."""
     if not config.data.cache:
-        return reader.examples(rows)
-    longest = getattr(reader, "max_tokens", config.data.max_tokens)
-    return cached_examples(rows, reader.examples, reader.base.tokenizer, f"{type(reader).__name__} {longest}")
+        return task.examples(rows)
+    longest = getattr(task, "max_tokens", config.data.max_tokens)
+    return cached_examples(rows, task.examples, task.base.tokenizer, f"{type(task).__name__} {longest}")
 
 
-def training_stream(reader: Reader, splits: Splits, config: RunConfig) -> StreamedBatches | None:
+def training_stream(task: Task, splits: Splits, config: RunConfig) -> StreamedBatches | None:
     """Global batches of streamed rows where `data.streaming` says so.
 
     Raises:
@@ -215,13 +227,13 @@ def training_stream(reader: Reader, splits: Splits, config: RunConfig) -> Stream
     """
     if not config.data.streaming:
         return None
-    if not isinstance(reader, CausalReader):
+    if not isinstance(task, CausalLMTask):
         raise ConfigError(
             "data.streaming", True, "a classifier needs to know that all rows have the same choices",
             "Set data.streaming=false.",
         )
     stream = open_stream(config.data, splits, config.train.seed)
-    return StreamedBatches(stream, reader.examples, config.train.global_batch)
+    return StreamedBatches(stream, task.examples, config.train.global_batch)
 
 
 def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:

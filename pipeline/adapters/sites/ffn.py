@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.activation import dropped_hidden
-from pipeline.adapters.anatomy import down_projections
+from pipeline.adapters.masks import dropped_hidden
 from pipeline.adapters.members import MemberAxis
+from pipeline.adapters.sites.anatomy import down_projections
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.randomness import key64

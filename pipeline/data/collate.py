@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.randomness import key64
 
 
 @dataclass
@@ -103,3 +104,19 @@ def filler(length: int = 1) -> Encoded:
     It has real (attended) tokens, so that no attention row is empty.
     """
     return Encoded("", (0,) * length, (IGNORE_INDEX,) * length)
+
+
+def batch_keys(batch: Batch) -> Tensor:
+    """`example_keys` of a batch; (B, T), one per token, where rows are packed."""
+    if not batch.packed:
+        return example_keys(batch.example_ids)
+    keys = torch.zeros_like(batch.input_ids)
+    for row, parts in enumerate(batch.parts):
+        for key, (_, place) in zip(example_keys([name for name, _ in parts]), parts, strict=True):
+            keys[row, place] = key
+    return keys
+
+
+def example_keys(example_ids: list[str]) -> Tensor:
+    """(B,) int64 identities of examples, the same in every layout and process."""
+    return torch.tensor([key64("example", name) >> 1 for name in example_ids], dtype=torch.int64)

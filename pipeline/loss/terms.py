@@ -1,19 +1,34 @@
-"""Losses: logits are computed for supervised positions only, in chunks, also where several branches are compared."""
+"""The terms of a pass: supervised losses, and how far apart the distributions of several branches are.
+
+Logits are computed for supervised positions only, in chunks, also where several branches are compared.
+
+The consistency terms are those of arXiv 2403.00812. G branches of one example give G distributions P_1 … P_G over the
+same V outcomes. In nats; at least 0 (but for rounding), and 0 only where all branches agree:
+
+    kl   D = ½ [KL(P_1 ‖ P_2) + KL(P_2 ‖ P_1)]           the bidirectional KL of R-Drop (arXiv 2106.14448, eq. 2)
+    js   D = 1/G Σ_g KL(P_g ‖ M),  M = 1/G Σ_g P_g       the generalized Jensen-Shannon divergence, at most ln G
+
+`js` has the mask-free distribution among its branches, as HiddenCut's consistency loss has (arXiv 2106.00149).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.divergence import Kind, divergence
+from pipeline.data.encode import IGNORE_INDEX
+
+Kind = Literal["kl", "js"]
+
 
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """((n, D) features, (n,) targets) -> ((n,) loss in nats, (n, V) log-probabilities that branches are compared by)."""
 
-IGNORE_INDEX = -100
 CHUNK_TOKENS = 2048
 
 
@@ -145,3 +160,32 @@ def _chunk_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tens
 
 def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+
+
+def divergence(kind: Kind, log_probs: Tensor) -> Tensor:
+    """(G, …, V) log-probabilities of G branches -> (…) divergence in nats; `kl` takes two branches."""
+    return jensen_shannon(log_probs) if kind == "js" else bidirectional_kl(*log_probs)
+
+
+def bidirectional_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ [KL(P‖Q) + KL(Q‖P)] = ½ Σ_v (p_v - q_v)(log p_v - log q_v): (…, V)² -> (…).
+
+    The product form is a sum of terms that are all ≥ 0, so nothing cancels where the two are close.
+    """
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+def jensen_shannon(log_probs: Tensor) -> Tensor:
+    """1/G Σ_g KL(P_g ‖ M) with the mean M of all branches: (G, …, V) -> (…), between 0 and ln G."""
+    log_mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    return (log_probs.exp() * (log_probs - log_mean)).sum(-1).mean(0)
+
+
+def representation_log_probs(hidden: Tensor) -> Tensor:
+    """(…, D) last-layer representations -> (…, D) log-probabilities over their features.
+
+    For regression the paper compares representations, since one predicted number is no distribution. It does not say
+    how a vector becomes one; a softmax over the features, as over logits, is our choice. A shift of all features by
+    one number is invisible to it.
+    """
+    return hidden.float().log_softmax(-1)

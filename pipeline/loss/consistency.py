@@ -2,7 +2,7 @@
 
 For an example under the draws m_1, m_2 of a pair (and, `js`, under no draw), Σ over its supervised places t,
 
-    ℓ = Σ_t [ nll_t + λ · D_t ]       D = divergence(P_1, P_2[, P_0])          (pipeline.divergence)
+    ℓ = Σ_t [ nll_t + λ · D_t ]       D = divergence(P_1, P_2[, P_0])          (pipeline.loss.terms)
 
     branches: both    nll = ½ (nll_1 + nll_2); gradient through every branch, also the mask-free one
     branches: one     nll = nll_1; P_2 and P_0 are constants: a forward without gradient, under a plan of its own
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.members import MemberAxis, MemberPlan
 from pipeline.config.method import Consistency
-from pipeline.divergence import Kind
-from pipeline.losses import branch_terms
+from pipeline.loss.terms import Kind, branch_terms
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Reference:
     """The rows of the branches without gradient, and the plan they follow."""
 
     tensors: dict[str, Tensor]
-    """What `Objective.read` is called with: P·F·B rows."""
+    """What `Objective.features` is called with: P·F·B rows."""
     plan: MemberPlan
     branches: int
     """F, per example."""
@@ -53,10 +52,10 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Read:
+class Features:
     """What a model says at the n supervised places of its rows, row by row."""
 
-    features: Tensor
+    values: Tensor
     """(n, D) what `Objective.score` turns into losses and distributions."""
     rows: Tensor
     """(n,) row index of each place."""
@@ -65,19 +64,19 @@ class Read:
 
 
 class Objective(Protocol):
-    """A model with the loss of its kind; the modules of `pipeline.objective` are such."""
+    """A model with the loss of its kind; the modules of `pipeline.loss.objective` are such."""
 
     def __call__(self, *, row_weights: Tensor, **tensors: Tensor) -> Tensor:
         """Σ weight(row) · loss over supervised places."""
 
-    def read(self, **tensors: Tensor) -> Read:
+    def features(self, **tensors: Tensor) -> Features:
         """One forward pass, up to the supervised places."""
 
     def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """((n, D), (n,)) -> ((n,) loss in nats, (n, V) log-probabilities that branches are compared by)."""
 
 
-class ConsistentObjective(nn.Module):
+class TrainingObjective(nn.Module):
     """What the engine wraps: a module whose forward is both parts of the loss."""
 
     def __init__(self, objective: nn.Module, axis: MemberAxis, consistency: Consistency) -> None:
@@ -94,19 +93,19 @@ class ConsistentObjective(nn.Module):
 
         Args:
             row_weights: (M·B,) weight of each row in the supervised loss.
-            tensors: what the model reads, M·B rows (`pipeline.objective.Rows.model_tensors`).
+            tensors: what the model reads, M·B rows (`pipeline.training.batch.MemberBatch.model_tensors`).
         """
         objective: Objective = self.objective  # type: ignore[assignment]
         if pairs is None:
             loss = objective(**tensors, row_weights=row_weights)
             return loss, torch.zeros_like(loss)
         constants = self._constants(objective, pairs)
-        read = objective.read(**tensors)
-        places = _by_branch(read, pairs.branches, pairs.rows)
+        features = objective.features(**tensors)
+        places = _by_branch(features, pairs.branches, pairs.rows)
         first = places[0]
         return branch_terms(
-            read.features[places], constants, read.targets[first],
-            row_weights[read.rows[places]], pairs.weights[read.rows[first]], objective.score, self._kind,
+            features.values[places], constants, features.targets[first],
+            row_weights[features.rows[places]], pairs.weights[features.rows[first]], objective.score, self._kind,
         )  # fmt: skip
 
     def _constants(self, objective: Objective, pairs: Pairs) -> Tensor | None:
@@ -114,11 +113,11 @@ class ConsistentObjective(nn.Module):
         if pairs.reference is None:
             return None
         with torch.no_grad(), self._axis.active(pairs.reference.plan):
-            read = objective.read(**pairs.reference.tensors)
-        return read.features[_by_branch(read, pairs.reference.branches, pairs.rows)]
+            features = objective.features(**pairs.reference.tensors)
+        return features.values[_by_branch(features, pairs.reference.branches, pairs.rows)]
 
 
-def _by_branch(read: Read, branches: int, rows: int) -> Tensor:
+def _by_branch(features: Features, branches: int, rows: int) -> Tensor:
     """(branches, n) indices into the places of a pass, each branch's in the same order of pair, row and token."""
-    branch = (read.rows // rows) % branches
+    branch = (features.rows // rows) % branches
     return branch.argsort(stable=True).view(branches, -1)

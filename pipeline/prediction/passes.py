@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.members import Member, replicate_rows
-from pipeline.data.batches import collate
+from pipeline.data.collate import collate, example_keys
 from pipeline.data.encode import IGNORE_INDEX, Encoded
-from pipeline.data.schedule import length_sorted_chunks
+from pipeline.data.sampler import length_sorted_chunks
 from pipeline.distributed import zero
 from pipeline.distributed.world import largest
 from pipeline.model.classifier import head_outputs
 from pipeline.model.head import head_of, hidden_states
-from pipeline.objective import example_keys
 
 HEAD_ROWS = 256
 """Hidden states turned into logits at a time (memory: rows × vocabulary)."""

@@ -1,0 +1,1 @@
+"""What models say about rows under members."""
