@@ -92,10 +92,10 @@ def measure(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
 
 def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
     from pipeline.adapters.build import attach_adapter
-    from pipeline.assembly import build_engine, micro_steps_of
     from pipeline.loss.consistency import TrainingObjective
     from pipeline.loss.objective import SupervisedLM
     from pipeline.model.load import compute_dtype
+    from pipeline.training.engine import build_engine, micro_steps_of
 
     adapters = attach_adapter(config, base)
     objective = TrainingObjective(SupervisedLM(base.model), adapters.axis, adapters.specs[0].consistency)

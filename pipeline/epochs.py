@@ -7,7 +7,6 @@ import math
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.config.load import with_values
 from pipeline.data.splits import load_splits
-from pipeline.errors import ConfigError
 
 
 def resolve_epochs(config: RunConfig) -> RunConfig:
@@ -20,15 +19,6 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
         return config
     steps = math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch)
     return with_values(config, {"train.epochs": None, "train.max_steps": max(1, steps)})
-
-
-def require_steps(train: TrainConfig) -> None:
-    """Refuse epochs that nobody has counted. Raises `ConfigError`."""
-    if train.epochs is not None:
-        raise ConfigError(
-            "train.epochs", train.epochs, "is turned into steps before the training processes start",
-            "Start with `loradrop train`, or set train.epochs=null and train.max_steps.",
-        )
 
 
 def length_text(train: TrainConfig) -> str:

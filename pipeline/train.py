@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from pipeline.adapters.build import attach_adapter
-from pipeline.assembly import build_engine, micro_steps_of, schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
 from pipeline.data.cache import lengths_of
 from pipeline.data.splits import load_splits
@@ -26,19 +25,20 @@ from pipeline.distributed.world import (
     sum_over_processes,
 )
 from pipeline.distributed.zero import sharding_text
-from pipeline.environment import describe_environment
-from pipeline.epochs import require_steps
 from pipeline.errors import Stopped
-from pipeline.feed import Feed, StepBatch, open_feed
 from pipeline.files import write_json, write_text
-from pipeline.guards import require_same_inputs
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.run_state import OnValidation, Run
 from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
+from pipeline.training.engine import build_engine, micro_steps_of
+from pipeline.training.environment import describe_environment
+from pipeline.training.guards import require_same_inputs
+from pipeline.training.loader import BatchLoader, StepBatch, open_loader
+from pipeline.training.run import OnValidation, Run
+from pipeline.training.schedule import require_steps, schedule_factor, warmup_steps
 
 
 def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     if config.train.packing:
         check_packing(task.base.model, config.model.attention)
     stream = training_stream(task, splits, config)
-    feed = open_feed(config, examples, adapters.specs[0], world.process_rank, world.world_size, stream)
+    loader = open_loader(config, examples, adapters.specs[0], world.process_rank, world.world_size, stream)
     objective = TrainingObjective(task.objective(), adapters.axis, adapters.specs[0].consistency)
     run.engine = build_engine(config, adapters, objective, micro_steps, task.base.compute_dtype)
     if world.is_main:
@@ -78,17 +78,17 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         identity = task.base.identity.as_dict()
         write_json(paths.environment, describe_environment(identity, splits.fingerprint, world.world_size))
         update_status(paths, "train", "running")
-        describe(run, feed, micro_steps)
+        describe(run, loader, micro_steps)
     run.resume()
     try:
         run.begin()
-        training_loop(run, feed, micro_steps)
+        training_loop(run, loader, micro_steps)
     finally:
         run.metrics.close()
     return run.finish()
 
 
-def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
+def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
     guards, meter, consistency = run.guards(), run.meter(), adapters.specs[0].consistency
@@ -96,7 +96,7 @@ def training_loop(run: Run, feed: Feed, micro_steps: int) -> None:
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
         learning_rate = set_learning_rate(engine, train, step)
-        batch = feed.of_step(step)
+        batch = loader.of_step(step)
         supervised, length = sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
 
         losses: list[float] = []
@@ -170,7 +170,7 @@ def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: d
     return parts
 
 
-def describe(run: Run, feed: Feed, micro_steps: int) -> None:
+def describe(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.task.base.identity
     trained = sum(zero.numel(parameter) for parameter in run.trained.values())
@@ -196,7 +196,7 @@ def describe(run: Run, feed: Feed, micro_steps: int) -> None:
         say(f"consistency  {term.kind}, weight {term.weight:g}, {train.draws // 2} pairs, gradient through {carried}")
     sample = " (a sample of the stream)" if run.config.data.streaming else ""
     say(f"data         {len(run.examples)} rows{sample}, {total:,} tokens, {run.task.supervision(run.examples)}")
-    say(f"batch        {feed.describe(micro_steps)}")
+    say(f"batch        {loader.describe(micro_steps)}")
 
 
 def train_stage(run_dir: Path) -> None:

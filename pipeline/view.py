@@ -19,9 +19,9 @@ from pipeline.data.rows import Row
 from pipeline.data.sampler import length_sorted_chunks
 from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import DataError
-from pipeline.feed import open_feed
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
+from pipeline.training.loader import open_loader
 
 SPLITS = ("train", "validation", "calibration", "test")
 COUNTED_ROWS = 20_000
@@ -171,9 +171,9 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfi
 
 def training_padding(encoded: Sequence[Encoded], config: RunConfig) -> float:
     """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
-    feed = open_feed(config, encoded, AdapterSpec.from_config(config.adapter))
-    steps = range(-(-(feed.rows or 0) // config.train.global_batch))
-    micros = [micro for step in steps for micro in feed.of_step(step).micros]
+    loader = open_loader(config, encoded, AdapterSpec.from_config(config.adapter))
+    steps = range(-(-(loader.rows or 0) // config.train.global_batch))
+    micros = [micro for step in steps for micro in loader.of_step(step).micros]
     return 1.0 - sum(micro.tokens for micro in micros) / sum(micro.places for micro in micros)
 
 

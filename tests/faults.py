@@ -38,12 +38,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tiny import write_tiny_data, write_tiny_model  # noqa: E402
 
-from pipeline.checkpoint import published_checkpoints  # noqa: E402
 from pipeline.config import dump_config, load_config  # noqa: E402
 from pipeline.distributed import ranks  # noqa: E402
 from pipeline.distributed.launcher import free_port  # noqa: E402
 from pipeline.files import read_json_lines, sha256_file, write_text  # noqa: E402
 from pipeline.run_folder.paths import RunPaths  # noqa: E402
+from pipeline.training.checkpoint import published_checkpoints  # noqa: E402
 
 SETTINGS = """
 data.train_rows=32 data.validation_rows=24 data.calibration_rows=16 data.test_rows=16 data.max_tokens=64
@@ -187,13 +187,13 @@ def broken_stage(
 
 KILL_POINTS = {
     "mid-step": ("train", "pipeline.train.build_rows", 12, "before"),
-    "mid-save: state written, no manifest": ("train", "pipeline.checkpoint.save_file", 3, "after"),
+    "mid-save: state written, no manifest": ("train", "pipeline.training.checkpoint.save_file", 3, "after"),
     "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
-    "between rename and pointer": ("train", "pipeline.checkpoint.point", 3, "before"),
-    "between pointer and retention": ("train", "pipeline.checkpoint.prune", 3, "before"),
+    "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
+    "between pointer and retention": ("train", "pipeline.training.checkpoint.prune", 3, "before"),
     "in validation": ("train", "pipeline.prediction.passes.collate", 12, "before"),
-    "between checkpoint and adapter": ("train", "pipeline.run_state.write_adapter", 3, "before"),
-    "between adapter and its predictions": ("train", "pipeline.run_state.write_predictions", 3, "before"),
+    "between checkpoint and adapter": ("train", "pipeline.training.run.write_adapter", 3, "before"),
+    "between adapter and its predictions": ("train", "pipeline.training.run.write_predictions", 3, "before"),
     "in evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40, "before"),
     "between two splits of an evaluation": ("evaluate", "pipeline.evaluate.write_predictions", 3, "after"),
 }
@@ -202,7 +202,7 @@ SIGNAL_POINTS = {
     "set-up, model": ("train", "pipeline.train.attach_adapter", 1),
     "training": ("train", "pipeline.train.build_rows", 12),
     "validation": ("train", "pipeline.prediction.passes.collate", 12),
-    "saving": ("train", "pipeline.checkpoint.save_file", 3),
+    "saving": ("train", "pipeline.training.checkpoint.save_file", 3),
     "set-up of evaluation": ("evaluate", "pipeline.evaluate.open_task", 1),
     "evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40),
 }
@@ -281,9 +281,9 @@ def fill_disk(bench: Bench, point: str) -> str:
     try:
         folder, ballast = bench.fresh(disk), disk / "ballast"
         target, calls = {
-            "saving": ("pipeline.checkpoint.save_file", 3),
+            "saving": ("pipeline.training.checkpoint.save_file", 3),
             "metrics": ("pipeline.train.build_rows", 12),
-            "publishing": ("pipeline.run_state.write_adapter", 2),
+            "publishing": ("pipeline.training.run.write_adapter", 2),
         }[point]
         leave = bench.random.choice([0, 0, 1 << 12, 1 << 14])
 

@@ -13,7 +13,7 @@ from pipeline.config import load_config
 from pipeline.data.encode import Encoded
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import LoradropError
-from pipeline.guards import NotFinite, require_same_inputs
+from pipeline.training.guards import NotFinite, require_same_inputs
 
 
 def disagreements(process_rank: int) -> list[str]:

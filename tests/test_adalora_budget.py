@@ -14,9 +14,9 @@ from peft.tuners.adalora.layer import RankAllocator
 from tiny import tiny_llama
 from torch import Tensor
 
-from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.spec import AdapterSpec, RankSchedule
+from pipeline.training.rank_budget import RankBudget
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(1))

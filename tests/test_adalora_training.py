@@ -55,8 +55,8 @@ def test_zero_stages_and_process_counts_prune_alike(tmp_path: Path, tiny_setting
 
 def test_stop_and_resume_end_in_the_same_bytes(tmp_path: Path, tiny_settings: list[str]) -> None:
     """Stopped while ranks are being pruned."""
-    from pipeline.run_state import Stopped
     from pipeline.train import train_run
+    from pipeline.training.run import Stopped
 
     config = load_config(None, [*tiny_settings, *ADALORA, "train.max_gradient_norm=0.3"])
     whole, parted = tmp_path / "whole", tmp_path / "parted"

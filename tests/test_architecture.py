@@ -15,12 +15,11 @@ LAYERS = {
         "distributed.lifeline", "distributed.nodes", "distributed.launcher", "distributed.devices", "bootstrap",
         "installation",
     ],
-    1: ["distributed", "randomness", "terminal", "fetch", "scores", "run_folder", "environment", "throughput"],
+    1: ["distributed", "randomness", "terminal", "fetch", "scores", "run_folder"],
     2: ["adapters", "model", "data"],
     3: [
-        "adapters.attach", "adapters.build", "assembly", "loss", "training", "checkpoint", "prediction", "preflight",
-        "run_state", "feed", "guards", "memory", "memory_table", "memory_trace", "epochs",
-        "adapters.adalora_budget",
+        "adapters.attach", "adapters.build", "loss", "training", "prediction", "preflight",
+        "memory", "memory_table", "memory_trace", "epochs",
     ],
     4: [
         "train", "evaluate", "report", "export", "view", "line", "runner", "compare", "method_check", "cli", "selftest",

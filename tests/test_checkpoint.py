@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import (
+from pipeline.errors import DiskFull
+from pipeline.files import manifest_faults, publish_folder, read_json, read_json_lines, sha256_file, write_json
+from pipeline.run_folder.metrics import Metrics
+from pipeline.training.checkpoint import (
     Counters,
     checkpoint_bytes,
     find_checkpoint,
@@ -20,9 +23,6 @@ from pipeline.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from pipeline.errors import DiskFull
-from pipeline.files import manifest_faults, publish_folder, read_json, read_json_lines, sha256_file, write_json
-from pipeline.run_folder.metrics import Metrics
 
 COUNTERS = Counters(1, 0, "hash")
 PARAMETERS = {"a.lora_A": torch.nn.Parameter(torch.randn(4, 64)), "a.lora_B": torch.nn.Parameter(torch.randn(64, 4))}

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.collate import collate
-from pipeline.data.collate import filler
+from pipeline.data.collate import collate, filler
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.sampler import global_batch_indices, length_sorted_chunks, process_share
 from pipeline.errors import ConfigError

@@ -219,7 +219,8 @@ def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checking_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [choice(i) for i in range(1200)])
     code = (
-        "import sys; from pipeline.config import DataConfig; from pipeline.data.check import check_data; from pipeline.data.splits import load_splits;"
+        "import sys; from pipeline.config import DataConfig;"
+        "from pipeline.data.check import check_data; from pipeline.data.splits import load_splits;"
         f"check_data(DataConfig(path={str(path)!r})); load_splits(DataConfig(path={str(path)!r}));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )

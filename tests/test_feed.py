@@ -23,11 +23,11 @@ from pipeline.data.collate import collate
 from pipeline.data.encode import IGNORE_INDEX
 from pipeline.data.packing import PackedRows, best_fit, pack
 from pipeline.errors import ConfigError
-from pipeline.feed import Feed, MicroBatch, open_feed
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.objective import SupervisedLM
 from pipeline.model.head import check_packing
 from pipeline.training.batch import lay_out
+from pipeline.training.loader import BatchLoader, MicroBatch, open_loader
 
 GROUPS = ((0, 1, 2), (3, 4), (5,))
 LENGTHS = [5, 9, 4, 7, 8, 6]
@@ -156,9 +156,9 @@ def test_every_epoch_packs_every_example_once_and_otherwise() -> None:
     assert [again.row(1, index) for index in range(len(again))] == epochs[1]
 
 
-def feeds(settings: list[str], lengths: list[int], masked: bool, processes: int = 1) -> list[Feed]:
+def loaders(settings: list[str], lengths: list[int], masked: bool, processes: int = 1) -> list[BatchLoader]:
     config, spec = load_config(None, settings), AdapterSpec(rank=4, sites=WEIGHT_SITES if masked else ())
-    return [open_feed(config, examples(lengths), spec, rank, processes) for rank in range(processes)]
+    return [open_loader(config, examples(lengths), spec, rank, processes) for rank in range(processes)]
 
 
 BATCH = ["train.global_batch=12", "train.micro_batch=2", "train.draws=3"]
@@ -169,12 +169,12 @@ LONG = [4 + 7 * (i % 6) for i in range(40)]
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_passes_cut_by_tokens_cover_the_global_batch(layout: str, processes: int) -> None:
     settings = [*BATCH, f"train.draw_layout={layout}"]
-    (fixed,) = feeds(settings, LONG, masked=True)
-    own = feeds([*settings, "train.micro_tokens=130"], LONG, masked=True, processes=processes)
+    (fixed,) = loaders(settings, LONG, masked=True)
+    own = loaders([*settings, "train.micro_tokens=130"], LONG, masked=True, processes=processes)
     counts = set()
     for step in range(6):
         expected = fixed.of_step(step)
-        parts = [feed.of_step(step) for feed in own]
+        parts = [loader.of_step(step) for loader in own]
         assert len({len(part.micros) for part in parts}) == 1
         counts.add(len(parts[0].micros))
         assert sum(part.supervised for part in parts) == expected.supervised
@@ -196,17 +196,17 @@ def pairs(micros: Iterable[MicroBatch]) -> Counter[tuple[str, int | None, float]
 
 
 def test_passes_cut_by_tokens_pad_less_and_need_few_fillers() -> None:
-    def fillers_and_padding(feed: Feed) -> tuple[int, int]:
+    def fillers_and_padding(loader: BatchLoader) -> tuple[int, int]:
         fillers = padding = 0
-        for micro in (micro for step in range(5) for micro in feed.of_step(step).micros):
+        for micro in (micro for step in range(5) for micro in loader.of_step(step).micros):
             rows = [micro.examples[source] for source in micro.layout.source]
             fillers += sum(weight == 0 for weight in micro.layout.weights)
             longest = max(len(row.input_ids) for row in rows)
             padding += sum(longest - len(row.input_ids) for row in rows)
         return fillers, padding
 
-    _, fixed = fillers_and_padding(feeds([*BATCH, "train.micro_batch=6"], LONG, masked=True)[0])
-    fillers, padding = fillers_and_padding(feeds([*BATCH, "train.micro_tokens=200"], LONG, masked=True)[0])
+    _, fixed = fillers_and_padding(loaders([*BATCH, "train.micro_batch=6"], LONG, masked=True)[0])
+    fillers, padding = fillers_and_padding(loaders([*BATCH, "train.micro_tokens=200"], LONG, masked=True)[0])
     assert padding < 0.7 * fixed and fillers <= 5
 
 
@@ -214,15 +214,15 @@ def test_passes_cut_by_tokens_pad_less_and_need_few_fillers() -> None:
 def test_passes_cut_by_tokens_have_the_loss_and_gradients_of_fixed_ones(layout: str, masked: bool) -> None:
     adapters = adapted("llama", "sdpa", WEIGHT_SITES if masked else ())
     settings = [*BATCH, f"train.draw_layout={layout}"]
-    expected_loss, expected = loss_and_gradients(adapters, feeds(settings, LONG, masked)[0].of_step(3).micros)
-    parts = [feed.of_step(3).micros for feed in feeds([*settings, "train.micro_tokens=70"], LONG, masked, processes=2)]
+    expected_loss, expected = loss_and_gradients(adapters, loaders(settings, LONG, masked)[0].of_step(3).micros)
+    parts = [loader.of_step(3).micros for loader in loaders([*settings, "train.micro_tokens=70"], LONG, masked, processes=2)]
     loss, found = loss_and_gradients(adapters, [*parts[0], *parts[1]])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_close_gradients(found, expected, 1e-4)
 
 
 def test_a_process_without_rows_makes_a_pass_without_loss() -> None:
-    own = feeds([*BATCH, "train.micro_tokens=100000"], LONG, masked=True, processes=2)
+    own = loaders([*BATCH, "train.micro_tokens=100000"], LONG, masked=True, processes=2)
     empty = own[1].of_step(0)
     assert empty.supervised == 0 and len(empty.micros) == 1 and empty.micros[0].layout.weights == (0.0,)
     loss, found = loss_and_gradients(adapted("llama", "sdpa", WEIGHT_SITES), empty.micros)
@@ -232,8 +232,8 @@ def test_a_process_without_rows_makes_a_pass_without_loss() -> None:
 
 def test_packed_feed_has_the_rows_of_one_process_on_several() -> None:
     settings = [*BATCH, "train.packing=true", "data.max_tokens=48", "train.global_batch=6", "train.micro_batch=1"]
-    (whole,) = feeds(settings, LONG, masked=True)
-    parts = feeds(settings, LONG, masked=True, processes=2)
+    (whole,) = loaders(settings, LONG, masked=True)
+    parts = loaders(settings, LONG, masked=True, processes=2)
     for step in (0, 5):
         found = [pairs(micro for part in parts for micro in part.of_step(step).micros)]
         assert found == [pairs(whole.of_step(step).micros)]

@@ -10,8 +10,8 @@ from test_training import adapter_hash, first_moments, launch, losses
 from pipeline.config import load_config
 from pipeline.files import write_json
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_state import Stopped
 from pipeline.train import train_run
+from pipeline.training.run import Stopped
 
 
 def train(folder: Path, settings: list[str], processes: int = 1) -> Path:

@@ -11,17 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipeline.training.guards
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
 
-import pipeline.guards
 import pipeline.train
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.checkpoint import published_checkpoints
 from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
@@ -29,10 +28,12 @@ from pipeline.distributed.launcher import free_port
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.files import manifest_faults, read_json_lines
-from pipeline.guards import Guards, LossSpike, NotFinite, Untrained, first_bad_module, recent_losses
 from pipeline.loss.objective import SupervisedLM
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.batch import lay_out
+from pipeline.training.checkpoint import published_checkpoints
+from pipeline.training.diagnosis import first_bad_module
+from pipeline.training.guards import Guards, LossSpike, NotFinite, Untrained, recent_losses
 
 LORA_DROPOUT = (Site(position="lora_A", rate=0.5), Site(position="lora_B", rate=0.5))
 EXAMPLES = [Encoded("a", (1, 5, 9, 4), (-100, -100, 9, 4)), Encoded("b", (1, 8), (-100, 8))]
@@ -41,9 +42,9 @@ EXAMPLES = [Encoded("a", (1, 5, 9, 4), (-100, -100, 9, 4)), Encoded("b", (1, 8),
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A world of one without DeepSpeed."""
-    monkeypatch.setattr(pipeline.guards, "sum_over_processes", lambda values, device: list(values))
-    monkeypatch.setattr(pipeline.guards.zero, "squared_gradient_norm", lambda engine: 9.0)
-    monkeypatch.setattr(pipeline.guards.zero, "full_gradient", lambda parameter: parameter.grad)
+    monkeypatch.setattr(pipeline.training.guards, "sum_over_processes", lambda values, device: list(values))
+    monkeypatch.setattr(pipeline.training.guards.zero, "squared_gradient_norm", lambda engine: 9.0)
+    monkeypatch.setattr(pipeline.training.guards.zero, "full_gradient", lambda parameter: parameter.grad)
 
 
 def tiny_adapters(sites: tuple[Site, ...] = ()) -> Adapters:

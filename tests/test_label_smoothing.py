@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy
 from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.assembly import schedule_factor, warmup_steps
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
 from pipeline.loss.terms import nll_and_log_probs, token_losses
 from pipeline.prediction.task import RegressionTask
 from pipeline.training.batch import lay_out
+from pipeline.training.schedule import schedule_factor, warmup_steps
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

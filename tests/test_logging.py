@@ -16,7 +16,7 @@ from pipeline.errors import SetupError
 from pipeline.files import read_json_lines, write_json
 from pipeline.run_folder.metrics import Metrics, check_loggers
 from pipeline.run_folder.paths import RunPaths
-from pipeline.throughput import Meter, Work
+from pipeline.training.throughput import Meter, Work
 
 
 class Heard:
@@ -64,7 +64,7 @@ def test_operations_are_those_of_lora_on_a_frozen_base() -> None:
 
 
 def test_padding_and_fillers_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.throughput.peak_flops", lambda name, dtype: 1000.0)
+    monkeypatch.setattr("pipeline.training.throughput.peak_flops", lambda name, dtype: 1000.0)
     meter = Meter(Work(base=10, adapter=0, head=5, recomputed=False), torch.device("cpu"), "bfloat16")
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
     labels = torch.tensor([[-100, -100, 3, 4], [-100, -100, -100, 0], [-100, 1, 1, 1]])
@@ -88,8 +88,8 @@ def test_peaks_are_those_of_the_device_and_the_precision() -> None:
 @pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[str]) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from pipeline.run_state import Stopped
     from pipeline.train import train_run
+    from pipeline.training.run import Stopped
 
     settings = [*tiny_settings, "logging.tensorboard=true"]
     if importlib.util.find_spec("wandb"):

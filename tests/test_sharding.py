@@ -184,8 +184,8 @@ def test_a_checkpoint_resumes_under_another_stage(
     tmp_path: Path, tiny_settings: list[str], stages: tuple[str, str]
 ) -> None:
     from pipeline.run_folder.paths import RunPaths
-    from pipeline.run_state import Stopped
     from pipeline.train import train_run
+    from pipeline.training.run import Stopped
 
     configs = [load_config(None, [*tiny_settings, f"train.deepspeed={stage}"]) for stage in stages]
     whole, parted = tmp_path / "whole", tmp_path / "parted"

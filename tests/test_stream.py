@@ -23,8 +23,8 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.data.stream import RowStream, StreamedBatches, open_stream
 from pipeline.errors import ConfigError, DataError
-from pipeline.feed import open_feed
 from pipeline.preflight import check_inputs
+from pipeline.training.loader import open_loader
 
 SIZES = {"validation_rows": 5, "calibration_rows": 4, "test_rows": 6}
 
@@ -139,9 +139,9 @@ def test_processes_share_a_streamed_global_batch(file: Path) -> None:
         found: Counter[tuple[str, int | None]] = Counter()
         wanted = load_config(None, [*more, "train.global_batch=4", "train.micro_batch=1", "train.draws=2"])
         for rank in range(processes):
-            feed = open_feed(wanted, [], spec, rank, processes, batches(file))
-            assert "streamed rows" in feed.describe(1) and feed.rows is None
-            for micro in feed.of_step(3).micros:
+            loader = open_loader(wanted, [], spec, rank, processes, batches(file))
+            assert "streamed rows" in loader.describe(1) and loader.rows is None
+            for micro in loader.of_step(3).micros:
                 for row, (source, weight) in enumerate(zip(micro.layout.source, micro.layout.weights, strict=True)):
                     if weight:
                         draw = micro.layout.members[row // micro.layout.rows].draw

@@ -10,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.assembly import schedule_factor
-from pipeline.checkpoint import published_checkpoints
 from pipeline.config import dump_config, load_config
 from pipeline.config.deepspeed import fill_ds_config
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
@@ -26,6 +24,8 @@ from pipeline.files import (
     write_text,
 )
 from pipeline.run_folder.paths import RunPaths
+from pipeline.training.checkpoint import published_checkpoints
+from pipeline.training.schedule import schedule_factor
 
 
 def launch(folder: Path, settings: list[str]) -> int:

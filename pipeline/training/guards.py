@@ -11,13 +11,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
@@ -25,11 +23,10 @@ from pipeline.data.encode import Encoded
 from pipeline.distributed import zero
 from pipeline.distributed.world import World, gather_objects, require_equal, sum_over_processes
 from pipeline.errors import LoradropError
-from pipeline.files import publish_folder, write_json
+from pipeline.files import publish_folder
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.batch import MemberBatch
-
-BATCH, DIAGNOSIS = "batch.safetensors", "diagnosis.json"
+from pipeline.training.diagnosis import first_bad_module, record_pass, write_diagnosis
 
 RowsOf = Callable[[int], MemberBatch]
 """Micro-batch of the step at hand -> its rows, made again."""
@@ -167,9 +164,9 @@ class Guards:
             "mask_seed": self._train.seed, "mask_phase": step,
             "losses": [[repr(loss) for loss in own] for own in by_process],
         }
-        passes = gather_objects([_record(rows_of(m)) for m in range(len(losses))])
+        passes = gather_objects([record_pass(rows_of(m)) for m in range(len(losses))])
         if self._world.is_main:
-            publish_folder(folder, lambda aside: _write(aside, record, passes))
+            publish_folder(folder, lambda aside: write_diagnosis(aside, record, passes))
         raise NotFinite(
             f"step {step + 1}: {what}. The step is not applied; what was saved before stays. The batch is in {folder}."
             f" Look at its rows; then take a new --run-dir with a lower train.learning_rate"
@@ -185,72 +182,6 @@ class Guards:
             if gradient is not None and not bool(gradient.isfinite().all()):
                 bad = name
         return bad or "none by itself: the norm over all of them overflows"
-
-
-def first_bad_module(objective: nn.Module, adapters: Adapters, rows: MemberBatch) -> str | None:
-    """Run the forward pass of `rows` again; the module whose output is first not finite, in order of execution.
-
-    Positions that are padding are passed over.
-    """
-    real = rows.tensors["attention_mask"].bool()
-    found: list[str] = []
-
-    def watch(name: str, kind: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(_finite(tensor, real) for tensor in _tensors(output)):
-                found.append(f"{name} ({kind})")
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(watch(name, type(module).__name__))
-        for name, module in adapters.model.named_modules() if name
-    ]
-    try:
-        with adapters.axis.active(rows.plan):  # with autograd, as before: other kernels would run without
-            objective(**rows.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def _finite(tensor: Tensor, real: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    if tensor.shape[:2] == real.shape:
-        tensor = tensor[real]
-    return bool(tensor.isfinite().all())
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Tensors in what a module returned."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return [tensor for item in output for tensor in _tensors(item)] if isinstance(output, list | tuple) else []
-
-
-def _record(rows: MemberBatch) -> dict[str, Any]:
-    """One pass in plain values, for the way to the main process and the disk."""
-    inputs = {**rows.tensors, "row_weights": rows.weights}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
-    members = [asdict(member) for member in rows.plan.members]
-    return {"tensors": tensors, "examples": list(rows.examples), "members": members, "rows": rows.plan.rows}
-
-
-def _write(folder: Path, record: dict[str, Any], passes: list[list[dict[str, Any]]]) -> None:
-    """batch.safetensors: process_P/micro_batch_M/TENSOR; diagnosis.json: the finding and the plan of each pass."""
-    tensors: dict[str, Tensor] = {}
-    plans: dict[str, Any] = {}
-    for process, own in enumerate(passes):
-        for micro, made in enumerate(own):
-            key = f"process_{process}/micro_batch_{micro}"
-            tensors |= {f"{key}/{name}": tensor for name, tensor in made.pop("tensors").items()}
-            plans[key] = made
-    save_file(tensors, folder / BATCH)
-    write_json(folder / DIAGNOSIS, {**record, "passes": plans})
 
 
 def recent_losses(rows: Iterable[Mapping[str, Any]], step: int, window: int) -> list[float]:

@@ -1,8 +1,7 @@
-"""Assembly of a trainable run: adapters on the base, and the DeepSpeed engine around them."""
+"""The DeepSpeed engine around the objective, and what it trains."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -81,20 +80,5 @@ def micro_steps_of(train: TrainConfig, world: World) -> int:
             "Change train.micro_batch or launch.processes.",
         )
     return train.global_batch // per_pass
-
-
-def warmup_steps(train: TrainConfig) -> int:
-    """Steps of the warm-up: as given, or the fraction of all."""
-    return round(train.warmup_fraction * train.max_steps) if train.warmup_steps is None else train.warmup_steps
-
-
-def schedule_factor(step: int, max_steps: int, warmup: int, kind: str) -> float:
-    """Learning-rate factor of a 0-based step: linear warm-up to 1, then `linear`, `cosine` or `constant`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(max_steps - warmup, 1)
-    if kind == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0
 
 

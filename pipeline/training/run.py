@@ -8,22 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.adapters.adalora_budget import RankBudget
 from pipeline.adapters.attach import Adapters, is_linear, linear_shape
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_format import adapter_matrices, write_adapter
-from pipeline.assembly import trained_parameters
-from pipeline.checkpoint import (
-    Counters,
-    collect_state,
-    find_checkpoint,
-    load_checkpoint,
-    load_extra,
-    point,
-    save_checkpoint,
-    tidy,
-)
 from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
@@ -41,7 +29,6 @@ from pipeline.files import (
     sha256_file,
     write_json,
 )
-from pipeline.guards import Guards, StepNumbers, recent_losses
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
 from pipeline.run_folder.metrics import Metrics, open_loggers
@@ -49,7 +36,20 @@ from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_folder.predictions import Member as PredictedMember
 from pipeline.run_folder.predictions import Predictions, write_members, write_predictions
 from pipeline.terminal import say
-from pipeline.throughput import Meter, Work
+from pipeline.training.checkpoint import (
+    Counters,
+    collect_state,
+    find_checkpoint,
+    load_checkpoint,
+    load_extra,
+    point,
+    save_checkpoint,
+    tidy,
+)
+from pipeline.training.engine import trained_parameters
+from pipeline.training.guards import Guards, StepNumbers, recent_losses
+from pipeline.training.rank_budget import RankBudget
+from pipeline.training.throughput import Meter, Work
 
 OnValidation = Callable[[dict[str, float]], None]
 

@@ -106,7 +106,7 @@ class SingleRows:
         return self._lengths[index]
 
 
-class Feed:
+class BatchLoader:
     """Step -> what this process does in it: a function of the step alone, so that resuming needs no state."""
 
     def __init__(
@@ -181,14 +181,14 @@ def widest_pass(layout: RowLayout) -> int:
     return max(len(layout.source), 0 if reference is None else len(reference.source))
 
 
-def open_feed(
+def open_loader(
     config: RunConfig, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0, world_size: int = 1,
     stream: RowSource | None = None,
-) -> Feed:
-    """The feed of a run over its training examples, or over a stream in their place."""
+) -> BatchLoader:
+    """The batches of a run over its training examples, or over a stream in their place."""
     train = config.train
     source: RowSource = stream or ShuffledBatches(SingleRows(examples), "rows", train)
     if train.packing:
         packed = PackedRows(examples, lengths_of(examples), config.data.max_tokens, train.seed)
         source = ShuffledBatches(packed, f"of {len(packed)} packed rows", train)
-    return Feed(source, train, spec, process_rank, world_size)
+    return BatchLoader(source, train, spec, process_rank, world_size)
