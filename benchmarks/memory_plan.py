@@ -62,8 +62,8 @@ def import_everything() -> None:
     import transformers.integrations.bitsandbytes
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import pipeline.memory
-    import pipeline.train  # noqa: F401
+    import pipeline.plan.memory
+    import pipeline.stages.train  # noqa: F401
 
 
 def measure(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int)
 def planned(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
     """What the plan says for the same."""
     from pipeline.config import load_config
-    from pipeline.memory import Batch, plan_memory
+    from pipeline.plan.memory import Batch, plan_memory
 
     plan = plan_memory(load_config(None, settings), 1, Batch(cell["tokens"], SUPERVISED))
     return {"loaded": plan.load_peak, "peak": plan.peak}

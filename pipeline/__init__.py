@@ -26,7 +26,7 @@ _MODULES = {
     "scores.ensemble": ("average", "choose_adapters"),
     "scores.regression": ("gaussian_nll",),
     "scores.temperature": ("apply_temperature", "fit_temperature"),
-    "train": ("train_run",),
+    "stages.train": ("train_run",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import signal
 import sys
 import threading
@@ -11,23 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.errors import EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
+from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
+from pipeline.plan.request import Request
+from pipeline.stages.table import OFFERED, STAGES, Stage
 
 DESCRIPTION = """\
 Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
 learning rate, evaluate ensembles of the adapters, export them for stock PEFT.
 
 stages:
-  run        all of the following, in order (the default)
-  search     Ray Tune over dropout rate, rank and learning rate
-  train      one adapter, DeepSpeed-launched
-  evaluate   predictions of every ensemble member, cached
-  report     scores, calibration, cost: result.json and report.html
-  export     adapter and ensemble members as PEFT folders, checked with stock PEFT
-  data       real rows as the model will see them, supervised tokens coloured; nothing is trained
-  compare    several methods at several learning rates on the same base, data and budget: one table
-  test       the project's own tests (--fast: without the slow tier)
-"""
+""" + "\n".join(f"  {stage.name:10} {stage.help}" for stage in OFFERED)
 EXAMPLES = """\
 examples:
   bash launch.sh
@@ -42,7 +36,6 @@ train.draws ensemble.size compare.methods compare.learning_rates launch.processe
 
 exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
 """
-STAGES = ("run", "search", "train", "evaluate", "report", "export", "compare", "data", "test")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,17 +77,43 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(arguments: argparse.Namespace) -> int:
     """Run the stage that the arguments name; its exit code."""
     stage, overrides = split_words(arguments.words)
-    if stage == "test":
-        from pipeline.selftest import run_tests
+    request = Request(
+        arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
+        arguments.fast,
+    )
+    code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
+    return code
 
-        return run_tests(fast_only=arguments.fast)
-    if stage == "data":
-        from pipeline.line import show
 
-        return show(arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.rows)
-    from pipeline.line import execute
+def execute(stage: Stage, request: Request) -> int:
+    """Resolve the configuration, check everything that can be checked without a model, run the stage.
 
-    return execute(stage, arguments.config, arguments.run_dir, overrides, arguments.quick, arguments.dry_run)
+    Raises:
+        UserError: something to mend, before any model is loaded or anything is written.
+    """
+    from pipeline.distributed.nodes import check_nodes
+    from pipeline.plan.preflight import check_inputs
+    from pipeline.plan.resolve import fit_micro_batch, plan_text, resolve_epochs, resolve_new, resolve_saved
+    from pipeline.run_folder.paths import Folders
+    from pipeline.stages.processes import start
+
+    folders = Folders(request.run)
+    if stage.settings == "saved":
+        config = resolve_saved(request, stage.name)
+    else:
+        config = resolve_new(request, stage.name, stage.recipe, stage.unread)
+    check_inputs(config)
+    check_nodes(config.launch, stage.name, stage.processes)
+    if stage.trains:
+        config = fit_micro_batch(config)
+    if request.dry_run:
+        print(plan_text(config, stage.planned()(config, folders)))
+        return EXIT_OK
+    config = resolve_epochs(config)
+    if stage.processes == "none":
+        code: int = stage.load()(config, folders)
+        return code
+    return start(stage.name, config, folders)
 
 
 @contextmanager
@@ -115,19 +134,18 @@ def stopping_between_stages() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def split_words(words: list[str]) -> tuple[str, list[str]]:
+def split_words(words: list[str]) -> tuple[Stage, list[str]]:
     """(stage, overrides): the first word may name a stage, all others are key=value."""
-    stage = "run"
+    name = "run"
     if words and "=" not in words[0]:
-        stage, words = words[0], words[1:]
-    if stage not in STAGES:
-        import difflib
-
-        near = difflib.get_close_matches(stage, STAGES, n=1)
+        name, words = words[0], words[1:]
+    names = [stage.name for stage in OFFERED]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        print(f"loradrop: stage = {stage!r}: must be one of {', '.join(STAGES)}.{hint}", file=sys.stderr)
+        print(f"loradrop: stage = {name!r}: must be one of {', '.join(names)}.{hint}", file=sys.stderr)
         raise SystemExit(EXIT_USER)
-    return stage, words
+    return STAGES[name], words
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ number STOP_AT is asked to stop in its second step. Prints `trained NAME` for ev
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 
 import torch
 
-from pipeline import runner
 from pipeline.cli import main
 from pipeline.distributed.launcher import free_port
 from pipeline.distributed.worker import stage_main
 from pipeline.files import write_json
 from pipeline.run_folder.metrics import Metrics
 from pipeline.run_folder.paths import RunPaths
+from pipeline.stages import processes
+from pipeline.stages.table import STAGES
 
 stop_at, arguments = int(sys.argv[1]), sys.argv[2:]
 started, original = 0, Metrics.write
@@ -32,21 +32,22 @@ def write_metrics(metrics: Metrics, kind: str, **values: Any) -> None:
     original(metrics, kind, **values)
 
 
-def work(stage: str, run_dir: Path) -> int:
+def work(name: str, run_dir: Path) -> int:
     global started
-    module = importlib.import_module("pipeline.report.__main__" if stage == "report" else f"pipeline.{stage}")
-    module.leave_world = lambda: None  # type: ignore[attr-defined]
-    if stage == "train":
+    stage = STAGES[name]
+    function = stage.load()
+    if hasattr(module := sys.modules[function.__module__], "leave_world"):
+        module.leave_world = lambda: None
+    if name == "train":
         started += 1
         print("trained", run_dir.name)
-    names = {"train": "train_stage", "evaluate": "evaluate_run", "report": "_report", "method_check": "check_methods"}
-    return stage_main(stage, getattr(module, names[stage]), ["--run-dir", str(run_dir)])
+    return stage_main(name, function, run_dir, in_world=stage.processes == "all")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     Metrics.write = write_metrics  # type: ignore[method-assign]
-    runner.run_world_stage = lambda stage, run_dir, launch: work(stage, run_dir)
-    runner.run_stage = lambda command, log, run_dir, stage: work(stage, run_dir)
+    processes.run_world_stage = lambda stage, program, run_dir, launch: work(stage, run_dir)
+    processes.run_stage = lambda command, log, run_dir, stage: work(stage, run_dir)
     raise SystemExit(main(arguments))

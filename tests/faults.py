@@ -43,6 +43,7 @@ from pipeline.distributed import ranks  # noqa: E402
 from pipeline.distributed.launcher import free_port  # noqa: E402
 from pipeline.files import read_json_lines, sha256_file, write_text  # noqa: E402
 from pipeline.run_folder.paths import RunPaths  # noqa: E402
+from pipeline.stages.__main__ import main as stage_process  # noqa: E402
 from pipeline.training.checkpoint import published_checkpoints  # noqa: E402
 
 SETTINGS = """
@@ -99,7 +100,7 @@ def start(stage: str, folder: Path, rank: int = 0, world: int = 1, port: int = 0
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if patch is not None:
             patch()
-        code = importlib.import_module(f"pipeline.{stage}").main(["--run-dir", str(folder)])
+        code = stage_process([stage, "--run-dir", str(folder)])
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -186,7 +187,7 @@ def broken_stage(
 
 
 KILL_POINTS = {
-    "mid-step": ("train", "pipeline.train.build_rows", 12, "before"),
+    "mid-step": ("train", "pipeline.stages.train.lay_out", 12, "before"),
     "mid-save: state written, no manifest": ("train", "pipeline.training.checkpoint.save_file", 3, "after"),
     "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
@@ -195,15 +196,15 @@ KILL_POINTS = {
     "between checkpoint and adapter": ("train", "pipeline.training.run.write_adapter", 3, "before"),
     "between adapter and its predictions": ("train", "pipeline.training.run.write_predictions", 3, "before"),
     "in evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40, "before"),
-    "between two splits of an evaluation": ("evaluate", "pipeline.evaluate.write_predictions", 3, "after"),
+    "between two splits of an evaluation": ("evaluate", "pipeline.stages.evaluate.write_predictions", 3, "after"),
 }
 SIGNAL_POINTS = {
-    "set-up, data": ("train", "pipeline.train.load_splits", 1),
-    "set-up, model": ("train", "pipeline.train.attach_adapter", 1),
-    "training": ("train", "pipeline.train.build_rows", 12),
+    "set-up, data": ("train", "pipeline.stages.train.load_splits", 1),
+    "set-up, model": ("train", "pipeline.stages.train.attach_adapter", 1),
+    "training": ("train", "pipeline.stages.train.lay_out", 12),
     "validation": ("train", "pipeline.prediction.passes.collate", 12),
     "saving": ("train", "pipeline.training.checkpoint.save_file", 3),
-    "set-up of evaluation": ("evaluate", "pipeline.evaluate.open_task", 1),
+    "set-up of evaluation": ("evaluate", "pipeline.stages.evaluate.open_task", 1),
     "evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40),
 }
 
@@ -226,7 +227,9 @@ def ask(bench: Bench, point: str) -> str:
 
 def kill_one_of_two(bench: Bench, point: str) -> str:
     """kill -9 of one of two processes: the other leaves by itself, within the grace time, and names the cause."""
-    points = {"mid-step": ("pipeline.train.build_rows", 6), "in validation": ("pipeline.prediction.passes.collate", 6)}
+    points = {
+        "mid-step": ("pipeline.stages.train.lay_out", 6), "in validation": ("pipeline.prediction.passes.collate", 6),
+    }
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGKILL))
     folder, rank = bench.fresh(), bench.random.randint(0, 1)
@@ -243,7 +246,7 @@ def kill_one_of_two(bench: Bench, point: str) -> str:
 
 def ask_one_of_two(bench: Bench, point: str) -> str:
     """A signal to one of two processes: both save and leave."""
-    points = {"training": ("pipeline.train.build_rows", 6), "validation": ("pipeline.prediction.passes.collate", 6)}
+    points = {"training": ("pipeline.stages.train.lay_out", 6), "validation": ("pipeline.prediction.passes.collate", 6)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGTERM))
     expected = {75} if point == "training" else {75, 0}  # 0: before the last chunk of the last validation
@@ -253,7 +256,7 @@ def ask_one_of_two(bench: Bench, point: str) -> str:
 def damage(bench: Bench, how: str) -> str:
     """A truncated or bit-flipped file of the newest checkpoint, in a run that was stopped."""
     folder = bench.fresh()
-    stop = at("pipeline.train.build_rows", bench.random.randint(7, 10), send(signal.SIGTERM))
+    stop = at("pipeline.stages.train.lay_out", bench.random.randint(7, 10), send(signal.SIGTERM))
     codes = run("train", folder, patch=stop)
     if codes != [75]:
         return f"the stop before it left with {codes}"
@@ -282,7 +285,7 @@ def fill_disk(bench: Bench, point: str) -> str:
         folder, ballast = bench.fresh(disk), disk / "ballast"
         target, calls = {
             "saving": ("pipeline.training.checkpoint.save_file", 3),
-            "metrics": ("pipeline.train.build_rows", 12),
+            "metrics": ("pipeline.stages.train.lay_out", 12),
             "publishing": ("pipeline.training.run.write_adapter", 2),
         }[point]
         leave = bench.random.choice([0, 0, 1 << 12, 1 << 14])
@@ -309,7 +312,7 @@ def fill_disk(bench: Bench, point: str) -> str:
 def move(bench: Bench, point: str) -> str:
     """Stop, then go on with another number of processes and another ZeRO stage: equal within fp32 tolerance."""
     before, after = bench.random.choice([(1, 2), (2, 1)])
-    stop = at("pipeline.train.build_rows", bench.random.randint(3, 5) * (2 // before), send(signal.SIGTERM))
+    stop = at("pipeline.stages.train.lay_out", bench.random.randint(3, 5) * (2 // before), send(signal.SIGTERM))
     folder = bench.fresh()
     if (codes := run("train", folder, before, stop)) != [75] * before:
         return f"the stop before it left with {codes}"
@@ -362,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     for stage in ("train", "evaluate"):
-        importlib.import_module(f"pipeline.{stage}")
+        importlib.import_module(f"pipeline.stages.{stage}")
     for library in ("deepspeed", "bitsandbytes", "peft", "transformers.models.llama.modeling_llama"):
         importlib.import_module(library)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

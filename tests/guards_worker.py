@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny import tiny_llama
 
-import pipeline.train
+import pipeline.stages.train
 from pipeline.config import load_config
 from pipeline.data.encode import Encoded
 from pipeline.distributed.world import leave_world, start_world
@@ -37,7 +37,7 @@ def main(run_dir: Path, settings: list[str]) -> None:
     require_same_inputs("equal", [Encoded("a", (1, 2), (-100, 2))], tiny_llama())
     for line in disagreements(world.process_rank):
         print(f"SAID {line}", flush=True)
-    attach, models = pipeline.train.attach_adapter, []
+    attach, models = pipeline.stages.train.attach_adapter, []
 
     def remember(*arguments: object) -> object:
         models.append(attach(*arguments))
@@ -47,9 +47,9 @@ def main(run_dir: Path, settings: list[str]) -> None:
         if world.process_rank == 1:
             models[-1].model.get_submodule("model.layers.1.input_layernorm").weight.data[3] = torch.inf
 
-    pipeline.train.attach_adapter = remember
+    pipeline.stages.train.attach_adapter = remember
     try:
-        pipeline.train.train_run(load_config(None, settings), run_dir, break_down)
+        pipeline.stages.train.train_run(load_config(None, settings), run_dir, break_down)
     except NotFinite as error:
         print(f"SAID {error}", flush=True)
     leave_world()

@@ -17,8 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.members import Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.support import tiny_model
 from pipeline.config.method import ATTENTION_POSITIONS, Site
+from pipeline.support.sites import tiny_model
 
 DENSE = "dense-float64-reference"
 ATTENTION = {"bert": "attention.self", "roberta": "attention.self", "gpt2": "attn"}

@@ -38,7 +38,7 @@ def kept(folder: Path) -> dict[str, list[bool]]:
 
 def test_zero_stages_and_process_counts_prune_alike(tmp_path: Path, tiny_settings: list[str]) -> None:
     """Accumulation over 2 micro-batches or over 2 processes, ZeRO-0, 1, 2: the same losses, the same triplets."""
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     settings = [*tiny_settings, *ADALORA]
     for stage in ("zero0", "zero1", "zero2"):
@@ -55,7 +55,7 @@ def test_zero_stages_and_process_counts_prune_alike(tmp_path: Path, tiny_setting
 
 def test_stop_and_resume_end_in_the_same_bytes(tmp_path: Path, tiny_settings: list[str]) -> None:
     """Stopped while ranks are being pruned."""
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
     from pipeline.training.run import Stopped
 
     config = load_config(None, [*tiny_settings, *ADALORA, "train.max_gradient_norm=0.3"])
@@ -82,12 +82,12 @@ def test_stop_and_resume_end_in_the_same_bytes(tmp_path: Path, tiny_settings: li
 def test_evaluate_report_and_export_take_an_adalora_run(
     tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.evaluate import evaluate_run
-    from pipeline.export import export_run
-    from pipeline.report import write_report
-    from pipeline.train import train_run
+    from pipeline.stages.evaluate import evaluate_run
+    from pipeline.stages.export import export_run
+    from pipeline.stages.report import write_report
+    from pipeline.stages.train import train_run
 
-    for leave in ("pipeline.evaluate.leave_world", "pipeline.export.leave_world"):  # it serves the next test
+    for leave in ("pipeline.stages.evaluate.leave_world", "pipeline.export.leave_world"):  # it serves the next test
         monkeypatch.setattr(leave, lambda: None)
     run = tmp_path / "run"
     train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2"]), run)

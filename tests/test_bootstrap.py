@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import installation
-from pipeline.bootstrap import Environment
 from pipeline.errors import EXIT_USER, ErrorList, SetupError
+from pipeline.setup import install
+from pipeline.setup.venv import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,7 @@ esac
 """
 
 START = (
-    "import sys; sys._base_executable = {fake!r}; from pathlib import Path; from pipeline.bootstrap import main; "
+    "import sys; sys._base_executable = {fake!r}; from pathlib import Path; from pipeline.setup.bootstrap import main; "
     "sys.exit(main(['train', 'a=1'], Path({root!r})))"
 )
 
@@ -47,10 +47,10 @@ START = (
 def checkout(tmp_path: Path) -> Path:
     """A checkout with the real set-up code and a command that tells how it was called."""
     root = tmp_path / "check out"
-    (root / "pipeline").mkdir(parents=True)
+    (root / "pipeline" / "setup").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
-    for name in ("bootstrap.py", "installation.py", "errors.py"):
+    for name in ("errors.py", "setup/__init__.py", "setup/bootstrap.py", "setup/install.py", "setup/venv.py"):
         shutil.copy(ROOT / "pipeline" / name, root / "pipeline" / name)
     (root / "pipeline" / "__init__.py").touch()
     (root / "pipeline" / "cli.py").write_text(CLI)
@@ -204,15 +204,15 @@ def test_missing_compiler_headers_modules_and_disk_are_all_named_at_once(
     programs = without_python(tmp_path / "bin")
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(installation, "find_spec", lambda name: None if name == "ensurepip" else object())
-    monkeypatch.setattr(installation.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(installation.shutil, "disk_usage", lambda _: usage._replace(free=1_200_000_000))
+    monkeypatch.setattr(install, "find_spec", lambda name: None if name == "ensurepip" else object())
+    monkeypatch.setattr(install.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: usage._replace(free=1_200_000_000))
     with pytest.raises(ErrorList) as caught:
-        installation.check_machine(Environment(checkout))
+        install.check_machine(Environment(checkout))
     assert len(str(caught.value).splitlines()) == 2, "without CUDA nothing is compiled"
     (programs / "nvidia-smi").touch(mode=0o755)
     with pytest.raises(ErrorList) as caught:
-        installation.prepare(Environment(checkout))
+        install.prepare(Environment(checkout))
     assert caught.value.exit_code == EXIT_USER
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     module, compiler, headers, disk = str(caught.value).splitlines()
@@ -225,20 +225,20 @@ def test_missing_compiler_headers_modules_and_disk_are_all_named_at_once(
 
 def test_a_machine_with_a_cuda_driver_needs_more_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(installation.shutil, "disk_usage", lambda _: usage._replace(free=6 * 10**9))
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: usage._replace(free=6 * 10**9))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert installation.disk_fault(tmp_path) is None
+    assert install.disk_fault(tmp_path) is None
     (tmp_path / "nvidia-smi").touch(mode=0o755)
-    fault = installation.disk_fault(tmp_path)
+    fault = install.disk_fault(tmp_path)
     assert fault is not None and "12 GB" in str(fault)
 
 
 def test_a_compiler_named_in_cxx_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "my-compiler")
-    assert isinstance(installation.compiler_fault(), SetupError)
+    assert isinstance(install.compiler_fault(), SetupError)
     (tmp_path / "my-compiler").touch(mode=0o755)
-    assert installation.compiler_fault() is None
+    assert install.compiler_fault() is None
 
 
 # --- making it --------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
 from pipeline.errors import ConfigError
-from pipeline.line import fit_micro_batch, resolve
-from pipeline.run_folder.paths import Folders
+from pipeline.plan.request import Request
+from pipeline.plan.resolve import fit_micro_batch, resolve_new, resolve_saved
+from pipeline.stages.table import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,19 +123,19 @@ def test_a_folder_of_another_configuration_is_refused(
 
 def test_a_micro_batch_that_processes_cannot_share_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, ["train.global_batch=16", "train.micro_batch=8", "launch.processes=4"])
-    assert fit_micro_batch(config, "train").train.micro_batch == 4 and "8 -> 4" in capsys.readouterr().err
-    assert fit_micro_batch(config, "evaluate") is config
+    assert fit_micro_batch(config).train.micro_batch == 4 and "8 -> 4" in capsys.readouterr().err
+    assert {name for name, stage in STAGES.items() if stage.trains} == {"run", "train", "compare"}
     with pytest.raises(ConfigError, match=r"train\.global_batch=18"):
-        fit_micro_batch(load_config(None, ["train.global_batch=16", "launch.processes=6"]), "run")
+        fit_micro_batch(load_config(None, ["train.global_batch=16", "launch.processes=6"]))
 
 
 def test_own_data_are_not_cut_to_the_sizes_of_the_embedded_rows(tmp_path: Path) -> None:
-    config = resolve("train", None, Folders(tmp_path / "x"), [f"data.path={tmp_path}"], quick=False)
+    config = resolve_new(Request(overrides=(f"data.path={tmp_path}",)), "train")
     assert (config.data.train_rows, config.data.max_tokens) == (None, 512)
 
 
 def test_later_stages_refuse_keys_that_they_do_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None)))
     with pytest.raises(ConfigError, match="not read by evaluate"):
-        resolve("evaluate", None, Folders(tmp_path), ["ensemble.size=16"], quick=False)
-    resolve("evaluate", None, Folders(tmp_path), ["launch.processes=1"], quick=False)
+        resolve_saved(Request(run_dir=tmp_path, overrides=("ensemble.size=16",)), "evaluate")
+    resolve_saved(Request(run_dir=tmp_path, overrides=("launch.processes=1",)), "evaluate")

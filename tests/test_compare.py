@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from pipeline import compare
-from pipeline.adapters.support import FAMILIES
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, ConfigError, StageFailed
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
-from pipeline.method_check import refused_methods
+from pipeline.plan.methods import refused_methods
 from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison
 from pipeline.run_folder.paths import Folders, RunPaths, update_status
+from pipeline.stages import compare
+from pipeline.support.sites import FAMILIES
 
 METHODS = ("none", "dropkey", "hiddencut")
 
@@ -26,9 +26,12 @@ class Processes:
     def __init__(self, codes: dict[str, int], refused: dict[str, str]) -> None:
         self.codes, self.refused, self.started = codes, refused, list[str]()
 
-    def check(self, stage: str, folders: Folders) -> int:
+    def start(self, stage: str, config: RunConfig, folders: Folders) -> int:
+        if stage == "train":
+            return self.train(config, folders)
         self.started.append(stage)
-        write_json(folders.run / REFUSALS, self.refused)
+        if stage == compare.CHECK:
+            write_json(folders.run / REFUSALS, self.refused)
         return EXIT_OK
 
     def train(self, config: RunConfig, folders: Folders) -> int:
@@ -45,20 +48,13 @@ class Processes:
             update_status(paths, "train", "failed", "the loss is nan")
         return code
 
-    def stage(self, config: RunConfig, folders: Folders) -> int:
-        self.started.append("stage")
-        return EXIT_OK
-
 
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: dict[str, int], refused: dict[str, str] | None = None
 ) -> tuple[int, list[str], dict[str, str]]:
     """(exit code, what was started, training -> state)."""
     processes = Processes(codes, refused or {})
-    monkeypatch.setattr(compare, "run_process", processes.check)
-    monkeypatch.setattr(compare, "run_training", processes.train)
-    for name in ("run_evaluate", "run_report"):
-        monkeypatch.setattr(compare, name, processes.stage)
+    monkeypatch.setattr(compare, "start", processes.start)
     monkeypatch.setattr(compare, "print_comparison", lambda *arguments: None)
     config = load_config(None, [f"compare.methods=[{','.join(METHODS)}]", "compare.learning_rates=[0.1, 0.2]"])
     code = compare.run_comparison(config, Folders(tmp_path / "x"))
@@ -74,7 +70,7 @@ def test_a_comparison_trains_everything_then_evaluates_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, started, states = run(tmp_path, monkeypatch, {})
-    assert (code, started) == (EXIT_OK, ["method_check", *names(*METHODS), "stage", "stage"])
+    assert (code, started) == (EXIT_OK, ["method_check", *names(*METHODS), "evaluate", "report"])
     assert set(states.values()) == {"done"}
     chosen = [one.name for one in read_comparison(RunPaths(tmp_path / "x-compare")) or [] if one.chosen]
     assert chosen == [f"{method}-lr0.1" for method in METHODS]

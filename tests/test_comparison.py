@@ -13,11 +13,10 @@ import pytest
 from pipeline.config import build_config, dump_config, load_config
 from pipeline.data.rows import Row
 from pipeline.errors import RunFolderError, UserError
-from pipeline.evaluate import listed_adapters
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
-from pipeline.line import resolve
-from pipeline.report import format_comparison, write_report
-from pipeline.report.comparison import build_comparison, compared_systems
+from pipeline.plan.request import Request
+from pipeline.plan.resolve import resolve_new
+from pipeline.report.comparison import build_comparison, compared_systems, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.systems import base_system
 from pipeline.run_folder.comparison import (
@@ -29,8 +28,10 @@ from pipeline.run_folder.comparison import (
     shared_part,
     write_comparison,
 )
-from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
+from pipeline.run_folder.paths import RunPaths, refuse_other
 from pipeline.run_folder.predictions import ChoicePredictions, Member, write_members, write_predictions
+from pipeline.stages.evaluate import listed_adapters
+from pipeline.stages.report import write_report
 
 VALUES = {"train.learning_rate": 0.001}
 ROWS = {"validation": 40, "calibration": 60, "test": 80}
@@ -119,9 +120,9 @@ def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(t
 
 
 def test_without_a_recipe_a_comparison_has_its_own() -> None:
-    config = resolve("compare", None, Folders(Path("none")), [], quick=False)
+    config = resolve_new(Request(), "compare", "compare")
     assert len(plan_trainings(config)) == 12 and "small budget" in config.label
-    assert len(plan_trainings(resolve("compare", None, Folders(Path("none")), [], quick=True))) == 6
+    assert len(plan_trainings(resolve_new(Request(quick=True), "compare", "compare"))) == 6
 
 
 def write_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Member], dict[str, np.ndarray], Any]:

@@ -131,7 +131,7 @@ def test_processes_stages_accumulation_and_checkpointing_train_the_same(
     from test_training import adapter_hash, first_moments, launch
 
     from pipeline.config import load_config
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     settings = [*tiny_settings, "adapter.method=lora_dropout+hiddenkey", "train.max_gradient_norm=1e6"]
     alone = {
@@ -165,7 +165,7 @@ def test_processes_stages_accumulation_and_checkpointing_train_the_same(
 )  # fmt: skip
 def test_the_other_forms_train(tmp_path: Path, tiny_settings: list[str], settings: list[str]) -> None:
     from pipeline.config import load_config
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     result = train_run(load_config(None, [*tiny_settings, *settings, "train.max_steps=12"]), tmp_path / "run")
     terms = terms_of(tmp_path / "run")

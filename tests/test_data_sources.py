@@ -13,8 +13,8 @@ from pipeline.config import DataConfig, EvaluationDataConfig, TemplateConfig, Tr
 from pipeline.data.check import check_data
 from pipeline.data.splits import load_splits
 from pipeline.data.template import to_row
-from pipeline.epochs import resolve_epochs
 from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.plan.resolve import resolve_epochs
 from pipeline.training.schedule import require_steps
 
 

@@ -28,7 +28,7 @@ from pipeline.model import embedded
 from pipeline.prediction.passes import PassSettings, predict_classes
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.paths import RunPaths
-from pipeline.train import train_run
+from pipeline.stages.train import train_run
 from pipeline.training.batch import lay_out
 
 MINILM = "embedded:all-minilm-l6-v2"
@@ -218,8 +218,9 @@ def test_processes_stages_and_a_resume_give_the_same_encoder(tmp_path: Path, enc
 
     two = load_config(None, [*encoder_settings, "launch.processes=2", "train.deepspeed=zero1"])
     write_text(RunPaths(pair).config, dump_config(two))
-    command, environment = launcher_command("pipeline.train", pair, two.launch), launcher_environment(two.launch)
-    assert run_stage(command, pair / "logs" / "train.log", pair, "train", environment) == 0
+    command = launcher_command(["pipeline.stages", "train"], pair, two.launch)
+    environment = launcher_environment(two.launch)
+    assert run_stage(command, pair / "logs" / "train.log", pair, "train", environment, in_world=True) == 0
     assert losses(pair) == pytest.approx(losses(whole), rel=2e-4)
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.model.classifier import position_limit
 from pipeline.model.kind import local_kind, model_kind
 from pipeline.model.load import load_base
-from pipeline.preflight import check_inputs
+from pipeline.plan.preflight import check_inputs
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)

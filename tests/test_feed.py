@@ -215,7 +215,8 @@ def test_passes_cut_by_tokens_have_the_loss_and_gradients_of_fixed_ones(layout: 
     adapters = adapted("llama", "sdpa", WEIGHT_SITES if masked else ())
     settings = [*BATCH, f"train.draw_layout={layout}"]
     expected_loss, expected = loss_and_gradients(adapters, loaders(settings, LONG, masked)[0].of_step(3).micros)
-    parts = [loader.of_step(3).micros for loader in loaders([*settings, "train.micro_tokens=70"], LONG, masked, processes=2)]
+    cut = loaders([*settings, "train.micro_tokens=70"], LONG, masked, processes=2)
+    parts = [loader.of_step(3).micros for loader in cut]
     loss, found = loss_and_gradients(adapters, [*parts[0], *parts[1]])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_close_gradients(found, expected, 1e-4)

@@ -10,7 +10,7 @@ from test_training import adapter_hash, first_moments, launch, losses
 from pipeline.config import load_config
 from pipeline.files import write_json
 from pipeline.run_folder.paths import RunPaths
-from pipeline.train import train_run
+from pipeline.stages.train import train_run
 from pipeline.training.run import Stopped
 
 

@@ -171,7 +171,7 @@ def test_the_site_is_the_input_of_base_and_adapter_alike_adapted_or_not() -> Non
     for targets in ("all-linear", ["q_proj"]):
         from pipeline.adapters.attach import attach
         from pipeline.adapters.spec import AdapterSpec
-        from pipeline.adapters.support import tiny_model
+        from pipeline.support.sites import tiny_model
 
         adapters = attach(tiny_model("llama"), [AdapterSpec(sites=(hidden_site("element"),))], targets, seed=0)
         assert [type(m).__name__ for m in down_projections(adapters.model).values()] == [

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pipeline.training.guards
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
 
-import pipeline.train
+import pipeline.stages.train
+import pipeline.training.guards
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
@@ -136,7 +136,7 @@ def test_first_steps_under_masks_are_given_time(alone: None, tmp_path: Path) -> 
 
 def train(settings: list[str], folder: Path, change: Callable[[Adapters], None], step: int = 3) -> dict[str, Any]:
     """Train in this process; `change` is applied to the adapters at the validation after `step`, or at once (0)."""
-    attach_adapter, made = pipeline.train.attach_adapter, []
+    attach_adapter, made = pipeline.stages.train.attach_adapter, []
 
     def remember(*arguments: Any) -> Adapters:
         made.append(attach_adapter(*arguments))
@@ -145,8 +145,8 @@ def train(settings: list[str], folder: Path, change: Callable[[Adapters], None],
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.train, "attach_adapter", remember)
-        return pipeline.train.train_run(
+        patch.setattr(pipeline.stages.train, "attach_adapter", remember)
+        return pipeline.stages.train.train_run(
             load_config(None, settings), folder, lambda row: change(made[-1]) if row["step"] == step else None
         )
 

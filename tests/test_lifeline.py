@@ -23,7 +23,7 @@ import sys, threading
 from pathlib import Path
 from pipeline.distributed import lifeline
 folder = Path(sys.argv[1])
-with lifeline.lifeline("train", folder) as line:
+with lifeline.lifeline("train", folder, in_world=True) as line:
     if "peers" in sys.argv:
         line.watch_peers()
     if "works" in sys.argv:
@@ -114,9 +114,9 @@ def test_an_earlier_failure_does_not_count_and_a_folder_in_use_is_refused(
 
 
 def test_a_signal_between_two_stages_has_the_documented_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import cli, line
+    from pipeline import cli
 
-    monkeypatch.setattr(line, "execute", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "execute", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["report", "--run-dir", str(tmp_path)]) == EXIT_STOPPED
     assert signal.getsignal(signal.SIGTERM) is before

@@ -25,7 +25,7 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
         "environment.json",
         "status.json",
         "metrics.jsonl",
-        "members.json",
+        "related.json",
         "result.json",
         "report.html",
         "adapter/adapter_model.safetensors",

@@ -88,7 +88,7 @@ def test_peaks_are_those_of_the_device_and_the_precision() -> None:
 @pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[str]) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
     from pipeline.training.run import Stopped
 
     settings = [*tiny_settings, "logging.tensorboard=true"]

@@ -10,15 +10,15 @@ import torch
 from tiny import tiny_llama
 from torch import nn
 
-import pipeline.memory
-import pipeline.memory_table
+import pipeline.plan.memory
+import pipeline.plan.memory_table
 from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
-from pipeline.memory import NoPlan, States, plan_memory, quantized_bytes, states_of, weigh
-from pipeline.memory_table import expected_batch, memory_table
-from pipeline.memory_trace import LONG, SHORT, Batch, Live, Peaks, shortened, trace_pass
 from pipeline.model.load import load_base
+from pipeline.plan.memory import NoPlan, States, plan_memory, quantized_bytes, states_of, weigh
+from pipeline.plan.memory_table import expected_batch, memory_table
+from pipeline.plan.memory_trace import LONG, SHORT, Batch, Live, Peaks, shortened, trace_pass
 
 LINEAR_SHAPES = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
 """(I, O) of the seven linears of a layer of the tiny model."""
@@ -151,7 +151,7 @@ def test_the_table_says_what_fits(
     text = memory_table(config, 1)
     assert "adapter, 8,192 parameters" in text and ": fits" in text and "disk:" in text
     peak = plan_memory(config, 1, batch).peak
-    monkeypatch.setattr(pipeline.memory, "machine_memory", lambda: peak - 1)
+    monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: peak - 1)
     assert "DOES NOT FIT; it fits with train.activation_checkpointing=true" in memory_table(config, 1)
 
 

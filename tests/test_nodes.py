@@ -18,6 +18,7 @@ from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command
 from pipeline.distributed.nodes import check_nodes, log_name, node_rank
 from pipeline.errors import ConfigError, SetupError
+from pipeline.stages.table import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = LaunchConfig(nodes=2, processes=1, master_addr="10.77.0.1", master_port=29321)
@@ -49,17 +50,17 @@ def test_the_node_rank_comes_from_the_environment() -> None:
 
 def test_stages_of_one_process_are_not_for_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
-    for stage in ("run", "search", "compare"):
-        with pytest.raises(ConfigError, match=f"not for {stage}"):
-            check_nodes(TWO, stage)
-    for stage in ("train", "evaluate", "report", "export"):
-        check_nodes(TWO, stage)
+    for name in ("run", "search", "compare"):
+        with pytest.raises(ConfigError, match=f"not for {name}"):
+            check_nodes(TWO, name, STAGES[name].processes)
+    for name in ("train", "evaluate", "report", "export"):
+        check_nodes(TWO, name, STAGES[name].processes)
     assert log_name("train", TWO) == "train.node1.log"
 
 
 def test_the_command_of_the_launcher_without_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
-    command = " ".join(launcher_command("pipeline.train", tmp_path, TWO))
+    command = " ".join(launcher_command(["pipeline.stages", "train"], tmp_path, TWO))
     hostfile = tmp_path / "logs" / "hostfile.2x1"
     assert hostfile.read_text() == "node0 slots=1\nnode1 slots=1\n"
     assert f"--hostfile {hostfile} --no_ssh --node_rank 1 --master_addr 10.77.0.1 --module" in command

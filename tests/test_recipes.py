@@ -14,8 +14,8 @@ from pipeline.cli import main
 from pipeline.config import RunConfig, TemplateConfig, load_config
 from pipeline.config.load import RECIPES, find_recipe
 from pipeline.data.template import to_row
-from pipeline.epochs import resolve_epochs
 from pipeline.errors import ConfigError
+from pipeline.plan.resolve import resolve_epochs
 
 PAPERS = sorted(path.stem for path in (RECIPES / "papers").glob("*.yaml"))
 GLUE_COLUMNS: dict[str, dict[str, Any]] = {

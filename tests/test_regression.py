@@ -31,19 +31,20 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.data.template import check_template, to_row
 from pipeline.errors import DataError, RunFolderError
-from pipeline.evaluate import evaluate_run
 from pipeline.loss.objective import SupervisedClassifier, SupervisedRegressor
 from pipeline.prediction.passes import PassSettings, predict_classes, predict_values
 from pipeline.prediction.predict import merge_predictions, validation_scores
-from pipeline.report import format_table, write_report
+from pipeline.report.tables import format_table
 from pipeline.run_folder.predictions import RegressionPredictions, read_predictions, write_predictions
 from pipeline.scores.bootstrap import bootstrap
 from pipeline.scores.classification import BinaryScore
 from pipeline.scores.ensemble import average, choose_adapters
 from pipeline.scores.regression import Correlation, RootMeanSquare, gaussian_nll, row_squared_error
-from pipeline.train import train_run
+from pipeline.stages.data import Look, row_text
+from pipeline.stages.evaluate import evaluate_run
+from pipeline.stages.report import write_report
+from pipeline.stages.train import train_run
 from pipeline.training.batch import lay_out
-from pipeline.view import Look, row_text
 
 MEMBERS = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
 DROPOUT = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
@@ -349,7 +350,7 @@ def write_pairs(path: Path, count: int) -> Path:
 def test_train_evaluate_and_report_with_scores(
     tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.leave_world", lambda: None)  # the process group serves the next test, too
+    monkeypatch.setattr("pipeline.stages.evaluate.leave_world", lambda: None)  # it serves the next test
     model, data = write_pair_encoder(tmp_path / "encoder", "bert"), write_pairs(tmp_path / "pairs.jsonl", 300)
     template = 'data.template={prompt: "{s1}", second: "{s2}", score: gold}'
     config = load_config(None, [*tiny_settings, f"model.path={model}", f"data.path={data}", template,

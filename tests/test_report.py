@@ -14,10 +14,10 @@ from pipeline.config import build_config, dump_config
 from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import write_json, write_text
-from pipeline.report import format_table, write_report
 from pipeline.report.inputs import read_inputs
-from pipeline.report.reading import write_reading
 from pipeline.report.result import build_result
+from pipeline.report.sentences import write_reading
+from pipeline.report.tables import format_table
 from pipeline.run_folder.labelled import independent_units
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import (
@@ -29,6 +29,7 @@ from pipeline.run_folder.predictions import (
     write_predictions,
 )
 from pipeline.scores.bootstrap import RowMean, bootstrap, percentile_interval
+from pipeline.stages.report import write_report
 
 ROWS = {"validation": 120, "calibration": 150, "test": 200}
 DRAWS = 8
@@ -88,7 +89,7 @@ def write_training(paths, level):
 
 
 def write_links(root):
-    write_json(RunPaths(root).members, {
+    write_json(RunPaths(root).related, {
         "plain": {"run": "../plain", "adapter_sha256": "ab"}, "search": {"folder": str(root.parent / "search")},
     })
     trials = [
@@ -261,7 +262,7 @@ def test_terminal_table_has_a_line_per_system(finished):
 
 
 def test_absent_parts_are_left_out_in_words(run):
-    run.paths.members.unlink()
+    run.paths.related.unlink()
     run.paths.metrics.unlink()
     run.paths.environment.unlink()
     keep = [0, 2]

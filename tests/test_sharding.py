@@ -14,15 +14,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pipeline.config import load_config
 from pipeline.config.deepspeed import combination_fault, fill_ds_config, find_ds_config
 from pipeline.config.model import ModelConfig
-from pipeline.deepspeed_matrix import Cell, Outcome, format_table, run_matrix
 from pipeline.distributed.devices import check_processes
 from pipeline.distributed.zero import leave_head_outside, require_one_dtype
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.released import release_weights
+from pipeline.plan.preflight import check_inputs
 from pipeline.prediction.passes import lockstep
-from pipeline.preflight import check_inputs
+from pipeline.support.deepspeed import Cell, Outcome, format_table, run_matrix
 
 STAGE_3 = {
     "bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3},
@@ -184,7 +184,7 @@ def test_a_checkpoint_resumes_under_another_stage(
     tmp_path: Path, tiny_settings: list[str], stages: tuple[str, str]
 ) -> None:
     from pipeline.run_folder.paths import RunPaths
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
     from pipeline.training.run import Stopped
 
     configs = [load_config(None, [*tiny_settings, f"train.deepspeed={stage}"]) for stage in stages]

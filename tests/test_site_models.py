@@ -17,11 +17,11 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.sites.anatomy import attention_modules, down_projections, is_causal
 from pipeline.adapters.sites.attention import NAME
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.support import FAMILIES, format_table, support_table, tiny_model
 from pipeline.config import AdapterConfig
 from pipeline.config.method import LEGAL, Method, Site
 from pipeline.errors import ConfigError
 from pipeline.loss.objective import SupervisedLM
+from pipeline.support.sites import FAMILIES, format_table, support_table, tiny_model
 from pipeline.training.batch import lay_out
 
 MEMBERS = [Member(0, 0), Member(0, 5), Member(0)]
@@ -406,13 +406,13 @@ def test_presets_train_and_evaluate(
     """Training under the preset, then base, adapter and four mask draws on all splits; draws differ, all is finite."""
     from pipeline.adapters.peft_format import read_adapter
     from pipeline.config import load_config
-    from pipeline.evaluate import evaluate_run
     from pipeline.files import read_json_lines
     from pipeline.run_folder.paths import RunPaths
     from pipeline.run_folder.predictions import read_members, read_predictions
-    from pipeline.train import train_run
+    from pipeline.stages.evaluate import evaluate_run
+    from pipeline.stages.train import train_run
 
-    monkeypatch.setattr("pipeline.evaluate.leave_world", lambda: None)  # the process group serves the next test, too
+    monkeypatch.setattr("pipeline.stages.evaluate.leave_world", lambda: None)  # it serves the next test
     config = load_config(None, [*tiny_settings, f"adapter.method={method}", "train.max_steps=12", "train.draws=2"])
     result = train_run(config, tmp_path / "run")
     evaluate_run(tmp_path / "run")
@@ -458,16 +458,16 @@ def test_the_table_is_found_out_by_attaching(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two small families; a broken mechanism shows as FAILED, not as tested."""
-    from pipeline.adapters import support
+    from pipeline.support import sites
 
-    monkeypatch.setattr(support, "BACKENDS", (("none", "eager"),))
+    monkeypatch.setattr(sites, "BACKENDS", (("none", "eager"),))
     cells = support_table(["deberta-v2"])
     by_position = {position: {c.status for c in cells if c.site.position == position} for position in LEGAL}
     assert by_position == {p: {"refused" if p.startswith("attention") else "tested"} for p in LEGAL}
     assert "attention interface" in format_table(cells)
-    monkeypatch.setattr(support, "legal_sites", lambda: iter([Site(position="ffn_hidden", rate=0.4)]))
+    monkeypatch.setattr(sites, "legal_sites", lambda: iter([Site(position="ffn_hidden", rate=0.4)]))
     monkeypatch.setattr("pipeline.adapters.sites.ffn.drop", lambda x, dropped, kept: x)
-    assert support.main(["--family", "llama"]) == 1
+    assert sites.main(["--family", "llama"]) == 1
     shown = capsys.readouterr().out
     assert "FAILED" in shown and "two draws give the same result" in shown
 

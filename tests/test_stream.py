@@ -23,7 +23,7 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.data.stream import RowStream, StreamedBatches, open_stream
 from pipeline.errors import ConfigError, DataError
-from pipeline.preflight import check_inputs
+from pipeline.plan.preflight import check_inputs
 from pipeline.training.loader import open_loader
 
 SIZES = {"validation_rows": 5, "calibration_rows": 4, "test_rows": 6}

@@ -33,7 +33,7 @@ def launch(folder: Path, settings: list[str]) -> int:
     config = load_config(None, settings)
     write_text(RunPaths(folder).config, dump_config(config))
     return run_stage(
-        launcher_command("pipeline.train", folder, config.launch),
+        launcher_command("pipeline.stages.train", folder, config.launch),
         folder / "logs" / "train.log",
         folder,
         "train",
@@ -124,7 +124,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, tiny_settin
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_stop_and_resume_ends_in_the_same_bytes(tmp_path: Path, tiny_settings: list[str], stage: str) -> None:
     from pipeline.errors import Stopped
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     settings = [*tiny_settings, f"train.deepspeed={stage}"]
     config = load_config(None, settings)
@@ -147,7 +147,7 @@ def test_stop_and_resume_ends_in_the_same_bytes(tmp_path: Path, tiny_settings: l
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     config = load_config(None, tiny_settings)
     train_run(config, tmp_path / "run")

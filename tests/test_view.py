@@ -14,7 +14,7 @@ from tokenizers_made import byte_level_tokenizer
 
 from pipeline.cli import main
 from pipeline.config import load_config
-from pipeline.view import show_data
+from pipeline.stages.data import show_data
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SIZES = ["data.train_rows=20", "data.validation_rows=5", "data.calibration_rows=5", "data.test_rows=6"]

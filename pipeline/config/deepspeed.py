@@ -79,7 +79,7 @@ def shards_parameters(name: str) -> bool:
 
 
 def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigError | None:
-    """Why a base cannot be trained under a DeepSpeed file. Trainer and `pipeline.deepspeed_matrix` both ask here."""
+    """Why a base cannot be trained under a DeepSpeed file. Trainer and `pipeline.support.deepspeed` both ask here."""
     if zero_stage(ds_config) < 3:
         return None
     if model.quantization == "int8":

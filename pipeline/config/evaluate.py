@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.errors import ConfigError
 
 
 class EnsembleConfig(Section):
@@ -34,14 +35,20 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "members"], ...] = ("adapter", "members")
-    """`adapter`: the mean-field adapter; `members`: one PEFT folder per mask draw."""
-    members: NonNegative | None = None
+    forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
+    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
+    draws: NonNegative | None = None
     """Mask draws to export; None = the ensemble size chosen on validation."""
 
     @model_validator(mode="before")
     @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("forms"), list):
-            values = {**values, "forms": tuple(values["forms"])}
-        return values
+    def _check_names(cls, values: object) -> object:
+        """Lists become tuples; names of version 0.1.0 are told the new ones."""
+        if not isinstance(values, dict):
+            return values
+        forms = values.get("forms")
+        if "members" in values:
+            raise ConfigError("export.members", values["members"], "is now called export.draws", "Rename the key.")
+        if isinstance(forms, list | tuple) and "members" in forms:
+            raise ConfigError("export.forms", forms, "the form members is now called draws", "Rename the form.")
+        return {**values, "forms": tuple(forms)} if isinstance(forms, list) else values

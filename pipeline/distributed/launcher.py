@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,12 +29,11 @@ from pipeline.distributed import ranks
 from pipeline.distributed.devices import accelerator_memory, check_processes, visible_devices
 from pipeline.distributed.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.distributed.nodes import log_name, node_arguments
-from pipeline.distributed.ranks import WORLD_STAGES
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
 from pipeline.files import write_json
 from pipeline.run_folder.paths import RunPaths, read_status, update_status
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _NOISE = re.compile(
     r"^\[\d{4}-|^\[rank|Loading weights|Writing model shards|Warning|warnings?\.warn|kernels-community"
     r"|built successfully|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load"
@@ -45,8 +44,8 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 """A stage starts a world of its own: what an outer launcher, or this process, left in the environment is not its."""
 
 
-def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[str]:
-    """The `deepspeed` launcher's command line for a stage that uses all processes.
+def launcher_command(program: Sequence[str], run_dir: Path, launch: LaunchConfig) -> list[str]:
+    """The `deepspeed` launcher's command line for a program (module and its words) that uses all processes.
 
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
     honoured; on CPU the launcher has to be told. Several nodes: `launch.hostfile` has DeepSpeed reach them by ssh;
@@ -68,7 +67,7 @@ def launcher_command(module: str, run_dir: Path, launch: LaunchConfig) -> list[s
         command += ["--include", f"localhost:{','.join(visible[: launch.processes])}"]
     elif launch.nodes == 1 and (launch.processes or not has_accelerator()):
         command += ["--num_accelerators", str(process_count(launch))]
-    return [*command, "--module", module, "--run-dir", str(run_dir.resolve())]
+    return [*command, "--module", *program, "--run-dir", str(run_dir.resolve())]
 
 
 def launcher_environment(launch: LaunchConfig) -> dict[str, str]:
@@ -109,15 +108,15 @@ def free_port() -> int:
     raise SetupError("launch.master_port", 0, "found no free port", "Set one that is free.")
 
 
-def run_world_stage(stage: str, run_dir: Path, launch: LaunchConfig) -> int:
+def run_world_stage(stage: str, program: Sequence[str], run_dir: Path, launch: LaunchConfig) -> int:
     """Run a stage in the processes that `launch` describes; start it again after a crash as often as that allows.
 
     An error with a message for the user is no crash: the next attempt would end in it too.
     """
     for left in reversed(range(launch.restarts + 1)):
-        command = launcher_command(f"pipeline.{stage}", run_dir, launch)
+        command = launcher_command(program, run_dir, launch)
         log = run_dir / "logs" / log_name(stage, launch)
-        code = run_stage(command, log, run_dir, stage, launcher_environment(launch))
+        code = run_stage(command, log, run_dir, stage, launcher_environment(launch), in_world=True)
         first = next(iter(ranks.failures(run_dir)), None)
         if code != EXIT_FAILED or not left or (first is not None and first.kind == "error"):
             return code
@@ -126,15 +125,19 @@ def run_world_stage(stage: str, run_dir: Path, launch: LaunchConfig) -> int:
 
 
 def run_stage(
-    command: list[str], log: Path, run_dir: Path, stage: str, environment: Mapping[str, str] | None = None
+    command: list[str], log: Path, run_dir: Path, stage: str, environment: Mapping[str, str] | None = None,
+    in_world: bool = False,
 ) -> int:
     """Run a stage's process group; show its lines without the libraries' chatter; return our exit code.
 
     The whole output goes to `log`. The first signal asks the stage to stop; SIGINT once more ends its process group.
+
+    Args:
+        in_world: the stage works in several processes, which answer to a stop request.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
-    if stage in WORLD_STAGES:
+    if in_world:
         ranks.clear(run_dir)
         update_status(paths, stage, "starting")
     paths.stop_request.unlink(missing_ok=True)
@@ -144,7 +147,7 @@ def run_stage(
     caught = stop_signals(env.get(WARNING))
     with log.open("ab", buffering=0) as file:
         _append(file, f"$ {' '.join(command)}\n")
-        with _kept_from_children(caught if stage in WORLD_STAGES else []):
+        with _kept_from_children(caught if in_world else []):
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -155,7 +158,7 @@ def run_stage(
                 errors="replace",
             )
             asked: list[int] = []
-            restore = _catch_signals(caught, process, paths, stage, asked)
+            restore = _catch_signals(caught, process, paths, stage, in_world, asked)
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         try:
             assert process.stdout is not None
@@ -167,12 +170,13 @@ def run_stage(
         finally:
             restore()
             _end_group(process)
-    return _exit_code(code, bool(asked), run_dir, stage, tail, log)
+    return _exit_code(code, bool(asked), run_dir, stage, in_world, tail, log)
 
 
-def _exit_code(code: int, asked: bool, run_dir: Path, stage: str, tail: deque[str], log: Path) -> int:
+def _exit_code(
+    code: int, asked: bool, run_dir: Path, stage: str, in_world: bool, tail: deque[str], log: Path
+) -> int:
     """Ours, from what the processes left behind: DeepSpeed's launcher can hide the first failure, and any failure."""
-    in_world = stage in WORLD_STAGES
     if in_world and code != EXIT_OK:
         ranks.record_lost(run_dir)
     failed = ranks.failures(run_dir) if in_world else []
@@ -216,7 +220,8 @@ def _kept_from_children(signals: list[signal.Signals]) -> Iterator[None]:
 
 
 def _catch_signals(
-    signals: list[signal.Signals], process: subprocess.Popen[str], paths: RunPaths, stage: str, asked: list[int]
+    signals: list[signal.Signals], process: subprocess.Popen[str], paths: RunPaths, stage: str, in_world: bool,
+    asked: list[int],
 ) -> Callable[[], None]:
     """Install the handlers, which note signals in `asked`; returns the function that puts the old ones back."""
     if threading.current_thread() is not threading.main_thread():
@@ -228,7 +233,7 @@ def _catch_signals(
             _end_group(process)
         elif len(asked) > 1:
             return
-        elif stage in WORLD_STAGES:
+        elif in_world:
             with contextlib.suppress(OSError):  # a full disk
                 write_json(paths.stop_request, {"signal": signal.Signals(number).name})
             _tell("stopping at the next boundary; everything is saved. Ctrl-C once more ends at once.")

@@ -43,14 +43,16 @@ def stop_signals(warning: str | None) -> list[signal.Signals]:
 class Lifeline:
     """The watching thread of one process."""
 
-    def __init__(self, stage: str, run_dir: Path, rank: int, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, stage: str, run_dir: Path, rank: int, in_world: bool, environment: Mapping[str, str] = os.environ
+    ) -> None:
         self._stage, self._run_dir, self._rank = stage, run_dir, rank
         self._paths = RunPaths(run_dir)
         self._grace = float(environment.get(GRACE, _DEFAULT_GRACE))
         self._signals = stop_signals(environment.get(WARNING) or "SIGUSR1")
         self._parents = [os.getppid(), int(environment.get(PARENT, 0))]
         self._since = time.time() - _CLOCK_SKEW
-        self._in_world = stage in ranks.WORLD_STAGES
+        self._in_world = in_world
         self._watches_peers = self._works = self._signalled = self._closed = False
         self._wake, self._wake_end = os.pipe()
         self._before: dict[signal.Signals, Any] = {}
@@ -145,10 +147,10 @@ _current: Lifeline | None = None
 
 
 @contextmanager
-def lifeline(stage: str, run_dir: Path) -> Iterator[Lifeline]:
-    """Watch while a stage's process works."""
+def lifeline(stage: str, run_dir: Path, in_world: bool) -> Iterator[Lifeline]:
+    """Watch while a stage's process works, alone or among others."""
     global _current
-    _current = Lifeline(stage, run_dir, int(os.environ.get("RANK", "0")))
+    _current = Lifeline(stage, run_dir, int(os.environ.get("RANK", "0")), in_world)
     _current.open()
     try:
         yield _current

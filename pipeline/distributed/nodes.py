@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config.launch import LaunchConfig
 from pipeline.errors import ConfigError, SetupError
@@ -12,10 +13,6 @@ from pipeline.files import write_text
 
 NODE_RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
 """Where a node reads which of the launch.nodes it is; the first that is set counts."""
-SHARED_STAGES = ("train", "evaluate")
-"""Stages that use the processes of all nodes."""
-SINGLE_STAGES = ("report", "export", "data")
-"""Stages of one process: run them on any one node."""
 
 
 def node_rank(launch: LaunchConfig, environment: Mapping[str, str] = os.environ) -> int:
@@ -42,13 +39,17 @@ def node_rank(launch: LaunchConfig, environment: Mapping[str, str] = os.environ)
     return int(value)
 
 
-def check_nodes(launch: LaunchConfig, stage: str) -> None:
-    """Refuse a stage that several nodes cannot share. Raises `ConfigError` or `SetupError`."""
-    if launch.nodes == 1 or stage in SINGLE_STAGES:
+def check_nodes(launch: LaunchConfig, stage: str, processes: Literal["all", "one", "none"]) -> None:
+    """Refuse a stage that starts others, which several nodes cannot share; one process works on any one node.
+
+    Raises:
+        ConfigError, SetupError: where several nodes share a stage, also one that does not know which of them it is.
+    """
+    if launch.nodes == 1 or processes == "one":
         return
-    if stage not in SHARED_STAGES:
+    if processes == "none":
         raise ConfigError(
-            "launch.nodes", launch.nodes, f"is for {' and '.join(SHARED_STAGES)}, not for {stage}",
+            "launch.nodes", launch.nodes, f"is for stages that all processes share, not for {stage}",
             f"Run {stage} with launch.nodes=1 (search spreads over a Ray cluster: set RAY_ADDRESS).",
         )
     node_rank(launch)

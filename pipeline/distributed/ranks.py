@@ -22,9 +22,6 @@ from pipeline.distributed.nodes import NODE_RANK_VARIABLES
 from pipeline.errors import EXIT_FAILED, RunFolderError
 from pipeline.files import read_json, write_json
 
-WORLD_STAGES = ("train", "evaluate")
-"""Stages that the launcher starts in several processes, and that answer to a stop request."""
-
 Kind = Literal["killed", "error", "crash"]
 
 

@@ -7,9 +7,9 @@ from statistics import median
 from typing import Any
 
 from pipeline.report.inputs import ReportInputs
-from pipeline.report.reading import interval_text, number_text, pick, write_reading
 from pipeline.report.result import score_entries
 from pipeline.report.scoring import ScoredSystem, score_system
+from pipeline.report.sentences import interval_text, number_text, pick, write_reading
 from pipeline.report.systems import METHOD_NAMES, System, base_system
 from pipeline.report.tables import HEADINGS, Cell, align
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig
 from pipeline.data.splits import load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, read_json_lines
 from pipeline.run_folder.comparison import Training, read_comparison
 from pipeline.run_folder.labelled import EVALUATE_AGAIN, SPLITS, ScoredSplit, join_labels
-from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import (
     ChoicePredictions,
     Member,
@@ -58,7 +58,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     paths = RunPaths(run_dir)
     if not paths.config.is_file():
         raise RunFolderError(str(paths.config), None, "does not exist", "Give --run-dir a folder made by a run.")
-    config = load_config(paths.config)
+    config = load_saved(paths.config)
     members = read_members(paths.predictions)
     predictions = {split: _read_split(paths, split, len(members)) for split in SPLITS}
     labelled = load_splits(config.data)
@@ -110,11 +110,11 @@ def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> str:
 
 
 def _read_links(paths: RunPaths) -> dict[str, Any]:
-    """members.json of the run: what it is compared with."""
-    links = read_json(paths.members) if paths.members.is_file() else {}
+    """related.json of the run: what it is compared with."""
+    links = read_json(paths.related) if paths.related.is_file() else {}
     if not isinstance(links, dict) or any(not isinstance(v, dict | None) for v in links.values()):
         what = "is not a mapping of names to entries"
-        raise RunFolderError(str(paths.members), None, what, "Remove it, or evaluate again.")
+        raise RunFolderError(str(paths.related), None, what, "Remove it, or evaluate again.")
     return links
 
 

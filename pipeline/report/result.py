@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.inputs import ReportInputs
-from pipeline.report.reading import REFERENCES, write_reading
 from pipeline.report.scoring import (
     BEFORE,
     BOOTSTRAP_SEED,
@@ -20,6 +19,7 @@ from pipeline.report.scoring import (
     score_system,
     size_curve,
 )
+from pipeline.report.sentences import REFERENCES, write_reading
 from pipeline.report.systems import (
     build_systems,
     curve_sizes,

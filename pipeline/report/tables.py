@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.reading import interval_text, number_text
+from pipeline.report.sentences import interval_text, number_text
 
 Cell = tuple[str, str]
 """Main text, and a smaller one below it (an interval)."""

@@ -5,7 +5,7 @@ runs/NAME/
   checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
   checkpoints/latest.json     and best.json: which one, its step, metric and hash
   adapter/                    the result, PEFT format
-  members.json                other adapters that evaluation compares with, by name, path and hash
+  related.json                other adapters that evaluation compares with, by name, path and hash
   predictions/SPLIT.npz       per-member log-probabilities, no test labels
   result.json  report.html
   diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, build_config
+from pipeline.config.load import read_yaml
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, write_json
 
@@ -62,9 +63,9 @@ class RunPaths:
         return self.root / "adapter"
 
     @property
-    def members(self) -> Path:
+    def related(self) -> Path:
         """Adapters of other runs that evaluation compares with."""
-        return self.root / "members.json"
+        return self.root / "related.json"
 
     @property
     def comparison(self) -> Path:
@@ -139,9 +140,29 @@ class Folders:
         return self.run.with_name(f"{self.run.name}-compare")
 
 
+def load_saved(saved: Path) -> RunConfig:
+    """The configuration that a run folder holds. Raises as `read_saved`, and `ConfigError` where it is wrong."""
+    return build_config(read_saved(saved))
+
+
+def read_saved(saved: Path) -> dict[str, Any]:
+    """The plain tree of a run folder's config.yaml.
+
+    Raises:
+        RunFolderError: version 0.1.0 wrote it; its files have other names and keys.
+    """
+    tree = read_yaml(saved)
+    if "members" in (tree.get("export") or {}):
+        raise RunFolderError(
+            "--run-dir", str(saved.parent), "was made by loradrop 0.1.0, whose folders are laid out otherwise",
+            "Finish it with that version, or give another --run-dir and run again.",
+        )
+    return tree
+
+
 def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], RunConfig] = lambda whole: whole) -> None:
     """Raises `RunFolderError` where a configuration that asks for another result (in the part that counts) is saved."""
-    if saved.exists() and part(load_config(saved)).result_sha256() != part(config).result_sha256():
+    if saved.exists() and part(load_saved(saved)).result_sha256() != part(config).result_sha256():
         raise RunFolderError(
             "--run-dir",
             str(saved.parent),

@@ -16,18 +16,17 @@ from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import StoredAdapter, read_adapter
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.data.splits import load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
-from pipeline.distributed.worker import stage_main
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped
 from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.comparison import read_comparison
-from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import (
     Group,
     Predictions,
@@ -50,7 +49,7 @@ def evaluate_run(run_dir: Path) -> None:
         Stopped: a stop was requested.
     """
     paths = RunPaths(run_dir)
-    config = load_config(paths.config)
+    config = load_saved(paths.config)
     entries = listed_adapters(paths, config)
     stored = [read_adapter(entry.folder) for entry in entries]
     members, described = member_list(config, entries, stored)
@@ -113,7 +112,7 @@ class Entry:
 
 
 def listed_adapters(paths: RunPaths, config: RunConfig) -> list[Entry]:
-    """Of a comparison all that were trained; else the run's own and those members.json refers to, best first."""
+    """Of a comparison all that were trained; else the run's own and those related.json refers to, best first."""
     compared = read_comparison(paths)
     if compared is not None:
         return [
@@ -124,7 +123,7 @@ def listed_adapters(paths: RunPaths, config: RunConfig) -> list[Entry]:
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     entries = [Entry("mean_field", "mean-field", paths.adapter, config.ensemble.size)]
-    related: dict[str, Any] = read_json(paths.members) if paths.members.exists() else {}
+    related: dict[str, Any] = read_json(paths.related) if paths.related.exists() else {}
     if related.get("plain"):
         name = f"plain {KIND_NAMES[config.adapter.kind]}"
         entries.append(Entry("plain", name, _resolve(paths, related["plain"]["run"]) / "adapter"))
@@ -188,12 +187,3 @@ def _counter(
 def _resolve(paths: RunPaths, name: str) -> Path:
     path = Path(name)
     return path if path.is_absolute() else (paths.root / path).resolve()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m pipeline.evaluate --run-dir DIR`."""
-    return stage_main("evaluate", evaluate_run, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """How much memory a training process will need, before anything is loaded: what `--dry-run` prints.
 
-Weights, states and buffers are counted from shapes; what a pass holds is traced (`pipeline.memory_trace`). The peak is
-the largest of four moments: loading, the forward pass with its loss, the backward pass, the optimizer's step.
+Weights, states and buffers are counted from shapes; what a pass holds is traced (`pipeline.plan.memory_trace`). The
+peak is the largest of four moments: loading, the forward pass with its loss, the backward pass, the optimizer's step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pipeline.config.deepspeed import find_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.files import read_json
-from pipeline.memory_trace import Batch, Peaks, empty_model, trace_pass
 from pipeline.model.embedded import is_embedded
 from pipeline.model.load import compute_dtype
+from pipeline.plan.memory_trace import Batch, Peaks, empty_model, trace_pass
 
 __all__ = ["Batch", "MemoryPlan", "NoPlan", "plan_memory"]
 

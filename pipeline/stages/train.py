@@ -1,8 +1,7 @@
-"""The training stage. `python -m pipeline.train --run-dir DIR` is what the DeepSpeed launcher starts."""
+"""The training stage: one adapter, in one of the processes that the DeepSpeed launcher starts."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 
 from pipeline.adapters.build import attach_adapter
-from pipeline.config import RunConfig, TrainConfig, dump_config, load_config
+from pipeline.config import RunConfig, TrainConfig, dump_config
 from pipeline.data.cache import lengths_of
 from pipeline.data.splits import load_splits
 from pipeline.distributed import zero
-from pipeline.distributed.worker import stage_main
 from pipeline.distributed.world import (
     leave_world,
     require_equal,
@@ -30,7 +28,7 @@ from pipeline.files import write_json, write_text
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
-from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
 from pipeline.training.engine import build_engine, micro_steps_of
@@ -202,17 +200,8 @@ def describe(run: Run, loader: BatchLoader, micro_steps: int) -> None:
 def train_stage(run_dir: Path) -> None:
     """Train what config.yaml of the run folder says."""
     try:
-        train_run(load_config(RunPaths(run_dir).config), run_dir)
+        train_run(load_saved(RunPaths(run_dir).config), run_dir)
     except Stopped:
         leave_world()
         raise
     leave_world()  # not after a failure: the others would report the broken connection first
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of every launched process."""
-    return stage_main("train", train_stage, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.adapters.build import attach_adapter
-from pipeline.config import AdapterConfig, RunConfig, load_config
-from pipeline.distributed.worker import stage_main
+from pipeline.config import AdapterConfig, RunConfig
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_skeleton
 from pipeline.run_folder.comparison import REFUSALS, plan_trainings
-from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 
 
 def check_methods(run_dir: Path) -> None:
     """Write refused.json: method -> why the model cannot honour it; empty where all can be trained."""
     paths = RunPaths(run_dir)
-    write_json(run_dir / REFUSALS, refused_methods(load_config(paths.config)))
+    write_json(run_dir / REFUSALS, refused_methods(load_saved(paths.config)))
     update_status(paths, "method_check", "done")
 
 
@@ -41,7 +40,3 @@ def refused_methods(config: RunConfig) -> dict[str, str]:
         except UserError as error:
             refused[training.method] = str(error)
     return refused
-
-
-if __name__ == "__main__":
-    raise SystemExit(stage_main("method_check", check_methods))

@@ -27,7 +27,7 @@ from pipeline.run_folder.comparison import (
     write_comparison,
 )
 from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
-from pipeline.runner import headline, run_evaluate, run_process, run_report, run_training
+from pipeline.stages.processes import headline, start
 
 CHECK = "method_check"
 
@@ -46,7 +46,7 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
     write_text(paths.config, dump_config(config))
     trainings = [training for training, _ in planned]
     if not all(is_done(RunPaths(here.run / one.run), "train") for one in trainings):
-        if code := run_process(CHECK, here):
+        if code := start(CHECK, config, here):
             return code
         trainings = mark_refused(trainings, read_json(here.run / REFUSALS))
     trainings, code = train_all(trainings, [own for _, own in planned], here.run, config)
@@ -55,22 +55,11 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
     if not any(one.state == "done" for one in trainings):
         first = next(one for one in trainings if one.error)
         raise StageFailed(f"no training of the comparison succeeded; the first, {first.name}, said: {first.error}")
-    for stage in (run_evaluate, run_report):
-        if stage_code := stage(config, here):
+    for stage in ("evaluate", "report"):
+        if stage_code := start(stage, config, here):
             return stage_code
     print_comparison(here.run, time.monotonic() - started)
     return code
-
-
-def plan_steps(config: RunConfig, folders: Folders) -> dict[str, str]:
-    """What --dry-run prints."""
-    return {
-        **{
-            f"{number}": f"{one.method}, {values_text(one.values)}, seed {one.seed}: {own.train.max_steps} steps"
-            for number, (one, own) in enumerate(plan_trainings(config), 1)
-        },
-        "evaluate": f"all of them in one pass, {config.ensemble.size} mask draws per method -> {folders.comparison}",
-    }
 
 
 def train_all(
@@ -84,7 +73,7 @@ def train_all(
         waiting = sum(not is_done(RunPaths(folder / one.run), "train") for one in found[i:] if one.state == "waiting")
         headline(f"{i + 1}/{len(found)} {training.method}, {values_text(training.values)}{clock.left(waiting)}")
         started, was_done = time.monotonic(), is_done(RunPaths(folder / training.run), "train")
-        code = run_training(own, Folders(folder / training.run))
+        code = start("train", own, Folders(folder / training.run))
         if code == EXIT_STOPPED:
             return found, code
         found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
@@ -127,7 +116,7 @@ def mark_refused(trainings: Sequence[Training], refusals: dict[str, str]) -> lis
 
 def print_comparison(folder: Path, seconds: float) -> None:
     """The table, what is missing in it, and where the rest lies."""
-    from pipeline.report import format_comparison
+    from pipeline.report.comparison import format_comparison
 
     print(format_comparison(read_json(RunPaths(folder).result)))
     print(f"\nfinished in {seconds / 60:.1f} minutes\n  report   {os.path.relpath(folder / 'report.html')}")

@@ -1,4 +1,4 @@
-"""`python -m pipeline.deepspeed_matrix`: which DeepSpeed set-ups train which bases, found out and never looked up.
+"""`python -m pipeline.support.deepspeed`: which DeepSpeed set-ups train which bases, found out and never looked up.
 
 ds_configs/ file × base × compute dtype × activation checkpointing × processes. Each cell trains a tiny random model by
 the training stage's own function. It is `tested` where every trained tensor got a gradient, and losses, gradient norms
@@ -26,7 +26,7 @@ from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
 from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines, write_json
-from pipeline.preflight import check_inputs
+from pipeline.plan.preflight import check_inputs
 from pipeline.run_folder.paths import RunPaths
 
 BASES = ("nf4", "int8", "none")
@@ -112,7 +112,7 @@ def cell_config(cell: Cell, folder: Path) -> RunConfig:
 
 def run_cells(folder: Path) -> None:
     """What every launched process does: train the cells of cells.json one after the other, noting each outcome."""
-    from pipeline.train import train_run
+    from pipeline.stages.train import train_run
 
     cells = [Cell(**entry) for entry in read_json(folder / CELLS)]
     for cell in cells:
@@ -141,9 +141,9 @@ def run_matrix(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
         (folder / OUTCOMES).unlink(missing_ok=True)
         write_json(folder / CELLS, [asdict(cell) for cell in part])
         try:
-            command = [sys.executable, "-m", "pipeline.deepspeed_matrix", "--run-dir", str(folder)]
+            command = [sys.executable, "-m", "pipeline.support.deepspeed", "--run-dir", str(folder)]
             if processes > 1:  # a process alone needs no launcher, which costs two more starts
-                command = launcher_command("pipeline.deepspeed_matrix", folder, launch)
+                command = launcher_command(["pipeline.support.deepspeed"], folder, launch)
         except UserError as error:  # more processes than GPUs
             found |= {cell: Outcome(cell, "refused", str(error)) for cell in part}
             continue
@@ -258,7 +258,7 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a cell failed."""
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m pipeline.deepspeed_matrix", description=description)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.support.deepspeed", description=description)
     files = sorted(path.stem for path in DS_CONFIG_FOLDERS[0].glob("*.json"))
     parser.add_argument("--file", action="append", choices=files, help="only these files of ds_configs/")
     parser.add_argument("--run-dir", type=Path, help="given to the launched processes")

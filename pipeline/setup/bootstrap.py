@@ -1,61 +1,24 @@
 """Makes `.venv` where it is missing, then becomes the command. Runs as a script before anything is installed.
 
 Standard library only; launch.sh starts it with -I, apart from any PYTHONPATH. When everything is in place it costs
-one hash and one `exec`; everything else is in pipeline/installation.py.
+one hash and one `exec`; everything else is in pipeline/setup/install.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # -I leaves out the script's own folder
+
+from pipeline.errors import EXIT_USER, LoradropError  # noqa: E402
+from pipeline.setup.venv import Environment  # noqa: E402
 
 MINIMUM_PYTHON = (3, 11)
-EXIT_USER = 2
 EXIT_INTERRUPTED = 130
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Environment:
-    """The `.venv` of a checkout. It counts as complete only through a marker, which is written last."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = root / ".venv"
-        self.python = self.folder / "bin" / "python"
-        self.marker = self.folder / "complete.json"
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What a complete environment was made from.
-
-        `packages`: hash of what is asked for; when it changes, the environment is brought up to date.
-        `place`: repository and interpreter, whose paths are written into it; when they change, it is made anew.
-        """
-        digest = hashlib.sha256()
-        for name in ("pyproject.toml", "constraints.txt"):
-            digest.update((self.root / name).read_bytes() + b"\0")
-        return {"packages": digest.hexdigest(), "place": [str(self.root), os.path.realpath(self.python)]}
-
-    def recorded(self) -> dict[str, Any]:
-        """The fingerprint of the last completed installation; empty where there is none."""
-        try:
-            return dict(json.loads(self.marker.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    def is_ready(self) -> bool:
-        """True where the environment is complete and made from today's files."""
-        return self.recorded() == self.fingerprint() and self.python.exists()
-
-    def mark_complete(self) -> None:
-        """Write the marker aside and rename it."""
-        aside = self.marker.with_suffix(".new")
-        aside.write_text(json.dumps(self.fingerprint()) + "\n", encoding="utf-8")
-        os.replace(aside, self.marker)
 
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
@@ -70,9 +33,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if {"-h", "--help", "--version"} & set(arguments):
         run_command(sys.executable, arguments, root)
     if not environment.is_ready():
-        sys.path.insert(0, str(root))
-        from pipeline.errors import LoradropError
-        from pipeline.installation import prepare
+        from pipeline.setup.install import prepare
 
         try:
             prepare(environment)

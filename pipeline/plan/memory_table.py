@@ -10,9 +10,9 @@ from pipeline.data.check import at_hand
 from pipeline.data.encode import encode_training_rows
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.memory import MIB, MemoryPlan, NoPlan, first_line, plan_memory
-from pipeline.memory_trace import Batch
 from pipeline.model.load import load_tokenizer
+from pipeline.plan.memory import MIB, MemoryPlan, NoPlan, first_line, plan_memory
+from pipeline.plan.memory_trace import Batch
 
 SEEN_ROWS = 2000
 """Training rows that are tokenized to learn how long they are."""

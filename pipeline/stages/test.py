@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, SetupError
+from pipeline.plan.request import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = {
     "ruff": ["ruff", "check", "."],
     "mypy": ["mypy", "pipeline", "tune"],
@@ -19,7 +20,7 @@ STEPS = {
 }
 
 
-def run_tests(fast_only: bool) -> int:
+def run_tests(request: Request) -> int:
     """Run every step, also after a failure; returns the exit code.
 
     Raises:
@@ -29,7 +30,7 @@ def run_tests(fast_only: bool) -> int:
         raise SetupError("test", str(ROOT), "holds no tests", "Run it in a checkout of the repository.")
     outcome: dict[str, tuple[bool, float]] = {}
     for name, command in STEPS.items():
-        if fast_only and name == "slow tests":
+        if request.fast and name == "slow tests":
             continue
         print(f"\n── {name} " + "─" * (66 - len(name)), flush=True)
         started = time.monotonic()

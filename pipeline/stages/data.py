@@ -18,9 +18,13 @@ from pipeline.data.encode_classifier import encode_answered, output_count, refus
 from pipeline.data.rows import Row
 from pipeline.data.sampler import length_sorted_chunks
 from pipeline.data.splits import Splits, load_splits
-from pipeline.errors import DataError
+from pipeline.errors import EXIT_OK, DataError
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
+from pipeline.plan.preflight import check_inputs
+from pipeline.plan.request import Request
+from pipeline.plan.resolve import resolve_new, resolve_saved
+from pipeline.run_folder.paths import RunPaths
 from pipeline.training.loader import open_loader
 
 SPLITS = ("train", "validation", "calibration", "test")
@@ -46,6 +50,19 @@ class Look:
     def truncated(self) -> bool:
         """Whether the beginning of its prompt is cut off."""
         return self.encoded is not None and self.needed > len(self.encoded.input_ids)
+
+
+def show(request: Request) -> int:
+    """Print rows of the configured data, or of a run's where its folder is given.
+
+    Raises:
+        UserError: something to mend in the configuration or the data.
+    """
+    saved = request.run_dir is not None and request.source is None and RunPaths(request.run).config.exists()
+    config = resolve_saved(request, "data") if saved else resolve_new(request, "data")
+    check_inputs(config)
+    show_data(config, max(0, request.rows))
+    return EXIT_OK
 
 
 def show_data(config: RunConfig, rows: int, console: Console | None = None) -> None:

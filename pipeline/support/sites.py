@@ -1,4 +1,4 @@
-"""`python -m pipeline.adapters.support`: the table of what every model family honours.
+"""`python -m pipeline.support.sites`: the table of what every model family honours.
 
 family × position × pattern × compensation × backend (weights, attention). Each cell is found out on a tiny random model
 of the family, never looked up: the site is attached, trained for one step, and held against what a site must keep
@@ -231,7 +231,7 @@ def format_table(cells: Sequence[Cell]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a cell failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.adapters.support", description=(__doc__ or "").split("\n")[0]
+        prog="python -m pipeline.support.sites", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only these model types")
     chosen = parser.parse_args(argv).family or list(FAMILIES)

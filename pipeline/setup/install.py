@@ -19,12 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from pipeline.errors import ErrorList, SetupError, StageFailed, UserError
-
-if TYPE_CHECKING:
-    from pipeline.bootstrap import Environment
+from pipeline.setup.venv import Environment
 
 GIGABYTE = 10**9
 NEEDED_BYTES = 4 * GIGABYTE

@@ -1,0 +1,92 @@
+"""PEFT folders of an adapter and of its mask draws: what is asked for, and writing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.members import Member
+from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
+from pipeline.config import RunConfig
+from pipeline.config.method import WEIGHT_POSITIONS
+from pipeline.errors import RunFolderError
+from pipeline.files import read_json
+from pipeline.run_folder.paths import RunPaths
+from pipeline.terminal import say
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One PEFT folder of the export."""
+
+    folder: str
+    member: Member
+
+
+def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -> list[Exported]:
+    """What export.forms and the chosen ensemble size ask for."""
+    exported = [Exported("adapter", Member(0))] if "adapter" in config.export.forms else []
+    if "draws" not in config.export.forms:
+        return exported
+    active = [site for site in stored.spec.sites if site.rate > 0]
+    odd = [site.position for site in active if site.position not in WEIGHT_POSITIONS]
+    if odd and config.export.draws:
+        raise RunFolderError(
+            "export.draws",
+            config.export.draws,
+            f"a draw with masks on {', '.join(odd)} is no plain LoRA",
+            "Leave it out: the adapter alone is exported.",
+        )
+    if odd:
+        say(f"no draws are exported: under masks on {', '.join(odd)} a draw is no plain LoRA")
+        return exported
+    if not active:
+        return exported
+    size = config.export.draws
+    if size is None:
+        size = chosen_size(read_json(paths.result)) if paths.result.exists() else config.ensemble.size
+    return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
+
+
+def write_exports(
+    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, config: RunConfig, base: str
+) -> None:
+    """One PEFT folder per export; a draw's masks are folded into its matrices."""
+    draws = [e.member for e in exported]
+    masks = adapters.plan(draws, 1, config.ensemble.seed, "test").masks
+    plain = replace(stored.spec, sites=())
+    for m, export in enumerate(exported):
+        target = folder / export.folder
+        target.mkdir(parents=True)
+        is_draw = export.member.draw is not None
+        matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
+        spec = plain if is_draw else stored.spec
+        write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
+
+
+def _ensemble_entry(config: RunConfig, exported: list[Exported], result: dict[str, Any]) -> dict[str, Any] | None:
+    draws = [e.folder for e in exported if e.member.draw is not None]
+    if not draws:
+        return None
+    return {
+        "members": draws,
+        "weights": [1.0 / len(draws)] * len(draws),
+        "average": config.ensemble.average,
+        "temperature": _temperature(result, len(draws)),
+    }
+
+
+def chosen_size(result: dict[str, Any]) -> int:
+    """Mask draws that validation chose; at least 2, since one draw alone is worse than the mean-field adapter."""
+    entry = result.get("ensemble")
+    return max(2, int(entry["chosen_size"])) if entry else 0
+
+
+def _temperature(result: dict[str, Any], size: int) -> float | None:
+    """The temperature that the report fitted for an ensemble of this size, where it did."""
+    for system in result.get("systems", []):
+        if system["key"] == f"masks_{size}" and system["temperature"]:
+            return float(system["temperature"]["mean"])
+    return None

@@ -1,0 +1,1 @@
+"""Before anything starts: the configuration in force, what can be checked, how much memory it takes."""

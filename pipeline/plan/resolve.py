@@ -1,0 +1,109 @@
+"""The configuration in force: recipe, quick recipe, overrides; batches and steps that fit the machine and the data."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import RunConfig, TrainConfig, build_config, dump_config
+from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
+from pipeline.data.splits import load_splits
+from pipeline.distributed.launcher import world_processes
+from pipeline.errors import ConfigError, RunFolderError
+from pipeline.plan.request import Request
+from pipeline.run_folder.paths import RunPaths, read_saved
+
+
+def fit_micro_batch(config: RunConfig) -> RunConfig:
+    """`config` with the largest micro-batch, up to train.micro_batch, that divides a process's share of a step.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out evenly.
+    """
+    train, processes = config.train, world_processes(config.launch)
+    if processes is None:
+        return config
+    if train.global_batch % processes:
+        fitting = -(-train.global_batch // processes) * processes
+        raise ConfigError(
+            "train.global_batch", train.global_batch, f"must be a multiple of the {processes} processes",
+            f"Set train.global_batch={fitting}, or launch.processes.",
+        )
+    fitting = math.gcd(train.global_batch // processes, train.micro_batch)
+    if fitting == train.micro_batch:
+        return config
+    print(f"train.micro_batch {train.micro_batch} -> {fitting}: what a process has of a step", file=sys.stderr)
+    return config.model_copy(update={"train": train.model_copy(update={"micro_batch": fitting})})
+
+
+def resolve_new(
+    request: Request, stage: str, recipe: str = "default", unread: Mapping[str, str] | None = None
+) -> RunConfig:
+    """The configuration of something that is started: recipe, quick recipe, overrides.
+
+    Args:
+        stage: who reads it, for errors.
+        recipe: where the request names none.
+        unread: beginning of an override that the stage does not read -> the way out.
+
+    Raises:
+        ConfigError: anything wrong with keys or values.
+    """
+    base = read_yaml(find_recipe(request.source or recipe))
+    if request.source is None and any(word.startswith("data.path=") for word in request.overrides):
+        base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
+    for word in request.overrides:
+        for beginning, remedy in (unread or {}).items():
+            if word.startswith(beginning):
+                raise ConfigError(word, None, f"is not read by {stage}: each method has its own", remedy)
+    return _on_top(base, request)
+
+
+def resolve_saved(request: Request, stage: str) -> RunConfig:
+    """The configuration in the run folder, of which a later stage may change `launch` alone.
+
+    Raises:
+        ConfigError: an override of something else.
+        RunFolderError: the folder holds no run, or one of another layout.
+    """
+    saved = RunPaths(request.run).config
+    if not saved.exists():
+        raise RunFolderError("--run-dir", str(request.run), "holds no run", "Train first, or give its folder.")
+    for word in request.overrides:
+        if not word.startswith("launch."):
+            remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."
+            raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
+    return _on_top(read_saved(saved), request)
+
+
+def _on_top(base: dict[str, Any], request: Request) -> RunConfig:
+    if request.quick:
+        base = merge_trees(base, read_yaml(find_recipe("quick")))
+    return build_config(overridden_tree(base, request.overrides))
+
+
+def resolve_epochs(config: RunConfig) -> RunConfig:
+    """`config` with max_steps = ceil(epochs × training rows / global_batch) and without epochs; as it is without them.
+
+    Raises:
+        DataError: the rows cannot be read.
+    """
+    if config.train.epochs is None:
+        return config
+    steps = math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch)
+    return with_values(config, {"train.epochs": None, "train.max_steps": max(1, steps)})
+
+
+def plan_text(config: RunConfig, steps: str) -> str:
+    """What --dry-run prints: the configuration in force, and what would be done with it."""
+    return f"{dump_config(config).rstrip()}\n\nplan (nothing has been started):\n{steps}"
+
+
+def length_text(train: TrainConfig) -> str:
+    """For people: how long training is."""
+    if train.epochs is None:
+        return f"{train.max_steps} steps"
+    return f"{train.epochs:g} epochs (counted in steps when the rows are read)"

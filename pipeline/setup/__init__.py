@@ -1,0 +1,1 @@
+"""How .venv is made. Standard library only."""

@@ -1,0 +1,71 @@
+"""The export stage: PEFT folders that stock tools load, each proven in a clean process before it is published.
+
+A LoRA-Dropout adapter is a plain LoRA at inference, and so is each of its weight-mask draws. AdaLoRA is exported as
+the LoRA that it is then: one rank, padded with zeros to one that serving engines have kernels for, Λ folded into B.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.adapters.build import attach_stored
+from pipeline.adapters.peft_adalora import shown_rank
+from pipeline.adapters.peft_format import as_plain_lora, read_adapter
+from pipeline.data.splits import load_splits
+from pipeline.distributed.world import leave_world, start_world
+from pipeline.errors import RunFolderError
+from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
+from pipeline.export.peft import _ensemble_entry, planned_exports, write_exports
+from pipeline.files import MANIFEST, publish_folder, read_json, write_json
+from pipeline.prediction.task import open_task
+from pipeline.run_folder.paths import RunPaths, load_saved, update_status
+from pipeline.terminal import say
+
+
+def export_run(run_dir: Path) -> None:
+    """Write export/: adapter/, draws/draw_NNN/, manifest.json with measured parity.
+
+    Raises:
+        RunFolderError: no adapter, or a method whose members are no plain LoRA.
+        ParityError: parity is outside the tolerance, or an export equals the base.
+    """
+    paths = RunPaths(run_dir)
+    config = load_saved(paths.config)
+    if not paths.adapter.is_dir():
+        raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
+    stored = read_adapter(paths.adapter)
+    update_status(paths, "export", "running")
+    splits = load_splits(config.data)
+    world = start_world()
+    task = open_task(config, splits, world.device)
+    identity = task.base.identity
+    adapters = attach_stored(task.base, [stored], config.train.seed)
+    exported = planned_exports(config, paths, stored)
+    if not exported:
+        raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
+    result = read_json(paths.result) if paths.result.exists() else {}
+
+    def fill(folder: Path) -> None:
+        plain = as_plain_lora(stored)
+        if stored.spec.kind != plain.spec.kind:
+            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
+        write_exports(folder, exported, adapters, plain, config, identity.resolved)
+        say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
+        parity = measure_parity(folder, exported, task, adapters, config, splits.calibration[:PROBE_PROMPTS])
+        manifest = {
+            "base": identity.as_dict(),
+            "adapter_sha256": stored.sha256,
+            "adapter": {"kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank},
+            "exports": [
+                {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
+            ],
+            "ensemble": _ensemble_entry(config, exported, result),
+            "tolerance": TOLERANCE,
+            "note": "scores and temperature hold for the base named here, quantized as stated",
+        }
+        write_json(folder / MANIFEST, manifest)
+
+    publish_folder(paths.export, fill)
+    update_status(paths, "export", "done")
+    leave_world()
+    say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")

@@ -1,0 +1,41 @@
+"""Start a stage of a run folder in processes of its own, unless it is done."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.config import RunConfig, dump_config
+from pipeline.distributed.launcher import run_stage, run_world_stage
+from pipeline.errors import EXIT_OK
+from pipeline.files import write_text
+from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
+from pipeline.stages.table import STAGES
+
+
+def start(name: str, config: RunConfig, folders: Folders) -> int:
+    """Start a stage and wait for it; its exit code.
+
+    One with a new configuration makes the run folder and continues from its newest checkpoint.
+
+    Raises:
+        RunFolderError: the folder belongs to another configuration.
+    """
+    stage, paths = STAGES[name], RunPaths(folders.run)
+    if stage.settings == "new":
+        refuse_other(paths.config, config)
+        if is_done(paths, name) and paths.adapter.is_dir():
+            print(f"{folders.run.name}: already trained", file=sys.stderr)
+            return EXIT_OK
+        write_text(paths.config, dump_config(config))
+    else:
+        headline(name)
+    program = ["pipeline.stages", name]
+    if stage.processes == "all":
+        return run_world_stage(name, program, folders.run, config.launch)
+    command = [sys.executable, "-m", *program, "--run-dir", str(folders.run)]
+    return run_stage(command, folders.run / "logs" / f"{name}.log", folders.run, name)
+
+
+def headline(text: str) -> None:
+    """What starts now, for people."""
+    print(f"\n── {text} " + "─" * max(2, 66 - len(text)), file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""The report stage: joins cached predictions with labels, scores them, writes result.json and report.html.
+
+It alone reads test labels. It runs no model and needs no training or evaluation code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_json, write_text
+from pipeline.report.comparison import build_comparison
+from pipeline.report.inputs import read_inputs
+from pipeline.report.page import render_page
+from pipeline.report.result import build_result
+from pipeline.run_folder.paths import update_status
+
+
+def write_report(run_dir: Path) -> dict[str, Any]:
+    """Score the cached predictions of a run; write result.json and report.html; return the content of the former.
+
+    Raises:
+        RunFolderError: config.yaml or a prediction file is missing or damaged, or the predictions are of other
+            rows than the configured data has.
+    """
+    inputs = read_inputs(run_dir)
+    if inputs.trainings is None:
+        result, scored = build_result(inputs)
+    else:
+        result, scored = build_comparison(inputs, inputs.trainings)
+    page = render_page(inputs, result, scored)
+    write_json(inputs.paths.result, result)
+    write_text(inputs.paths.report, page)
+    update_status(inputs.paths, "report", "done")
+    return result

@@ -1,0 +1,22 @@
+"""The search: Ray Tune in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.config import RunConfig, dump_config
+from pipeline.distributed.launcher import run_stage
+from pipeline.files import write_text
+from pipeline.run_folder.paths import Folders, refuse_other
+from pipeline.stages.processes import headline
+
+
+def run_search(config: RunConfig, folders: Folders) -> int:
+    """Ray Tune in a process of its own."""
+    headline("search")
+    folders.search.mkdir(parents=True, exist_ok=True)
+    settings = folders.search / "config.yaml"
+    refuse_other(settings, config)
+    write_text(settings, dump_config(config))
+    command = [sys.executable, "-m", "tune", "--config", str(settings), "--folder", str(folders.search)]
+    return run_stage(command, folders.search / "logs" / "search.log", folders.search, "search")

@@ -1,0 +1,83 @@
+"""The stages, once: what the command offers, what each needs, and where its work is written.
+
+A new stage is a file in this folder and a row here. Nothing else lists them: --help, the checks, the launcher, the
+processes that are started (`python -m pipeline.stages`) and `--dry-run` all read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. Functions are named `module:function` and imported when they are needed: --help loads none of them."""
+
+    name: str
+    help: str
+    """One line; empty: other stages start it, the command does not offer it."""
+    processes: Literal["all", "one", "none"]
+    """What works: `all` processes that `launch` describes; `one` process; `none` but the command itself."""
+    settings: Literal["new", "saved", "own"]
+    """The configuration: a `new` one from recipe and overrides; the one `saved` in the run folder; or the stage's `own`
+    business, which then takes the request as it is."""
+    function: str
+    """The work. `all`, `one`: (run folder). `none`: (config, folders) -> exit code; with `own` settings
+    (request) -> exit code."""
+    trains: bool = False
+    """Whether all processes train: the micro-batch must then fit each one's share of a step."""
+    plan: str = "pipeline.plan.steps:folder"
+    """(config, folders) -> what --dry-run says will be done."""
+    recipe: str = "default"
+    """The recipe where none is given."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of an override that the stage does not read -> the way out."""
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself."""
+        return _imported(self.function)
+
+    def planned(self) -> Callable[..., str]:
+        """The function of `plan` itself."""
+        return _imported(self.plan)
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
+
+
+_METHODS = "Give compare.methods=[{name: …, adapter: {method: …, rates: {…}}}]."
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("run", "all of the following, in order (the default)", "none", "new", "pipeline.stages.run:run_line",
+              trains=True, plan="pipeline.plan.steps:line"),
+        Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
+              "pipeline.stages.search:run_search", plan="pipeline.plan.steps:search"),
+        Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
+              trains=True, plan="pipeline.plan.steps:training"),
+        Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
+              "pipeline.stages.evaluate:evaluate_run", plan="pipeline.plan.steps:evaluation"),
+        Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
+              "pipeline.stages.report:write_report", plan="pipeline.plan.steps:report"),
+        Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
+              "pipeline.stages.export:export_run", plan="pipeline.plan.steps:export"),
+        Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
+              "own", "pipeline.stages.data:show"),
+        Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
+              "none", "new", "pipeline.stages.compare:run_comparison", trains=True,
+              plan="pipeline.plan.steps:comparison", recipe="compare",
+              unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
+        Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
+              "pipeline.stages.test:run_tests"),
+        Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods"),
+    )
+}
+"""name -> stage, in the order of --help."""
+OFFERED = tuple(stage for stage in STAGES.values() if stage.help)

@@ -1,0 +1,1 @@
+"""What works, found by trying: tables of model families and sites, of DeepSpeed files and bases."""
