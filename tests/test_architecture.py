@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 LINE = (
     {"errors"}, {"files", "randomness", "terminal"}, {"fetch"}, {"config"}, {"data", "model", "adapters"}, {"loss"},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
@@ -16,8 +17,6 @@ from pipeline.errors import ConfigError
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import fit_micro_batch, resolve_new, resolve_saved
 from pipeline.stages.table import STAGES
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def rows(path: Path, lines: list[object]) -> str:

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from pipeline.errors import EXIT_USER, SetupError
 from pipeline.fetch import alone, cache_folder, fetch_distribution
 
-ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "toy_assets-1.0-py3-none-any.whl"
 
 
@@ -86,7 +86,7 @@ def test_without_a_connection_the_way_out_works(index: Path) -> None:
 
 def test_processes_that_want_the_same_file_fetch_it_once(index: Path) -> None:
     code = f"from tests.test_fetch import fetch; print(fetch({sha256(index / WHEEL)!r}))"
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
     def one(_: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)

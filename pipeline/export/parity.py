@@ -90,7 +90,7 @@ def _stock_logits(
             "out": str(out),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
-        script = Path(__file__).with_name("stock_parity.py")
+        script = Path(__file__).with_name("stock_peft.py")
         command = [sys.executable, "-I", str(script), str(Path(scratch) / "job.json")]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the other process needs the room

@@ -1,6 +1,6 @@
 """Runs alone, in a process of its own, with stock transformers and PEFT only: imports nothing of this package.
 
-    python -I stock_parity.py JOB.json
+    python -I stock_peft.py JOB.json
 
 JOB: {"base": path, "quantization": "nf4"|"int8"|"none", "double_quantization": bool, "compute_dtype": str,
 "device": str, "classes": int|None, "unquantized": [patterns], "adapters": [folders], "input_ids": [[...], ...],

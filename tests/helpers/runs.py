@@ -1,0 +1,45 @@
+"""Trainings in processes of their own, and what their folders say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import dump_config, load_config
+from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
+from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file, write_text
+from pipeline.run_folder.paths import RunPaths
+
+
+def launch(folder: Path, settings: list[str]) -> int:
+    """Train in processes of their own, through the DeepSpeed launcher."""
+    config = load_config(None, settings)
+    write_text(RunPaths(folder).config, dump_config(config))
+    return run_stage(
+        launcher_command(["pipeline.stages", "train"], folder, config.launch),
+        folder / "logs" / "train.log",
+        folder,
+        "train",
+        launcher_environment(config.launch),
+        in_world=True,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
+
+
+def gradient_norms(folder: Path) -> list[float]:
+    return [row["gradient_norm"] for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == "train"]
+
+
+def first_moments(folder: Path) -> torch.Tensor:
+    """Adam's exp_avg of all parameters: linear in the gradients, so a wrong scale shows, as it does not in losses."""
+    state = load_file(folder / "checkpoints" / "step_000006" / "state.safetensors")
+    return torch.cat([value.flatten() for name, value in sorted(state.items()) if name.startswith("exp_avg/")])
+
+
+def adapter_hash(folder: Path) -> str:
+    return sha256_file(folder / "adapter" / ADAPTER_WEIGHTS)

@@ -1,0 +1,72 @@
+"""A whole comparison on a tiny model: every stage is the real one, but all in one process (`compare_stub`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file
+
+METHODS = "[none, hiddenkey, {name: both, adapter: {method: lora_dropout+hiddencut, rates: {lora_B: 0.0}}}]"
+NAMES = [f"{method}-lr{rate}" for method in ("none", "hiddenkey", "both") for rate in ("0.01", "0.003")]
+
+
+def compare(stop_at: int, arguments: list[str]) -> tuple[int, list[str], str]:
+    """(exit code, trainings that were started, what was shown)."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "compare_stub.py"), str(stop_at), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    trained = [line.removeprefix("trained ") for line in done.stdout.splitlines() if line.startswith("trained ")]
+    return done.returncode, trained, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_settings: list[str]) -> None:
+    folder = tmp_path / "tiny-compare"
+    command = ["compare", "--run-dir", str(tmp_path / "tiny"), *tiny_settings, "ensemble.size=2",
+               "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={METHODS}"]
+    code, trained, _ = compare(3, command)
+    assert (code, trained) == (EXIT_STOPPED, NAMES[:3])
+    first = sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS)
+
+    (blocked := folder / "trainings" / NAMES[5] / "checkpoints").parent.mkdir()
+    blocked.write_text("no folder")  # the last training cannot save
+    code, trained, shown = compare(0, command)
+    assert (code, trained) == (EXIT_FAILED, NAMES[2:])  # the first two were done, the third goes on from its checkpoint
+    assert f"{NAMES[5]} failed: " in shown and "continuing from step_000002" in shown
+    rows = read_json_lines(folder / "trainings" / NAMES[2] / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+    blocked.unlink()
+    code, trained, shown = compare(0, command)
+    assert (code, trained) == (EXIT_OK, NAMES[5:])
+    assert sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS) == first
+    for part in ("Base model", "Plain LoRA, lr 0.01", "HiddenKey, lr 0.003", "both, 2 masks", "report.html"):
+        assert part in shown
+
+    members = json.loads((folder / "predictions" / "members.json").read_text())
+    assert len(members) == 1 + 6 + 2 * 2  # base, every adapter, two draws of the two chosen ones with masks
+    with np.load(folder / "predictions" / "test.npz", allow_pickle=False) as arrays:
+        log_probs = arrays["log_probs"]
+    assert log_probs.shape == (11, 60, 2)
+    draws = [index for index, member in enumerate(members) if member["draw"] is not None]
+    assert all(np.abs(log_probs[i] - log_probs[j]).max() > 1e-4 for i in draws for j in range(11) if i != j)
+    for member in members:
+        if member["adapter"] is not None:
+            assert member["adapter_sha256"] == sha256_file(Path(member["adapter"]) / ADAPTER_WEIGHTS)
+    result = json.loads((folder / "result.json").read_text())
+    assert [system["key"] for system in result["systems"]].count("plain") == 1
+    compared = {c["system"] for c in result["comparisons"] if c["split"] == "test"}
+    assert len(compared) == 7 and not compared & {"base", "plain"}  # five adapters and two ensembles
+    assert "<h2>Trainings</h2>" in (folder / "report.html").read_text()
+
+    code, _, shown = compare(0, [*command, "data.train_rows=32"])
+    assert code == EXIT_USER and "another configuration" in shown

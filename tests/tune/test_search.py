@@ -1,0 +1,230 @@
+"""Whole searches under real Ray, with a training that takes a second: failures, kills, restarts, several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import ROOT
+from helpers.tune_stub import write_data
+
+from pipeline import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, dump_config, load_config, sha256_file
+from tune.ledger import Ledger
+
+pytestmark = pytest.mark.slow
+PATIENCE_SECONDS = 150
+
+
+SPACE = """
+adapter.rate: {uniform: [0.1, 0.6]}
+adapter.rank: {choice: [8, 16]}
+train.learning_rate: {loguniform: [2e-4, 2e-3]}
+"""
+
+
+def write_config(folder: Path, space: str = SPACE, **search: Any) -> None:
+    write_data(folder / "rows.jsonl")
+    (folder / "space.yaml").write_text(space, encoding="utf-8")
+    settings = {
+        "data": {"path": "rows.jsonl", "validation_rows": 16, "calibration_rows": 8, "test_rows": 8},  # relative
+        "train": {"validate_every_steps": 2},
+        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, **search},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    helpers = ROOT / "tests" / "helpers"
+    path = os.pathsep.join([str(ROOT), str(helpers.parent), str(helpers)])
+    return subprocess.Popen(
+        [sys.executable, str(helpers / "tune_stub.py"), "config.yaml", "search"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(folder: Path, **environment: str) -> tuple[int, str]:
+    process = start(folder, **environment)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    return process.returncode, output
+
+
+def wait_for(folder: Path, event: str, count: int) -> None:
+    """Until the ledger holds `count` such events."""
+    ledger, patience = folder / "search" / "ledger.jsonl", time.monotonic() + PATIENCE_SECONDS
+    while not ledger.exists() or ledger.read_text().count(f'"event": "{event}"') < count:
+        assert time.monotonic() < patience, f"no {count} events {event}"
+        time.sleep(0.05)
+
+
+def starts(folder: Path) -> list[tuple[str, str, str]]:
+    lines = (folder / "search" / "ledger.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return [(e["trial"], json.dumps(e["values"]), e["config_sha256"]) for e in events if e["event"] == "start"]
+
+
+def ended(folder: Path) -> dict[str, str]:
+    """Trials that have ended, with their settings."""
+    return {r.name: json.dumps(r.values) for r in Ledger(folder / "search" / "ledger.jsonl").in_order() if r.ended}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "search" / "search.json").read_text())
+    return result
+
+
+def test_a_search_with_a_failing_and_a_dying_trial(tmp_path: Path) -> None:
+    write_config(tmp_path, adapters=4)  # as many as there are trials: none may stop early
+    code, output = run(tmp_path, STUB_FAIL="trial_001", STUB_DIE="trial_002", STUB_SECONDS="0.05")
+    assert code == EXIT_OK, output
+    assert "loaded:\n" in output, "the driver has loaded torch or deepspeed"
+    assert "left" in output
+    assert "Traceback" not in output
+    result = read_result(tmp_path)
+    trials = {trial["name"]: trial for trial in result["trials"]}
+    assert list(trials) == [f"trial_{index:03d}" for index in range(4)]
+    assert trials["trial_001"]["error"] == "data.jsonl row 7: label = 9: is out of range. Use 0 or 1."
+    assert "process died" in trials["trial_002"]["error"]
+    assert [trials[name]["state"] for name in ("trial_000", "trial_003")] == ["done", "done"]
+
+    search = tmp_path / "search"
+    for trial in (trials["trial_000"], trials["trial_003"]):
+        config = load_config(search / trial["run"] / "config.yaml")
+        assert config.sha256() == trial["config_sha256"]
+        assert (config.adapter.rate, config.train.max_steps) == (trial["config"]["adapter.rate"], 8)
+        assert trial["steps"] == 8
+        assert [report["step"] for report in trial["reports"]] == [2, 4, 6, 8]
+    best = min((trials["trial_000"], trials["trial_003"]), key=lambda trial: trial["validation_nll"])
+    assert (result["best"], result["best_config"]) == (best["name"], best["config"])
+    assert result["ensemble"]["adapters"][0] == best["name"]
+    assert result["ensemble"]["validation_nll"] <= best["validation_nll"] + 1e-6
+    assert set(result["ensemble"]["by_size"]) == {"1", "2"}
+    assert result["warnings"] == []
+    assert not (search / ".ray").exists()
+
+    # The same command runs what failed, and nothing else.
+    before = starts(tmp_path)
+    code, output = run(tmp_path)
+    assert code == EXIT_OK, output
+    assert sorted(name for name, *_ in starts(tmp_path)[len(before) :]) == ["trial_001", "trial_002"]
+    assert all(trial["state"] == "done" for trial in read_result(tmp_path)["trials"])
+    # Once more, there is nothing left to do.
+    begun, before = time.monotonic(), starts(tmp_path)
+    code, output = run(tmp_path)
+    assert (code, starts(tmp_path)) == (EXIT_OK, before)
+    assert "Search:" not in output
+    assert time.monotonic() - begun < 10
+
+
+def test_a_killed_driver_continues_with_the_same_trials(tmp_path: Path) -> None:
+    write_config(tmp_path, concurrent=1)
+    process = start(tmp_path, STUB_SECONDS="0.3")
+    wait_for(tmp_path, "end", 1)
+    wait_for(tmp_path, "report", 6)  # in the middle of a trial
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished, begun = ended(tmp_path), starts(tmp_path)
+    scratch = Path((tmp_path / "search" / ".ray" / "scratch").read_text().strip())
+    assert scratch.exists()
+    assert len(finished) >= 1
+    assert len(begun) > len(finished)
+
+    code, output = run(tmp_path)
+    assert code == EXIT_OK, output
+    again = starts(tmp_path)[len(begun) :]
+    assert sorted({name for name, *_ in again} | set(finished)) == [f"trial_{index:03d}" for index in range(4)]
+    assert not {name for name, *_ in again} & set(finished), "a finished trial ran again"
+    interrupted = {name: rest for name, *rest in begun if name not in finished}
+    assert interrupted.items() <= {name: rest for name, *rest in again}.items(), "other settings after the kill"
+    assert finished.items() <= ended(tmp_path).items()
+    assert not scratch.exists()
+
+
+def test_a_stopped_search_says_so_and_continues(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    process = start(tmp_path, STUB_SECONDS="0.5")
+    wait_for(tmp_path, "report", 1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "the same command continues" in output
+    assert "failed" not in output
+    assert not (tmp_path / "search" / "search.json").exists()
+    process = start(tmp_path, STUB_SECONDS="0.5")
+    wait_for(tmp_path, "report", 3)
+    os.kill(process.pid, signal.SIGTERM)  # as the command line does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+
+    other = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**other, "adapter": {"alpha": 8.0}}))
+    code, output = run(tmp_path)
+    assert code == EXIT_USER
+    assert "other settings" in output
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(other))
+    code, output = run(tmp_path)
+    assert code == EXIT_OK, output
+    assert len(read_result(tmp_path)["trials"]) == 4
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_a_trial_of_two_workers_stops_early(tmp_path: Path) -> None:
+    """Trials one after the other, each a TorchTrainer; a stopped one must give its workers' places back."""
+    best_first = "adapter.rate: {grid: [0.3, 0.59, 0.6]}"
+    write_config(tmp_path, best_first, trials=3, workers_per_trial=2, adapters=1)
+    code, output = run(tmp_path, STUB_SECONDS="0.5")
+    assert code == EXIT_OK, output
+    result = read_result(tmp_path)
+    assert [trial["state"] for trial in result["trials"]] == ["done", "stopped", "stopped"], output
+    assert all(trial["steps"] < 8 for trial in result["trials"][1:])
+    assert "process 1/2" in (tmp_path / "search" / "trials" / "trial_000.rank1.log").read_text()
+    assert "process 0/2" in (tmp_path / "search" / "trials" / "trial_002.log").read_text()
+
+
+def test_all_trials_failing_is_a_failure_with_the_first_error(tmp_path: Path) -> None:
+    write_config(tmp_path, trials=2)
+    code, output = run(tmp_path, STUB_FAIL="all")
+    assert code == EXIT_FAILED
+    assert "no trial of the search finished" in output
+    assert "data.jsonl row 7" in output
+    assert "DataError" in (tmp_path / "search" / "trials" / "trial_000.log").read_text()
+
+
+def test_more_than_the_cluster_carries_is_the_users_error(tmp_path: Path) -> None:
+    write_config(tmp_path, workers_per_trial=4096)
+    code, output = run(tmp_path)
+    assert code == EXIT_USER
+    assert "search.workers_per_trial = 4096: exceeds the" in output
+    assert not (tmp_path / "search" / "trials").exists()
+
+
+def test_real_trials_on_the_tiny_model(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """Two trials of the real trainer: different adapters, of the rank and at the rate that were chosen."""
+    (tmp_path / "space.yaml").write_text("adapter.rank: {grid: [2, 4]}\nadapter.rate: {uniform: [0.2, 0.5]}\n")
+    settings = [*tiny_settings, f"search.space={tmp_path / 'space.yaml'}", "train.validate_every_steps=2"]
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(None, settings)))
+    done = subprocess.run(
+        [sys.executable, "-m", "tune", "--config", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "search")],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    logs = "\n".join(path.read_text() for path in (tmp_path / "search" / "trials").glob("*.log"))
+    assert done.returncode == EXIT_OK, done.stdout + done.stderr + logs
+    result = read_result(tmp_path)
+    assert len({trial["adapter_sha256"] for trial in result["trials"]}) == 2
+    for trial in result["trials"]:
+        run_folder = tmp_path / "search" / trial["run"]
+        adapter = json.loads((run_folder / "adapter" / "adapter_config.json").read_text())
+        assert adapter["r"] == trial["config"]["adapter.rank"]
+        assert trial["adapter_sha256"] == sha256_file(run_folder / "adapter" / "adapter_model.safetensors")
+        assert load_config(run_folder / "config.yaml").adapter.rate == trial["config"]["adapter.rate"]
+        assert not (run_folder / "checkpoints").exists()
+    best = min(result["trials"], key=lambda trial: trial["validation_nll"])
+    assert result["best"] == best["name"]

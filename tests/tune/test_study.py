@@ -1,0 +1,281 @@
+"""The search's decisions without a cluster: what fits, what stops early, what forms the ensemble, what is shown."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.tune_stub import write_data
+
+from pipeline import (
+    ConfigError,
+    RunConfig,
+    RunFolderError,
+    RunPaths,
+    StageFailed,
+    build_config,
+    dump_config,
+    load_splits,
+    write_text,
+)
+from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
+from tune import progress as progress_module
+from tune.cluster import plan
+from tune.ledger import Ledger, TrialRecord
+from tune.members import choose_ensemble
+from tune.progress import Progress, duration
+from tune.trial import Assignment, _train
+
+
+@pytest.mark.parametrize(
+    ("search", "resources", "trials", "expected"),
+    [
+        ({}, {"CPU": 2.0}, 6, (2, 0)),
+        ({}, {"CPU": 16.0, "GPU": 4.0}, 6, (4, 1)),
+        ({"workers_per_trial": 3}, {"CPU": 16.0, "GPU": 8.0}, 6, (2, 1)),
+        ({"concurrent": 1}, {"CPU": 2.0}, 6, (1, 0)),
+        ({}, {"CPU": 8.0}, 3, (3, 0)),
+    ],
+)
+def test_as_many_trials_at_once_as_the_cluster_carries(
+    search: dict[str, int], resources: dict[str, float], trials: int, expected: tuple[int, int]
+) -> None:
+    capacity = plan(build_config({"search": search}), resources, trials)
+    assert (capacity.concurrent, capacity.gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("search", "resources", "said"),
+    [
+        ({"workers_per_trial": 3}, {"CPU": 2.0}, "search.workers_per_trial = 3: exceeds the 2 CPUs"),
+        ({"workers_per_trial": 2}, {"CPU": 64.0, "GPU": 1.0}, "search.workers_per_trial = 2: exceeds the 1 GPUs"),
+        (
+            {"workers_per_trial": 2, "concurrent": 5}, {"CPU": 8.0},
+            "search.concurrent = 5: times search.workers_per_trial = 2 needs 10 CPUs, the cluster has 8. "
+            "Set at most 4",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_wait_for_ever_is_refused(search: dict[str, int], resources: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(build_config({"search": search}), resources, 6)
+    assert said in str(caught.value)
+
+
+def reported(scheduler: Any, name: str, step: int, nll: float, finished: bool = False) -> None:
+    trial = SimpleNamespace(trial_id=name, config={"name": name})
+    if name not in scheduler._trial_info:
+        scheduler.on_trial_add(None, trial)
+    row = {"step": step, "nll": nll, "accuracy": None, "finished": finished}
+    assert scheduler.on_trial_result(None, trial, row) == "CONTINUE"
+
+
+def asha(trials: int, keep: int) -> tuple[Any, list[str]]:
+    from tune.study import EnsembleASHA
+
+    asked: list[str] = []
+    return EnsembleASHA((10, 40), trials, keep, asked.append), asked
+
+
+def test_a_trial_below_the_median_of_its_rung_is_asked_to_stop() -> None:
+    scheduler, asked = asha(trials=6, keep=2)
+    reported(scheduler, "a", 10, 0.60)
+    reported(scheduler, "b", 10, 0.50)
+    reported(scheduler, "c", 10, 0.56)  # median of 0.60 and 0.50 is 0.55
+    reported(scheduler, "d", 10, 0.54)
+    assert asked == ["c"]
+    reported(scheduler, "a", 20, 0.40)
+    reported(scheduler, "d", 20, 0.45)
+    assert asked == ["c", "d"]
+    reported(scheduler, "d", 30, 0.9)
+    assert asked == ["c", "d"], "asked once"
+
+
+def test_enough_trials_are_left_for_the_ensemble() -> None:
+    scheduler, asked = asha(trials=5, keep=3)
+    for index, name in enumerate("abcde"):
+        reported(scheduler, name, 10, 0.5 + index / 10)
+    assert asked == ["b", "c"]
+
+
+def test_the_final_result_stops_nothing() -> None:
+    scheduler, asked = asha(trials=5, keep=1)
+    reported(scheduler, "a", 40, 0.5, finished=True)
+    reported(scheduler, "b", 40, 0.9, finished=True)
+    assert asked == []
+
+
+def test_a_restarted_search_remembers_the_rungs(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for index, (name, nll, state) in enumerate((("a", 0.4, "done"), ("b", 0.5, "stopped"))):
+        ledger.append("start", trial=name, index=index, values={"x": index}, config_sha256=name)
+        ledger.append("report", trial=name, step=10, nll=nll, accuracy=None)
+        ledger.append("end", trial=name, state=state)
+    scheduler, asked = asha(trials=4, keep=2)
+    scheduler.replay(ledger)
+    reported(scheduler, "c", 10, 0.48)  # median of 0.4 and 0.5 is 0.45
+    reported(scheduler, "d", 10, 0.49)
+    assert asked == ["c"], "one of the four was stopped before, so one more may be"
+
+
+def train_and_collect(
+    tmp_path: Path, rows: list[tuple[int, float]], changed: bool = False, **train: Any
+) -> list[dict[str, Any]]:
+    """What a trial reports whose training meets the validations `rows` of (step, nll)."""
+    config = build_config({"train": {"max_steps": 4, **train}})
+    given = Assignment("trial_000", str(tmp_path), str(tmp_path), dump_config(config), config.sha256(), 1, 0)
+
+    def train_run(config: RunConfig, run: Path, on_validation: Any) -> dict[str, Any]:
+        written = config.model_copy(update={"label": "another"}) if changed else config
+        write_text(RunPaths(run).config, dump_config(written))
+        best = float("inf")
+        for step, nll in rows:
+            published = float(nll < best or not config.train.keep_best)
+            best = min(best, nll)
+            on_validation({"step": float(step), "nll": nll, "accuracy": nll / 2, "published": published})
+        return {"steps": 4, "validation_nll": 0.1, "validation_accuracy": 0.9, "adapter_sha256": "w"}
+
+    reports: list[dict[str, Any]] = []
+    reports.append(_train(given, train_run, reports.append))
+    return reports
+
+
+FINAL = {"step": 4, "nll": 0.1, "accuracy": 0.9, "adapter_sha256": "w", "finished": True}
+
+
+def test_a_trial_reports_what_it_would_deliver(tmp_path: Path) -> None:
+    rows = [(1, 0.6), (2, 0.4), (3, 0.5), (4, 0.1)]
+    reports = train_and_collect(tmp_path, rows)
+    assert [(r["step"], r["nll"], r["accuracy"]) for r in reports[:-1]] == [(1, 0.6, 0.3), (2, 0.4, 0.2), (3, 0.4, 0.2)]
+    assert reports[-1] == FINAL, "the last validation comes with the result, after the adapter is written"
+    reports = train_and_collect(tmp_path, rows, keep_best=False)
+    assert [r["nll"] for r in reports[:-1]] == [0.6, 0.4, 0.5]
+
+
+def test_a_trial_that_trains_something_else_fails(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="another configuration than the chosen one was trained"):
+        train_and_collect(tmp_path, [], changed=True)
+
+
+def test_a_trial_that_diverges_fails(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="nan at step 2"):
+        train_and_collect(tmp_path, [(1, 0.6), (2, float("nan"))])
+
+
+def finished_trials(folder: Path, tables: list[np.ndarray], row_ids: tuple[str, ...]) -> list[TrialRecord]:
+    records = []
+    for index, table in enumerate(tables):
+        name = f"trial_{index:03d}"
+        write_predictions(
+            RunPaths(folder / "trials" / name).predictions, "validation", ChoicePredictions(row_ids, table[None])
+        )
+        records.append(TrialRecord(name, index, {}, name, "done"))
+    return records
+
+
+@pytest.fixture
+def validation(tmp_path: Path) -> tuple[RunConfig, tuple[str, ...], np.ndarray]:
+    write_data(tmp_path / "rows.jsonl")
+    data = {"path": str(tmp_path / "rows.jsonl"), "validation_rows": 16, "calibration_rows": 8, "test_rows": 8}
+    config = build_config({"data": data, "search": {"adapters": 3}})
+    rows = load_splits(config.data).validation
+    return config, tuple(row.id for row in rows), np.array([row.label for row in rows])
+
+
+def random_tables(count: int, labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    source = np.random.default_rng(seed)
+    margin = np.where(labels == 1, 1.0, -1.0) + 2.0 * source.normal(size=(count, len(labels)))
+    return [np.stack([-np.logaddexp(0, m), -np.logaddexp(0, -m)], axis=1).astype(np.float32) for m in margin]
+
+
+def mixture_nll(tables: list[np.ndarray], labels: np.ndarray) -> float:
+    return float(-np.log(np.mean([np.exp(t)[np.arange(len(labels)), labels] for t in tables], axis=0)).mean())
+
+
+def test_the_ensemble_is_the_greedy_choice_from_cached_predictions(tmp_path: Path, validation: Any) -> None:
+    config, row_ids, labels = validation
+    for seed in range(5):
+        tables = random_tables(4, labels, seed)
+        chosen = choose_ensemble(config, tmp_path, finished_trials(tmp_path, tables, row_ids))
+        indices = [int(name[-3:]) for name in chosen["adapters"]]
+        singles = [mixture_nll([table], labels) for table in tables]
+        assert indices[0] == int(np.argmin(singles))
+        for size in range(1, len(indices)):
+            partner = min(set(range(4)) - set(indices[:size]),
+                          key=lambda k, s=size: mixture_nll([tables[i] for i in [*indices[:s], k]], labels))
+            assert indices[size] == partner
+        assert chosen["size"] == len(indices) <= 3
+        assert chosen["validation_nll"] == pytest.approx(mixture_nll([tables[i] for i in indices], labels), abs=1e-6)
+        assert chosen["validation_nll"] == pytest.approx(min(chosen["by_size"].values()))
+        assert list(chosen["by_size"]) == ["1", "2", "3"]
+
+
+def test_an_ensemble_of_completions_averages_token_probabilities(tmp_path: Path, validation: Any) -> None:
+    config, _, _ = validation
+    tokens = np.log(np.array([[0.5, 0.1, 0.4], [0.1, 0.5, 0.5], [0.01, 0.01, 0.01]], dtype=np.float32))
+    records = []
+    for index in range(3):
+        predictions = CompletionPredictions(("r", "s"), tokens[index : index + 1], np.array([0, 2, 3]))
+        write_predictions(RunPaths(tmp_path / "trials" / f"t{index}").predictions, "validation", predictions)
+        records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
+    chosen = choose_ensemble(config, tmp_path, records)
+    assert sorted(chosen["adapters"]) == ["t0", "t1"]
+    assert chosen["validation_nll"] == pytest.approx(-np.log([0.3, 0.3, 0.45]).mean(), abs=1e-6)
+
+
+def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) -> None:
+    config, row_ids, labels = validation
+    records = finished_trials(tmp_path, random_tables(2, labels, 0), row_ids)
+    table = random_tables(1, labels, 1)[0]
+    write_predictions(
+        RunPaths(tmp_path / "trials" / "trial_001").predictions, "validation",
+        ChoicePredictions(row_ids[::-1], table[None]),
+    )  # fmt: skip
+    with pytest.raises(RunFolderError, match="trial_001"):
+        choose_ensemble(config, tmp_path, records)
+
+
+def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four trials at step 10 of 40 after 50 s, two at once: 140 of 160 steps at 0.4 steps/s are 350 s."""
+    lines: list[str] = []
+    monkeypatch.setattr(progress_module, "say", lines.append)
+    clock = itertools.chain([100.0], itertools.repeat(150.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    shown = Progress(ledger, trials=4, steps=40, concurrent=2)
+    for index, name in enumerate("ab"):
+        ledger.append("start", trial=name, index=index, values={"adapter.rate": 0.25}, config_sha256="h")
+        ledger.append("report", trial=name, step=10, nll=0.5, accuracy=0.75)
+    shown.validated(ledger.trials["b"])
+    assert lines == [f"  b  step 10/40  NLL 0.5000  accuracy 0.7500  at most about {duration(350)} left"]
+    ledger.append("end", trial="a", state="failed", error="it broke")
+    shown.ended(ledger.trials["a"])
+    assert lines[1].startswith("a failed: it broke  (rate=0.25)  [1/4]")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")])
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_driver_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
+    write_data(tmp_path / "rows.jsonl")
+    code = (
+        "import sys, pipeline, tune.__main__, tune.search, tune.study, tune.members\n"
+        "config = pipeline.build_config({'data': {'path': sys.argv[1], 'validation_rows': 8, 'calibration_rows': 8,"
+        " 'test_rows': 8}})\n"
+        "tune.search.load_space(config); pipeline.load_splits(config.data); pipeline.choose_adapters\n"
+        "print(sorted({'torch', 'deepspeed', 'transformers', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
