@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,6 +31,27 @@ Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """((n, D) features, (n,) targets) -> ((n,) loss in nats, (n, V) log-probabilities that branches are compared by)."""
 
 CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class GlobalMean:
+    """Loss = Σ over supervised places ÷ supervised places of the *global* batch: here, and nowhere else, is it divided.
+
+    So 4 examples at once, 4 × 1 accumulated, and two processes have the same loss and gradients.
+    """
+
+    supervised: float
+    """Supervised places of the global batch, over all processes."""
+    engine_divisor: int = 1
+    """What the engine divides by on its own: accumulation steps × processes, over which it averages."""
+
+    def of(self, total: float) -> float:
+        """Σ of the whole global batch -> the loss that is logged."""
+        return total / self.supervised
+
+    def for_engine(self, total: Tensor) -> Tensor:
+        """Σ of one pass -> what the engine is given: with its own division undone, gradients are those of the loss."""
+        return total * (self.engine_divisor / self.supervised)
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

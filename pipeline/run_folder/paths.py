@@ -103,6 +103,11 @@ class RunPaths:
         return self.root / "stop_request.json"
 
 
+def step_name(step: int) -> str:
+    """Name of the folder of an optimizer step (1 = the first): step_000123."""
+    return f"step_{step:06d}"
+
+
 def read_status(paths: RunPaths) -> dict[str, Any]:
     """Stage -> entry of status.json; empty where it is missing or damaged: it tells, nothing is decided by it alone."""
     with contextlib.suppress(RunFolderError):

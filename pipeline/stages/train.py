@@ -24,8 +24,9 @@ from pipeline.distributed.world import (
 )
 from pipeline.distributed.zero import sharding_text
 from pipeline.errors import Stopped
-from pipeline.files import write_json, write_text
+from pipeline.files import read_json_lines, write_json, write_text
 from pipeline.loss.consistency import TrainingObjective
+from pipeline.loss.terms import GlobalMean
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -33,10 +34,12 @@ from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
 from pipeline.training.engine import build_engine, micro_steps_of
 from pipeline.training.environment import describe_environment
-from pipeline.training.guards import require_same_inputs
+from pipeline.training.guards import Guards, StepNumbers, recent_losses, require_same_inputs
 from pipeline.training.loader import BatchLoader, StepBatch, open_loader
+from pipeline.training.repair import make_up_validation, restore_best
 from pipeline.training.run import OnValidation, Run
 from pipeline.training.schedule import require_steps, schedule_factor, warmup_steps
+from pipeline.training.throughput import Meter, work_of
 
 
 def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:
@@ -80,22 +83,29 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     run.resume()
     try:
         run.begin()
+        make_up_validation(run)
         training_loop(run, loader, micro_steps)
     finally:
         run.metrics.close()
+    restore_best(run)
     return run.finish()
 
 
 def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
-    guards, meter, consistency = run.guards(), run.meter(), adapters.specs[0].consistency
+    consistency, base = adapters.specs[0].consistency, run.task.base
+    before = recent_losses(read_json_lines(run.paths.metrics), run.counters.step, train.spike.window_steps)
+    guards = Guards(engine, adapters, run.trained, train, run.paths, world, before)
+    work = work_of(base.model, run.trained.values(), train.activation_checkpointing)
+    meter = Meter(work, world.device, base.identity.compute_dtype)
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
     for step in range(run.counters.step, train.max_steps):
         started = time.monotonic()
         learning_rate = set_learning_rate(engine, train, step)
         batch = loader.of_step(step)
         supervised, length = sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
+        mean = GlobalMean(supervised, micro_steps * world.world_size)
 
         losses: list[float] = []
         divergences: list[float] = []
@@ -108,15 +118,13 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 nll, divergence = engine(**rows.inputs)
                 loss = nll + consistency.weight * divergence
-                # The engine divides by accumulation steps and averages over processes. Both are undone, so that
-                # the gradient is that of Σ loss / (supervised tokens of the global batch).
                 penalty = run.budget.penalty() * (micro_steps / len(batch.micros))  # once a step
-                engine.backward(loss * (micro_steps * world.world_size / supervised) + penalty)
+                engine.backward(mean.for_engine(loss) + penalty)
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
                 divergences.append(float(divergence.detach()))
             if last:  # what is not finite is never applied
-                numbers = guards.check(step, losses, supervised, rows_of, divergences)
+                numbers = guards.check(step, losses, mean, rows_of, divergences)
                 run.budget.observe(step + 1)  # the whole gradients, before the step clears them
             engine.step()
 
@@ -135,7 +143,8 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
             **meter.read(seconds),
             **run.budget.progress(),
         )
-        run.report_spike(numbers)
+        if numbers.spike is not None:
+            report_spike(run, numbers)
         if run.due(train.validate_every_steps):
             run.validate()
         if run.due(train.checkpoint_every_steps):
@@ -143,6 +152,14 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
         progress.show(step + 1, progress_parts(numbers.terms(), length / seconds, run.scores))
         run.stop_if_requested()
     progress.close()
+
+
+def report_spike(run: Run, numbers: StepNumbers) -> None:
+    """One metrics row and one line: the step's loss was a spike."""
+    step = run.counters.step
+    run.metrics.write("spike", step=step, loss=numbers.loss, times_median=numbers.spike)
+    text = f"step {step}: the loss {numbers.loss:.4g} is {numbers.spike:.1f} × its running median"
+    say(text, run.world.is_main)
 
 
 def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:

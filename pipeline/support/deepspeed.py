@@ -27,7 +27,7 @@ from pipeline.distributed.launcher import launcher_command, launcher_environment
 from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.plan.preflight import check_inputs
-from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.paths import RunPaths, step_name
 
 BASES = ("nf4", "int8", "none")
 PROCESSES = (1, 2)
@@ -180,7 +180,7 @@ def _moment_deviation(run: Path, reference: Path) -> tuple[list[str], float]:
     from safetensors.torch import load_file
 
     def moments(folder: Path) -> dict[str, Any]:
-        state = load_file(folder / "checkpoints" / f"step_{STEPS:06d}" / "state.safetensors")
+        state = load_file(RunPaths(folder).checkpoints / step_name(STEPS) / "state.safetensors")
         return {name.removeprefix("exp_avg/"): t for name, t in sorted(state.items()) if name.startswith("exp_avg/")}
 
     own, other = moments(run), moments(reference)

@@ -31,6 +31,7 @@ from pipeline.files import (
     remove_folder,
     write_json,
 )
+from pipeline.run_folder.paths import step_name
 
 STATE, COUNTERS = "state.safetensors", "counters.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -89,7 +90,7 @@ def save_checkpoint(
     Raises:
         DiskFull: nothing is published; every earlier checkpoint stands.
     """
-    target = folder / f"step_{counters.step:06d}"
+    target = folder / step_name(counters.step)
 
     def fill(aside: Path) -> None:
         save_file(state, aside / STATE)
@@ -106,7 +107,7 @@ def point(folder: Path, counters: Counters) -> None:
     """Let latest.json name the checkpoint of `counters`, and best.json that of the best validation, if it is there."""
     pointed = {"latest": counters.step, "best": counters.best_step}
     for name, step in pointed.items():
-        target = folder / f"step_{step or 0:06d}"
+        target = folder / step_name(step or 0)
         if step is None or not target.is_dir():
             continue
         entry = {
@@ -124,7 +125,7 @@ def prune(folder: Path, keep: int, budget: int | None, best_step: int | None) ->
     The newest and the best always stay. Half-written and damaged folders do not count.
     """
     published = published_checkpoints(folder)
-    removable = [path for path in published[:-1] if path.name != f"step_{best_step or -1:06d}"]
+    removable = [path for path in published[:-1] if best_step is None or path.name != step_name(best_step)]
     for old in [path for path in removable if path not in published[-keep:]]:
         remove_folder(old)
         removable.remove(old)

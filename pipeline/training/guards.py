@@ -24,7 +24,8 @@ from pipeline.distributed import zero
 from pipeline.distributed.world import World, gather_objects, require_equal, sum_over_processes
 from pipeline.errors import LoradropError
 from pipeline.files import publish_folder
-from pipeline.run_folder.paths import RunPaths
+from pipeline.loss.terms import GlobalMean
+from pipeline.run_folder.paths import RunPaths, step_name
 from pipeline.training.batch import MemberBatch
 from pipeline.training.diagnosis import first_bad_module, record_pass, write_diagnosis
 
@@ -78,13 +79,13 @@ class Guards:
         self._patience = 2 if masked else 0
 
     def check(
-        self, step: int, losses: Sequence[float], supervised: float, rows_of: RowsOf, divergences: Sequence[float] = ()
+        self, step: int, losses: Sequence[float], mean: GlobalMean, rows_of: RowsOf, divergences: Sequence[float] = ()
     ) -> StepNumbers:
         """Judge a 0-based step by its own losses and by the reduced gradients, before the update.
 
         Args:
             losses: Σ nll of each micro-batch of this process.
-            supervised: supervised tokens of the global batch.
+            mean: how sums over the global batch become the loss.
             divergences: Σ consistency term of each micro-batch, where there is one.
 
         Raises:
@@ -100,8 +101,8 @@ class Guards:
             self._explain(step, [sum(terms) for terms in zip_longest(losses, divergences, fillvalue=0.0)], rows_of)
         if step <= self._patience + 1:
             self._require_gradients(step)
-        loss = total / supervised
-        consistency = apart / supervised if divergences else None
+        loss = mean.of(total)
+        consistency = mean.of(apart) if divergences else None
         return StepNumbers(loss, math.sqrt(squares), self._spike(step, loss), consistency)
 
     def _spike(self, step: int, loss: float) -> float | None:
@@ -158,7 +159,7 @@ class Guards:
             process, micro = None, None
             where = self._first_bad_gradient()
             what = f"the losses are finite, a gradient is not; first in the backward pass: {where}"
-        folder = self._paths.diagnosis / f"step_{step + 1:06d}"
+        folder = self._paths.diagnosis / step_name(step + 1)
         record = {
             "step": step + 1, "what": what, "where": where, "process": process, "micro_batch": micro,
             "mask_seed": self._train.seed, "mask_phase": step,

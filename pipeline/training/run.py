@@ -1,40 +1,24 @@
-"""One run in progress: where it stands, its validation, what it saves, how it resumes and stops."""
+"""One run in progress: where it stands, when things are due, how it validates, saves, resumes and stops."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.adapters.attach import Adapters, is_linear, linear_shape
-from pipeline.adapters.heads import head_state
+from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.adapters.peft_format import adapter_matrices, write_adapter
 from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
-from pipeline.distributed import lifeline, zero
+from pipeline.distributed import lifeline
 from pipeline.distributed.world import World, agree, barrier, gather_objects
-from pipeline.errors import DiskFull, RunFolderError, Stopped
-from pipeline.files import (
-    ADAPTER_WEIGHTS,
-    MANIFEST,
-    manifest_faults,
-    publish_folder,
-    read_json,
-    read_json_lines,
-    remove_asides,
-    sha256_file,
-    write_json,
-)
+from pipeline.errors import RunFolderError, Stopped
+from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, remove_asides, sha256_file
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
 from pipeline.run_folder.metrics import Metrics, open_loggers
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.run_folder.predictions import Member as PredictedMember
-from pipeline.run_folder.predictions import Predictions, write_members, write_predictions
 from pipeline.terminal import say
 from pipeline.training.checkpoint import (
     Counters,
@@ -47,9 +31,8 @@ from pipeline.training.checkpoint import (
     tidy,
 )
 from pipeline.training.engine import trained_parameters
-from pipeline.training.guards import Guards, StepNumbers, recent_losses
+from pipeline.training.published import Validation, main_writes, publish_adapter
 from pipeline.training.rank_budget import RankBudget
-from pipeline.training.throughput import Meter, Work
 
 OnValidation = Callable[[dict[str, float]], None]
 
@@ -82,52 +65,39 @@ class Run:
         """Whether something that happens every so many steps, and at the end, happens now."""
         return self.counters.step % every == 0 or self.counters.step == self.config.train.max_steps
 
+    def validation_of(self, step: int, stop_asked: Callable[[], bool] = lambda: False) -> Validation:
+        """Mean-field scores on the validation split of what the engine holds, the state of `step`. A collective.
+
+        Raises:
+            Stopped: `stop_asked` said so meanwhile.
+        """
+        rows, members = self.validation_rows, [Member(0)]
+        predictions = predict_shared(self.task, self.adapters, rows, members, self.world, stop_asked=stop_asked)
+        return Validation(step, validation_scores(predictions, rows), predictions)
+
     def validate(self) -> None:
-        """Mean-field scores on the validation split; saves, and publishes the adapter, if it is the best so far.
+        """Validate; save, and publish the adapter, if it is the best so far.
 
         Raises:
             Stopped: a stop was requested meanwhile; a resumed run validates first.
         """
         step, best = self.counters.step, self.counters.best_validation_nll
         try:
-            predictions = predict_shared(
-                self.task, self.adapters, self.validation_rows, [Member(0)], self.world, stop_asked=self.stop_asked
-            )
+            found = self.validation_of(step, self.stop_asked)
         except Stopped:
             self.stop()
-        self.scores = validation_scores(predictions, self.validation_rows)
-        self.metrics.write("validation", step=step, **self.scores)
+        self.scores = found.scores
+        self.metrics.write("validation", step=step, **found.scores)
         self.counters = replace(self.counters, validated_step=step)
         if self.budget.supersedes(step, self.counters.best_step or 0):
             best = None
-        published = best is None or self.scores["nll"] < best or not self.config.train.keep_best
+        published = best is None or found.scores["nll"] < best or not self.config.train.keep_best
         if published:
-            self.counters = replace(self.counters, best_step=step, best_validation_nll=self.scores["nll"])
+            self.counters = replace(self.counters, best_step=step, best_validation_nll=found.scores["nll"])
             self.save()  # first: what is published is then never ahead of what a resume knows
-            self.publish_adapter(predictions)
+            publish_adapter(self.adapters, self.task.base.identity.resolved, found, self.paths, self.world)
         if self.on_validation is not None:
-            self.on_validation({"step": float(step), **self.scores, "published": float(published)})
-
-    def publish_adapter(self, predictions: Predictions) -> None:
-        """adapter/ in PEFT format, and the validation predictions that go with it."""
-        adapters = self.adapters
-        matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
-        head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
-        spec, base = adapters.specs[0], self.task.base.identity.resolved
-
-        def fill(folder: Path) -> None:
-            write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head)
-            write_json(folder / MANIFEST, {"step": self.counters.step, "validation_nll": self.scores["nll"]})
-
-        def publish() -> None:
-            (self.paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before
-            publish_folder(self.paths.adapter, fill)
-            sha256 = sha256_file(self.paths.adapter / ADAPTER_WEIGHTS)
-            member = PredictedMember("mean-field", "mean_field", str(self.paths.adapter), sha256)
-            write_members(self.paths.predictions, [member])
-            write_predictions(self.paths.predictions, "validation", predictions)
-
-        self._main_writes(publish)
+            self.on_validation({"step": float(step), **found.scores, "published": float(published)})
 
     def save(self) -> None:
         """Publish a checkpoint, unless this very state is saved."""
@@ -143,7 +113,7 @@ class Run:
                 self.paths.checkpoints, state, self.counters, train.keep_checkpoints, train.checkpoint_bytes
             )
 
-        self._main_writes(publish)
+        main_writes(self.world, publish)
         self.saved = self.counters
 
     def resume(self) -> None:
@@ -173,88 +143,13 @@ class Run:
             self.metrics.send_to(open_loggers(self.config, self.paths.root, self.counters.step))
 
     def begin(self) -> None:
-        """The set-up is over: a stop is agreed on from here. Then what a stop or a crash cut off is made up for.
-
-        Raises:
-            Stopped: it was requested before.
-        """
+        """The set-up is over: a stop is agreed on from here. Raises `Stopped` where it was requested before."""
         self.stop_if_requested()
         lifeline.work_begins()
-        step = self.counters.step
-        if step and self.due(self.config.train.validate_every_steps):
-            published = gather_objects(self.published_step())[0]
-            behind = self.counters.best_step == step and published != step
-            if behind or self.counters.validated_step != step:
-                self.validate_again()
-
-    def validate_again(self) -> None:
-        """The validation of the step at which the run stands, as if for the first time."""
-        step = self.counters.step
-        if self.counters.best_step == step:  # known, but not published: better than itself once more
-            self.counters = replace(self.counters, best_step=None, best_validation_nll=None)
-        self.metrics.keep_until(step, validated=False)
-        self.validate()
-        self.save()
-
-    def published_step(self) -> int | None:
-        """The step of the adapter in adapter/; None where none is whole with its predictions."""
-        if manifest_faults(self.paths.adapter) or not (self.paths.predictions / "validation.npz").exists():
-            return None
-        step: int | None = read_json(self.paths.adapter / MANIFEST).get("step")
-        return step
-
-    def restore_best(self) -> None:
-        """Publish the best adapter from its checkpoint where adapter/ holds another: a crash or damage came between.
-
-        Raises:
-            RunFolderError: its checkpoint is gone, too.
-        """
-        best, published = self.counters.best_step, gather_objects(self.published_step())[0]
-        if best is None or published == best:
-            return
-        folder = self.paths.checkpoints / f"step_{best:06d}"
-        if manifest_faults(folder):
-            raise RunFolderError(
-                str(self.paths.adapter), None, f"is not that of the best step, {best}, and {folder.name} is damaged",
-                "Remove the run folder and train again.",
-            )
-        final = self.counters
-        load_checkpoint(folder, self.engine, self.trained)
-        predictions = predict_shared(self.task, self.adapters, self.validation_rows, [Member(0)], self.world)
-        self.counters = replace(final, step=best)
-        self.scores = validation_scores(predictions, self.validation_rows)
-        self.publish_adapter(predictions)
-        self.counters = final
 
     def stop_asked(self) -> bool:
         """Whether this process was told to stop."""
         return lifeline.stop_asked(self.paths)
-
-    def guards(self) -> Guards:
-        """The checks before each update; they go on from the losses that metrics.jsonl holds."""
-        rows, window = read_json_lines(self.paths.metrics), self.config.train.spike.window_steps
-        losses = recent_losses(rows, self.counters.step, window)
-        return Guards(self.engine, self.adapters, self.trained, self.config.train, self.paths, self.world, losses)
-
-    def meter(self) -> Meter:
-        """Counts what a step did."""
-        head = getattr(self.task.base.model, "get_output_embeddings", lambda: None)()
-        linears = [m for m in self.task.base.model.modules() if is_linear(m) and m is not head]
-        work = Work(
-            base=sum(math.prod(linear_shape(linear)) for linear in linears),
-            adapter=sum(parameter.numel() for parameter in self.trained.values()),
-            head=math.prod(linear_shape(head)) if head is not None else 0,
-            recomputed=self.config.train.activation_checkpointing,
-        )
-        return Meter(work, self.world.device, self.task.base.identity.compute_dtype)
-
-    def report_spike(self, numbers: StepNumbers) -> None:
-        """One metrics row and one line, where the step's loss was a spike."""
-        if numbers.spike is not None:
-            step = self.counters.step
-            self.metrics.write("spike", step=step, loss=numbers.loss, times_median=numbers.spike)
-            text = f"step {step}: the loss {numbers.loss:.4g} is {numbers.spike:.1f} × its running median"
-            say(text, self.world.is_main)
 
     def stop_if_requested(self) -> None:
         """Save and leave where any process sees the stop request. Raises `Stopped`."""
@@ -270,20 +165,8 @@ class Run:
             self.paths.stop_request.unlink(missing_ok=True)
         raise Stopped(f"stopped at step {self.counters.step}; the same command continues")
 
-    def _main_writes(self, work: Callable[[], None]) -> None:
-        """Let the main process write while all wait; a full disk stops all of them alike. Raises `DiskFull`."""
-        said = None
-        if self.world.is_main:
-            try:
-                work()
-            except DiskFull as error:
-                said = str(error)
-        if said := gather_objects(said)[0]:
-            raise DiskFull(said)
-
     def finish(self) -> dict[str, Any]:
         """Record the end; the best validation and the hash of the adapter that goes with it."""
-        self.restore_best()
         barrier()
         best = [
             row

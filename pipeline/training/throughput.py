@@ -12,11 +12,14 @@ had to be done. So is the forward without gradient of a consistency term.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.adapters.attach import is_linear, linear_shape
 from pipeline.distributed.devices import peak_flops, resident_high_water
 
 GIB = 1024**3
@@ -43,6 +46,18 @@ class Work:
         """Operations that are done, recomputation included."""
         again = 2 * (self.base + self.adapter) * tokens if self.recomputed else 0.0
         return self.model_flops(tokens, supervised) + again
+
+
+def work_of(base: nn.Module, trained: Iterable[nn.Parameter], recomputed: bool) -> Work:
+    """What takes part in a pass of a base model with its adapters."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    linears = [module for module in base.modules() if is_linear(module) and module is not head]
+    return Work(
+        base=sum(math.prod(linear_shape(linear)) for linear in linears),
+        adapter=sum(parameter.numel() for parameter in trained),
+        head=math.prod(linear_shape(head)) if head is not None else 0,
+        recomputed=recomputed,
+    )
 
 
 class Meter:

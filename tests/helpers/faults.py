@@ -193,8 +193,8 @@ KILL_POINTS = {
     "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.training.checkpoint.prune", 3, "before"),
     "in validation": ("train", "pipeline.prediction.passes.collate", 12, "before"),
-    "between checkpoint and adapter": ("train", "pipeline.training.run.write_adapter", 3, "before"),
-    "between adapter and its predictions": ("train", "pipeline.training.run.write_predictions", 3, "before"),
+    "between checkpoint and adapter": ("train", "pipeline.training.published.write_adapter", 3, "before"),
+    "between adapter and its predictions": ("train", "pipeline.training.published.write_predictions", 3, "before"),
     "in evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40, "before"),
     "between two splits of an evaluation": ("evaluate", "pipeline.stages.evaluate.write_predictions", 3, "after"),
 }
@@ -286,7 +286,7 @@ def fill_disk(bench: Bench, point: str) -> str:
         target, calls = {
             "saving": ("pipeline.training.checkpoint.save_file", 3),
             "metrics": ("pipeline.stages.train.lay_out", 12),
-            "publishing": ("pipeline.training.run.write_adapter", 2),
+            "publishing": ("pipeline.training.published.write_adapter", 2),
         }[point]
         leave = bench.random.choice([0, 0, 1 << 12, 1 << 14])
 

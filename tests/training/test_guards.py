@@ -30,6 +30,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.files import manifest_faults, read_json_lines
 from pipeline.loss.objective import SupervisedLM
+from pipeline.loss.terms import GlobalMean
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.batch import lay_out
 from pipeline.training.checkpoint import published_checkpoints
@@ -86,16 +87,17 @@ def test_padding_may_be_anything() -> None:
 def test_a_spike_is_told_or_stops(alone: None, tmp_path: Path) -> None:
     settings = ["train.spike.factor=3", "train.spike.window_steps=4"]
     guards = guards_of(tiny_adapters(), tmp_path, settings)
-    told = [guards.check(step, [loss], 2, no_rows) for step, loss in enumerate((8, 40, 2, 2.2, 6.8, 2.4, 2), start=9)]
+    losses = enumerate((8, 40, 2, 2.2, 6.8, 2.4, 2), start=9)
+    told = [guards.check(step, [loss], GlobalMean(2), no_rows) for step, loss in losses]
     assert [numbers.loss for numbers in told] == [4, 20, 1, 1.1, 3.4, 1.2, 1]
     assert told[0].gradient_norm == 3.0
     # Nothing is judged before two losses are there; 3.4 is no spike beside the median 2.55 of (4, 20, 1, 1.1).
     assert [numbers.spike for numbers in told] == [None] * 7
     resumed = guards_of(tiny_adapters(), tmp_path, settings, [1.0, 1.0, 1.2, 1.0])
-    assert resumed.check(9, [3.0, 1.0], 1, no_rows).spike == pytest.approx(4.0)
+    assert resumed.check(9, [3.0, 1.0], GlobalMean(1), no_rows).spike == pytest.approx(4.0)
     stopping = guards_of(tiny_adapters(), tmp_path, [*settings, "train.spike.action=stop"], [1.0, 1.0, 1.2, 1.0])
     with pytest.raises(LossSpike, match=r"step 10: the loss is 4, 4\.0 × the median"):
-        stopping.check(9, [3.0, 1.0], 1, no_rows)
+        stopping.check(9, [3.0, 1.0], GlobalMean(1), no_rows)
     with pytest.raises(ConfigError, match=r"train\.spike\.factor"):
         load_config(None, ["train.spike.factor=0.5"])
 
@@ -115,24 +117,24 @@ def test_first_steps_without_masks(alone: None, tmp_path: Path) -> None:
     adapters = tiny_adapters()
     guards = guards_of(adapters, tmp_path, [])
     gradients(adapters, ("lora_A",))  # lora_B is 0
-    guards.check(0, [1.0], 1, no_rows)
+    guards.check(0, [1.0], GlobalMean(1), no_rows)
     gradients(adapters, ("layers.1.mlp.up_proj.buckets.0.lora_A",))
     with pytest.raises(Untrained, match=r"step 2: 1 of 28 .*: model\.layers\.1\.mlp\.up_proj\.buckets\.0\.lora_A\."):
-        guards.check(1, [1.0], 1, no_rows)
+        guards.check(1, [1.0], GlobalMean(1), no_rows)
     fresh = guards_of(adapters, tmp_path, [])
     gradients(adapters, ("lora_A", "layers.0.self_attn.q_proj.buckets.0.lora_B"))
     with pytest.raises(Untrained, match=r"step 1: 2 of 28 .*layers\.0\.self_attn\.q_proj"):
-        fresh.check(0, [1.0], 1, no_rows)
+        fresh.check(0, [1.0], GlobalMean(1), no_rows)
 
 
 def test_first_steps_under_masks_are_given_time(alone: None, tmp_path: Path) -> None:
     adapters = tiny_adapters(LORA_DROPOUT)
     guards = guards_of(adapters, tmp_path, [])
     gradients(adapters, ("lora_A", "layers.0.self_attn.k_proj.buckets.0.lora_B"))  # all rows dropped
-    guards.check(0, [1.0], 1, no_rows)
-    guards.check(1, [1.0], 1, no_rows)
+    guards.check(0, [1.0], GlobalMean(1), no_rows)
+    guards.check(1, [1.0], GlobalMean(1), no_rows)
     with pytest.raises(Untrained, match=r"step 3: 2 of 28 .*k_proj"):
-        guards.check(2, [1.0], 1, no_rows)
+        guards.check(2, [1.0], GlobalMean(1), no_rows)
 
 
 def train(settings: list[str], folder: Path, change: Callable[[Adapters], None], step: int = 3) -> dict[str, Any]:

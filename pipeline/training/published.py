@@ -1,0 +1,82 @@
+"""adapter/ of a run: published with the validation predictions that go with it, and found again after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.heads import head_state
+from pipeline.adapters.peft_format import adapter_matrices, write_adapter
+from pipeline.distributed import zero
+from pipeline.distributed.world import World, gather_objects
+from pipeline.errors import DiskFull
+from pipeline.files import (
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    manifest_faults,
+    publish_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import Member, Predictions, write_members, write_predictions
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the validation split says about the adapter of a step."""
+
+    step: int
+    scores: dict[str, float]
+    """`nll`, in nats, is what selection goes by."""
+    predictions: Predictions
+
+
+def publish_adapter(adapters: Adapters, base: str, found: Validation, paths: RunPaths, world: World) -> None:
+    """adapter/ in PEFT format as it stands in the engine now, and the validation predictions that go with it.
+
+    A collective. Raises `DiskFull`.
+
+    Args:
+        base: name or path of the base model.
+    """
+    matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
+    head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
+
+    def fill(folder: Path) -> None:
+        write_adapter(folder, matrices, adapters.specs[0], adapters.layer_count, base, adapters.suffixes, head)
+        write_json(folder / MANIFEST, {"step": found.step, "validation_nll": found.scores["nll"]})
+
+    def publish() -> None:
+        (paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before
+        publish_folder(paths.adapter, fill)
+        sha256 = sha256_file(paths.adapter / ADAPTER_WEIGHTS)
+        write_members(paths.predictions, [Member("mean-field", "mean_field", str(paths.adapter), sha256)])
+        write_predictions(paths.predictions, "validation", found.predictions)
+
+    main_writes(world, publish)
+
+
+def published_step(paths: RunPaths) -> int | None:
+    """The step of the adapter in adapter/, as the main process sees it; None where none is whole with its predictions.
+
+    A collective.
+    """
+    whole = not manifest_faults(paths.adapter) and (paths.predictions / "validation.npz").exists()
+    step: int | None = read_json(paths.adapter / MANIFEST).get("step") if whole else None
+    return gather_objects(step)[0]
+
+
+def main_writes(world: World, work: Callable[[], None]) -> None:
+    """Let the main process write while all wait; a full disk stops all of them alike. Raises `DiskFull`."""
+    said = None
+    if world.is_main:
+        try:
+            work()
+        except DiskFull as error:
+            said = str(error)
+    if said := gather_objects(said)[0]:
+        raise DiskFull(said)
