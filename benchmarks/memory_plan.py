@@ -97,10 +97,10 @@ def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
     from pipeline.model.load import compute_dtype
     from pipeline.training.engine import build_engine, micro_steps_of
 
-    adapters = attach_adapter(config, base)
+    adapters = attach_adapter(config.adapter, base, config.train.max_steps, config.train.seed)
     objective = TrainingObjective(SupervisedLM(base.model), adapters.axis, adapters.specs[0].consistency)
     dtype = compute_dtype(config.model, world.device)
-    return build_engine(config, adapters, objective, micro_steps_of(config.train, world), dtype), adapters
+    return build_engine(config.train, adapters, objective, micro_steps_of(config.train, world), dtype), adapters
 
 
 def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int) -> None:
@@ -128,7 +128,8 @@ def planned(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
     from pipeline.config import load_config
     from pipeline.plan.memory import Batch, plan_memory
 
-    plan = plan_memory(load_config(None, settings), 1, Batch(cell["tokens"], SUPERVISED))
+    config = load_config(None, settings)
+    plan = plan_memory(config.model, config.adapter, config.train, 1, Batch(cell["tokens"], SUPERVISED))
     return {"loaded": plan.load_peak, "peak": plan.peak}
 
 

@@ -11,10 +11,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "config": ("RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
+    "config": ("AdapterConfig", "RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
     "data.splits": ("load_splits",),
+    "distributed.launcher": ("LAUNCHER_VARIABLES",),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
         "RunFolderError", "StageFailed", "UserError",

@@ -91,9 +91,11 @@ def execute(stage: Stage, request: Request) -> int:
     Raises:
         UserError: something to mend, before any model is loaded or anything is written.
     """
+    from pipeline.config import dump_config
     from pipeline.distributed.nodes import check_nodes
     from pipeline.plan.preflight import check_inputs
-    from pipeline.plan.resolve import fit_micro_batch, plan_text, resolve_epochs, resolve_new, resolve_saved
+    from pipeline.plan.resolve import fit_micro_batch, resolve_epochs, resolve_new, resolve_saved
+    from pipeline.plan.steps import step_lines
     from pipeline.run_folder.paths import Folders
     from pipeline.stages.processes import start
 
@@ -105,9 +107,11 @@ def execute(stage: Stage, request: Request) -> int:
     check_inputs(config)
     check_nodes(config.launch, stage.name, stage.processes)
     if stage.trains:
-        config = fit_micro_batch(config)
+        config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:
-        print(plan_text(config, stage.planned()(config, folders)))
+        print(f"{dump_config(config)}\nplan (nothing has been started):")
+        for step in stage.plan or (stage.name,):
+            print("\n".join(step_lines(config, folders, step)))
         return EXIT_OK
     config = resolve_epochs(config)
     if stage.processes == "none":

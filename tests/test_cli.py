@@ -122,10 +122,10 @@ def test_a_folder_of_another_configuration_is_refused(
 
 def test_a_micro_batch_that_processes_cannot_share_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, ["train.global_batch=16", "train.micro_batch=8", "launch.processes=4"])
-    assert fit_micro_batch(config).train.micro_batch == 4 and "8 -> 4" in capsys.readouterr().err
+    assert fit_micro_batch(config.train, config.launch).micro_batch == 4 and "8 -> 4" in capsys.readouterr().err
     assert {name for name, stage in STAGES.items() if stage.trains} == {"run", "train", "compare"}
     with pytest.raises(ConfigError, match=r"train\.global_batch=18"):
-        fit_micro_batch(load_config(None, ["train.global_batch=16", "launch.processes=6"]))
+        fit_micro_batch(config.train, config.launch.model_copy(update={"processes": 6}))
 
 
 def test_own_data_are_not_cut_to_the_sizes_of_the_embedded_rows(tmp_path: Path) -> None:

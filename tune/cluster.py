@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import ConfigError, RunConfig, StageFailed
+from pipeline import ConfigError, SearchConfig, StageFailed
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
@@ -82,13 +82,13 @@ def cluster(folder: Path) -> Iterator[dict[str, float]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan(config: RunConfig, resources: dict[str, float], trials: int) -> Capacity:
+def plan(search: SearchConfig, resources: dict[str, float], trials: int) -> Capacity:
     """Fit the search into the cluster.
 
     Raises:
         ConfigError: trials x workers exceeds the cluster: it would wait for itself for ever.
     """
-    workers = config.search.workers_per_trial
+    workers = search.workers_per_trial
     gpus = int(resources.get("GPU", 0))
     slots, kind = (gpus, "GPUs") if gpus else (int(resources.get("CPU", 1)), "CPUs")
     if workers > slots:
@@ -96,7 +96,7 @@ def plan(config: RunConfig, resources: dict[str, float], trials: int) -> Capacit
             "search.workers_per_trial", workers, f"exceeds the {slots} {kind} of the cluster", f"Set at most {slots}."
         )
     most = slots // workers
-    asked = config.search.concurrent
+    asked = search.concurrent
     if asked > most:
         raise ConfigError(
             "search.concurrent", asked,

@@ -114,7 +114,7 @@ def _run_trials(
     try:
         with cluster(folder / RAY_FOLDER) as resources:
             stopping.listen()
-            capacity = plan(config, resources, left)
+            capacity = plan(config.search, resources, left)
             say(
                 f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
                 f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"

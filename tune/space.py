@@ -24,7 +24,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from pipeline import SERVED_RANKS, ConfigError, RunConfig, UserError, config_keys, read_yaml, validate, with_values
+from pipeline import (
+    SERVED_RANKS,
+    AdapterConfig,
+    ConfigError,
+    RunConfig,
+    UserError,
+    config_keys,
+    read_yaml,
+    validate,
+    with_values,
+)
 from tune.dimensions import Dimension, Options, Range, Space, Values
 
 SPACES = Path(__file__).resolve().parent / "spaces"
@@ -93,11 +103,18 @@ def load_space(config: RunConfig) -> Space:
     if not tree:
         raise ConfigError(str(path), None, "has no dimension", "Example: `adapter.rate: {uniform: [0.1, 0.6]}`.")
     entries = {str(key): _read_entry(str(key), entry, path) for key, entry in tree.items()}
-    used = {key: entry for key, entry in entries.items() if not entry.if_used or _is_used(key, entries, config)}
+    used = {key: entry for key, entry in entries.items() if not entry.if_used or _is_used(key, entries, config.adapter)}
     if not used:
         raise ConfigError(str(path), None, "has no dimension that the method in force uses", "Add train.learning_rate.")
-    space = Space(str(path), {key: _read_dimension(key, entry, path, config) for key, entry in used.items()})
-    _check_corners(space, config)
+    present = {key: reduce(getattr, key.split("."), config) for key in used}
+    space = Space(str(path), {key: _read_dimension(key, entry, path, present[key]) for key, entry in used.items()})
+    for values in space.corners():
+        try:
+            trial_config(config, values, "trial")
+        except UserError as error:
+            shown = ", ".join(f"{key}={value}" for key, value in values.items())
+            fault = f"allows {shown}, which is no valid run: {error}"
+            raise ConfigError("search.space", space.source, fault) from error
     _check_trials(space, config.search.trials)
     return space
 
@@ -108,7 +125,7 @@ def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
     # A trial is short and is rerun rather than resumed: periodic checkpoints would only fill the disk.
     of_a_trial = {
         "train.max_steps": steps,
-        "train.validate_every_steps": validation_steps(config),
+        "train.validate_every_steps": validation_steps(config.train.validate_every_steps, steps),
         "train.checkpoint_every_steps": steps,
         "train.keep_checkpoints": 1,
         "label": f"{config.label}: {name}" if config.label else name,
@@ -116,9 +133,9 @@ def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
     return with_values(config, {**of_a_trial, **values})
 
 
-def validation_steps(config: RunConfig) -> int:
+def validation_steps(asked: int, max_steps: int) -> int:
     """Steps between validations of a trial: at least one falls before its end, where it can be stopped early."""
-    return min(config.train.validate_every_steps, max(1, config.search.max_steps // 2))
+    return min(asked, max(1, max_steps // 2))
 
 
 def _find(source: str) -> Path:
@@ -149,28 +166,28 @@ def _read_entry(key: str, entry: object, path: Path) -> DimensionFile:
     return found
 
 
-def _is_used(key: str, entries: Mapping[str, DimensionFile], config: RunConfig) -> bool:
+def _is_used(key: str, entries: Mapping[str, DimensionFile], adapter: AdapterConfig) -> bool:
     """Whether the method in force has the rate that `key` names, and no other dimension sets it."""
     if key == ONE_RATE:
-        return config.adapter.takes_one_rate()
-    if ONE_RATE in entries and config.adapter.takes_one_rate():
+        return adapter.takes_one_rate()
+    if ONE_RATE in entries and adapter.takes_one_rate():
         return False
-    return any(site.position == key.removeprefix(SITE_RATE) for site in config.adapter.resolved_method().sites)
+    return any(site.position == key.removeprefix(SITE_RATE) for site in adapter.resolved_method().sites)
 
 
-def _read_dimension(key: str, entry: DimensionFile, path: Path, config: RunConfig) -> Dimension:
+def _read_dimension(key: str, entry: DimensionFile, path: Path, present: object) -> Dimension:
     try:
-        return _resolve(key, entry, config)
+        return _resolve(key, entry, present)
     except UserError as error:
         raise ConfigError(f"{path}: {key}", None, str(error)) from error
 
 
-def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:
+def _resolve(key: str, entry: DimensionFile, present: object) -> Dimension:
+    """`present`: the value in force, whose type says whether the dimension is of whole numbers."""
     options = entry.choice or entry.grid
     if options is not None:
         return Options(tuple(options), grid=entry.grid is not None)
     low, high = entry.uniform or entry.loguniform or []
-    present = reduce(getattr, key.split("."), config)
     whole = isinstance(present, int) and not isinstance(present, bool)
     if whole and (low != int(low) or high != int(high)):
         raise ConfigError(key, [low, high], "must be whole numbers")
@@ -181,16 +198,6 @@ def _resolve(key: str, entry: DimensionFile, config: RunConfig) -> Dimension:
             raise ConfigError(key, [low, high], "holds no rank that vLLM serves", remedy)
         return Options(ranks)
     return Range(low, high, log=entry.loguniform is not None, whole=whole)
-
-
-def _check_corners(space: Space, config: RunConfig) -> None:
-    for values in space.corners():
-        try:
-            trial_config(config, values, "trial")
-        except UserError as error:
-            shown = ", ".join(f"{key}={value}" for key, value in values.items())
-            fault = f"allows {shown}, which is no valid run: {error}"
-            raise ConfigError("search.space", space.source, fault) from error
 
 
 def _check_trials(space: Space, trials: int) -> None:

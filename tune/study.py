@@ -176,8 +176,9 @@ def run_study(
 ) -> None:
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
     search = study.config.search
+    first_rung = validation_steps(study.config.train.validate_every_steps, search.max_steps)
     scheduler = EnsembleASHA(
-        (validation_steps(study.config), search.max_steps), search.trials, search.adapters,
+        (first_rung, search.max_steps), search.trials, search.adapters,
         lambda name: write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"}),
     )  # fmt: skip
     scheduler.replay(study.ledger)

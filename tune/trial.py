@@ -23,12 +23,20 @@ from typing import IO, Any
 
 import yaml
 
-from pipeline import EXIT_STOPPED, LoradropError, RunConfig, RunPaths, StageFailed, build_config, load_config
+from pipeline import (
+    EXIT_STOPPED,
+    LAUNCHER_VARIABLES,
+    LoradropError,
+    RunConfig,
+    RunPaths,
+    StageFailed,
+    build_config,
+    load_config,
+)
 from tune.cluster import CONTROLLER_CPUS
 
 TRIALS = "trials"
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_ATTEMPTS = 3
 """Times a TorchTrainer may wait in vain (a minute each) for the workers it was promised."""
 
@@ -140,7 +148,7 @@ def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Repor
         from pipeline import train_run  # imports torch
     train: TrainFunction = stand_in or train_run
     config = build_config(yaml.safe_load(assignment.config))
-    _require_hash(assignment, config, "reached the trial")
+    _require_hash(assignment, config.sha256(), "reached the trial")
 
     standing: dict[str, Any] = {}
 
@@ -155,15 +163,15 @@ def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Repor
             report({"step": int(row["step"]), **standing, "finished": False})
 
     result = train(config, assignment.run, on_validation)
-    _require_hash(assignment, load_config(RunPaths(assignment.run).config), "was trained")
+    _require_hash(assignment, load_config(RunPaths(assignment.run).config).sha256(), "was trained")
     return {
         "step": result["steps"], "nll": result["validation_nll"], "accuracy": result["validation_accuracy"],
         "adapter_sha256": result["adapter_sha256"], "finished": True,
     }  # fmt: skip
 
 
-def _require_hash(assignment: Assignment, config: RunConfig, what: str) -> None:
-    if config.sha256() != assignment.config_sha256:
+def _require_hash(assignment: Assignment, sha256: str, what: str) -> None:
+    if sha256 != assignment.config_sha256:
         raise StageFailed(f"{assignment.name}: another configuration than the chosen one {what}")
 
 

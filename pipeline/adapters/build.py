@@ -10,14 +10,14 @@ from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import load_head
 from pipeline.adapters.peft_format import StoredAdapter, load_matrices, read_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import AdapterConfig, RunConfig
+from pipeline.config import AdapterConfig
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.model.load import BaseModel
 
 
-def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
+def attach_adapter(config: AdapterConfig, base: BaseModel, max_steps: int, seed: int) -> Adapters:
     """Attach the configured adapter: fresh, or from `adapter.init_from`.
 
     A classifier's head starts from the stored one where there is one; a LoRA without a head is a start, too.
@@ -25,12 +25,12 @@ def attach_adapter(config: RunConfig, base: BaseModel) -> Adapters:
     Raises:
         ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
     """
-    spec = AdapterSpec.from_config(config.adapter, config.train.max_steps)
-    if config.adapter.init_from is None:
-        return attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
-    stored = read_adapter(Path(config.adapter.init_from))
-    _refuse_other_scaling(config.adapter, spec, stored)
-    adapters = attach(base.model, [spec], config.adapter.target_modules, config.train.seed, base.heads)
+    spec = AdapterSpec.from_config(config, max_steps)
+    if config.init_from is None:
+        return attach(base.model, [spec], config.target_modules, seed, base.heads)
+    stored = read_adapter(Path(config.init_from))
+    _refuse_other_scaling(config, spec, stored)
+    adapters = attach(base.model, [spec], config.target_modules, seed, base.heads)
     load_matrices(adapters.layers, 0, stored.matrices, "adapter.init_from")
     if stored.head.tensors:
         load_head(adapters.heads, 0, stored.head, "adapter.init_from")

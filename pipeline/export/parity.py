@@ -14,7 +14,6 @@ import torch
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.config import RunConfig
 from pipeline.data.rows import Row
 from pipeline.errors import LoradropError
 from pipeline.export.peft import Exported
@@ -33,7 +32,7 @@ class ParityError(LoradropError):
 
 
 def measure_parity(
-    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, config: RunConfig, rows: list[Row]
+    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, seed: int, rows: list[Row]
 ) -> list[dict[str, float]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
 
@@ -42,7 +41,7 @@ def measure_parity(
     """
     prompts = [task.probe(row) for row in rows]
     members = [Member(None), *(e.member for e in exported)]
-    ours = np.stack([_our_logits(task, adapters, ids, members, config.ensemble.seed) for ids in prompts], 1)
+    ours = np.stack([_our_logits(task, adapters, ids, members, seed) for ids in prompts], 1)
     folders = [folder / e.folder for e in exported]
     stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device))
     # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.

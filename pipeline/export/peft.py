@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
-from pipeline.config import RunConfig
+from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.errors import RunFolderError
-from pipeline.files import read_json
-from pipeline.run_folder.paths import RunPaths
 from pipeline.terminal import say
 
 
@@ -25,17 +24,27 @@ class Exported:
     member: Member
 
 
-def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -> list[Exported]:
-    """What export.forms and the chosen ensemble size ask for."""
-    exported = [Exported("adapter", Member(0))] if "adapter" in config.export.forms else []
-    if "draws" not in config.export.forms:
+def planned_exports(
+    asked: ExportConfig, cached: int, result: Mapping[str, Any], stored: StoredAdapter
+) -> list[Exported]:
+    """What export.forms and the chosen ensemble size ask for.
+
+    Args:
+        cached: mask draws that are predicted, where no report has chosen among them.
+        result: the report's, empty where there is none.
+
+    Raises:
+        RunFolderError: draws are asked for that are no plain LoRA.
+    """
+    exported = [Exported("adapter", Member(0))] if "adapter" in asked.forms else []
+    if "draws" not in asked.forms:
         return exported
     active = [site for site in stored.spec.sites if site.rate > 0]
     odd = [site.position for site in active if site.position not in WEIGHT_POSITIONS]
-    if odd and config.export.draws:
+    if odd and asked.draws:
         raise RunFolderError(
             "export.draws",
-            config.export.draws,
+            asked.draws,
             f"a draw with masks on {', '.join(odd)} is no plain LoRA",
             "Leave it out: the adapter alone is exported.",
         )
@@ -44,18 +53,23 @@ def planned_exports(config: RunConfig, paths: RunPaths, stored: StoredAdapter) -
         return exported
     if not active:
         return exported
-    size = config.export.draws
+    size = asked.draws
     if size is None:
-        size = chosen_size(read_json(paths.result)) if paths.result.exists() else config.ensemble.size
+        size = chosen_size(result) if result else cached
     return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
 
 
 def write_exports(
-    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, config: RunConfig, base: str
+    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, base: str, seed: int
 ) -> None:
-    """One PEFT folder per export; a draw's masks are folded into its matrices."""
+    """One PEFT folder per export; a draw's masks are folded into its matrices.
+
+    Args:
+        base: name or path of the base model.
+        seed: of the test-time masks.
+    """
     draws = [e.member for e in exported]
-    masks = adapters.plan(draws, 1, config.ensemble.seed, "test").masks
+    masks = adapters.plan(draws, 1, seed, "test").masks
     plain = replace(stored.spec, sites=())
     for m, export in enumerate(exported):
         target = folder / export.folder
@@ -66,25 +80,26 @@ def write_exports(
         write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
 
 
-def _ensemble_entry(config: RunConfig, exported: list[Exported], result: dict[str, Any]) -> dict[str, Any] | None:
+def ensemble_entry(average: str, exported: list[Exported], result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The exported draws as an ensemble: their weights, how they are averaged, their temperature; None without any."""
     draws = [e.folder for e in exported if e.member.draw is not None]
     if not draws:
         return None
     return {
         "members": draws,
         "weights": [1.0 / len(draws)] * len(draws),
-        "average": config.ensemble.average,
+        "average": average,
         "temperature": _temperature(result, len(draws)),
     }
 
 
-def chosen_size(result: dict[str, Any]) -> int:
+def chosen_size(result: Mapping[str, Any]) -> int:
     """Mask draws that validation chose; at least 2, since one draw alone is worse than the mean-field adapter."""
     entry = result.get("ensemble")
     return max(2, int(entry["chosen_size"])) if entry else 0
 
 
-def _temperature(result: dict[str, Any], size: int) -> float | None:
+def _temperature(result: Mapping[str, Any], size: int) -> float | None:
     """The temperature that the report fitted for an ensemble of this size, where it did."""
     for system in result.get("systems", []):
         if system["key"] == f"masks_{size}" and system["temperature"]:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.adapters.attach import Adapters, attach, is_linear, linear_shape
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import AdapterConfig, ModelConfig, TrainConfig
 from pipeline.config.deepspeed import find_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.errors import ConfigError, LoradropError
@@ -126,7 +126,9 @@ class MemoryPlan:
         return self.peak + (CONTEXT if self.device == "cuda" else 0) <= self.capacity
 
 
-def plan_memory(config: RunConfig, processes: int, batch: Batch) -> MemoryPlan:
+def plan_memory(
+    base: ModelConfig, adapter: AdapterConfig, train: TrainConfig, processes: int, batch: Batch
+) -> MemoryPlan:
     """The plan of one of `processes` (all of one node) for passes like `batch`.
 
     Raises:
@@ -135,17 +137,17 @@ def plan_memory(config: RunConfig, processes: int, batch: Batch) -> MemoryPlan:
     accelerators = accelerator_memory()
     device = "cuda" if accelerators else "cpu"
     capacity = min(size for _, size in accelerators) if accelerators else machine_memory() // processes
-    dtype = compute_dtype(config.model, torch.device(device)) if device == "cpu" or torch.cuda.is_available() else None
-    folder, description = base_description(config.model)
+    dtype = compute_dtype(base, torch.device(device)) if device == "cpu" or torch.cuda.is_available() else None
+    folder, description = base_description(base)
     dtype = dtype or torch.bfloat16  # a GPU that this torch cannot reach: a usual one
-    model = empty_model(description, dtype, config.model.attention)
-    adapters = attach(model, [AdapterSpec.from_config(config.adapter)], config.adapter.target_modules, 0)
-    weights = weigh(adapters, config.model, dtype, folder)
+    model = empty_model(description, dtype, base.attention)
+    adapters = attach(model, [AdapterSpec.from_config(adapter)], adapter.target_modules, 0)
+    weights = weigh(adapters, base, dtype, folder)
     try:
-        passes = trace_pass(config, description, dtype, batch)
+        passes = trace_pass(adapter, train, base.attention, description, dtype, batch)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise NoPlan(f"a pass of this model cannot be traced without its weights ({first_line(error)})") from error
-    states = states_of(config, weights.trained, processes, device)
+    states = states_of(train, weights.trained, processes, device)
     return MemoryPlan(weights=weights, passes=passes, overhead=OVERHEAD[device], device=device, capacity=capacity,
                       **asdict(states))
 
@@ -221,7 +223,7 @@ class States:
     step: int
 
 
-def states_of(config: RunConfig, trained: int, processes: int, device: str) -> States:
+def states_of(train: TrainConfig, trained: int, processes: int, device: str) -> States:
     """ZeRO-0: fp32 parameters, their gradients, two moments.
 
     ZeRO-1 and 2: the same parameters, and a share of fp32 masters, of moments, and of reduced gradients (ZeRO-1
@@ -231,7 +233,7 @@ def states_of(config: RunConfig, trained: int, processes: int, device: str) -> S
     Raises:
         NoPlan: ZeRO-3, or an offloaded optimizer.
     """
-    settings, train = read_json(find_ds_config(config.train.deepspeed)), config.train
+    settings = read_json(find_ds_config(train.deepspeed))
     stage, full = zero_stage(settings), 4 * trained
     if stage == 3:
         raise NoPlan("ZeRO-3 is not planned yet; while loading it holds what zero2 does, later less")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import RunConfig
-from pipeline.config.load import with_values
+from pipeline.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.data.check import at_hand
 from pipeline.data.encode import encode_training_rows
 from pipeline.data.splits import load_splits
@@ -22,13 +21,13 @@ CHECKPOINT_BYTES = 12
 
 def memory_table(config: RunConfig, processes: int) -> str:
     """Lines for people; one line with the reason where there can be no plan."""
+    model, adapter, train = config.model, config.adapter, config.train
     try:
-        batch, source = expected_batch(config)
-        plan = plan_memory(config, processes, batch)
-        verdict = "fits" if plan.fits else f"DOES NOT FIT; {suggestion(config, processes, batch)}"
+        batch, source = expected_batch(config.data, model, train.packing)
+        plan = plan_memory(model, adapter, train, processes, batch)
+        verdict = "fits" if plan.fits else f"DOES NOT FIT; {suggestion(model, adapter, train, processes, batch)}"
     except NoPlan as error:
         return f"memory: no plan ({error})"
-    train = config.train
     checkpointing = "on" if train.activation_checkpointing else "off"
     passes = f"micro-batch {train.micro_batch}" if train.micro_tokens is None else f"{train.micro_tokens} tokens a pass"
     device = "of this machine's memory per process" if plan.device == "cpu" else "of the smallest GPU"
@@ -37,8 +36,8 @@ def memory_table(config: RunConfig, processes: int) -> str:
     return "\n".join([
         f"memory of one process ({source}: rows of {batch.tokens} tokens, {batch.supervised} supervised; {passes},",
         f"  {train.draws} draws {train.draw_layout}, activation checkpointing {checkpointing},"
-        f" attention {config.model.attention}):",
-        *(f"  {name:44}{mib(size):>12}" for name, size in parts(config, plan, processes) if size),
+        f" attention {model.attention}):",
+        *(f"  {name:44}{mib(size):>12}" for name, size in parts(model, train.deepspeed, plan, processes) if size),
         f"  at the most: {moments}",
         f"  peak {mib(plan.peak)} of {mib(plan.capacity)} {device}: {verdict}",
         f"  disk: {mib(disk)} per checkpoint, up to {mib(kept * disk)} (the newest {train.keep_checkpoints}, the best,"
@@ -46,17 +45,17 @@ def memory_table(config: RunConfig, processes: int) -> str:
     ])
 
 
-def parts(config: RunConfig, plan: MemoryPlan, processes: int) -> list[tuple[str, int]]:
+def parts(model: ModelConfig, deepspeed: str, plan: MemoryPlan, processes: int) -> list[tuple[str, int]]:
     """What the memory is taken by; parts of one another are indented."""
-    double = ", double" if config.model.quantization == "nf4" and config.model.double_quantization else ""
+    double = ", double" if model.quantization == "nf4" and model.double_quantization else ""
     return [
-        (f"base, {config.model.quantization}", plan.weights.quantized),
+        (f"base, {model.quantization}", plan.weights.quantized),
         (f"its quantization state{double}", plan.weights.scales),
         ("embeddings, head, norms, biases", plan.weights.others),
         (f"adapter, {plan.weights.trained:,} parameters", plan.adapter),
         ("gradients, reduced", plan.gradients),
         ("bucket they are reduced in", plan.bucket),
-        (f"optimizer ({config.train.deepspeed}, {processes} processes)", plan.optimizer),
+        (f"optimizer ({deepspeed}, {processes} processes)", plan.optimizer),
         ("forward pass: activations, logits", int(plan.passes.forward)),
         ("backward pass", int(plan.passes.backward)),
         ("one dequantized layer", plan.weights.largest),
@@ -64,35 +63,37 @@ def parts(config: RunConfig, plan: MemoryPlan, processes: int) -> list[tuple[str
     ]
 
 
-def expected_batch(config: RunConfig) -> tuple[Batch, str]:
+def expected_batch(data: DataConfig, model: ModelConfig, packing: bool) -> tuple[Batch, str]:
     """The longest of the training rows where these lie on this machine, else what data.max_tokens allows; and which."""
-    longest = config.data.max_tokens
-    if not at_hand(config.data):
+    longest = data.max_tokens
+    if not at_hand(data):
         return Batch(longest, longest), "data.max_tokens, all supervised"
     try:
-        rows = load_splits(config.data).train[:SEEN_ROWS]
-        encoded = encode_training_rows(rows, load_tokenizer(config.model), longest)
+        rows = load_splits(data).train[:SEEN_ROWS]
+        encoded = encode_training_rows(rows, load_tokenizer(model), longest)
     except UserError as error:
         raise NoPlan(first_line(error)) from error
-    if config.train.packing:
+    if packing:
         share = sum(row.supervised for row in encoded) / sum(len(row.input_ids) for row in encoded)
         return Batch(longest, round(share * longest)), f"packed, {len(encoded)} training rows read"
     batch = Batch(max(len(row.input_ids) for row in encoded), max(row.supervised for row in encoded))
     return batch, f"the longest of {len(encoded)} training rows"
 
 
-def suggestion(config: RunConfig, processes: int, batch: Batch) -> str:
+def suggestion(
+    model: ModelConfig, adapter: AdapterConfig, train: TrainConfig, processes: int, batch: Batch
+) -> str:
     """The smallest change under which the plan fits: activation checkpointing, a smaller micro-batch, or both."""
-    micro, smaller = config.train.micro_batch, []
+    micro, smaller = train.micro_batch, []
     while micro % 2 == 0:
         micro //= 2
         smaller.append(micro)
-    checkpointing = {"train.activation_checkpointing": True}
-    tries: list[dict[str, Any]] = [checkpointing, *({"train.micro_batch": size} for size in smaller)]
-    tries += [{**checkpointing, "train.micro_batch": size} for size in smaller]
+    checkpointing = {"activation_checkpointing": True}
+    tries: list[dict[str, Any]] = [checkpointing, *({"micro_batch": size} for size in smaller)]
+    tries += [{**checkpointing, "micro_batch": size} for size in smaller]
     for change in tries:
-        if plan_memory(with_values(config, change), processes, batch).fits:
-            return "it fits with " + " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        if plan_memory(model, adapter, train.model_copy(update=change), processes, batch).fits:
+            return "it fits with " + " ".join(f"train.{key}={str(value).lower()}" for key, value in change.items())
     return "no micro-batch fits: lower data.max_tokens or adapter.rank, or take a smaller base or a larger device"
 
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import RunConfig
+from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.loss.terms import chunked_losses
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.load import switch_off_dropout
@@ -61,14 +61,20 @@ class Peaks:
         return Peaks(self.forward + part * forward, self.backward + part * backward)
 
 
-def trace_pass(config: RunConfig, description: Any, dtype: torch.dtype, batch: Batch) -> Peaks:
+def trace_pass(
+    adapter: AdapterConfig, train: TrainConfig, attention: str, description: Any, dtype: torch.dtype, batch: Batch
+) -> Peaks:
     """Peaks of one micro-batch of the configured training on a causal model.
 
     Args:
+        attention: implementation.
         description: transformers' configuration of the base.
         dtype: compute dtype.
     """
-    short, long = (_trace(config, shortened(description, layers), dtype, batch) for layers in (SHORT, LONG))
+    short, long = (
+        _trace(adapter, train, empty_model(shortened(description, layers), dtype, attention), batch)
+        for layers in (SHORT, LONG)
+    )
     return short.towards(long, layer_count(description))
 
 
@@ -100,22 +106,20 @@ def shortened(description: Any, layers: int) -> Any:
     return short
 
 
-def _trace(config: RunConfig, description: Any, dtype: torch.dtype, batch: Batch) -> Peaks:
-    model = empty_model(description, dtype, config.model.attention)
-    spec = AdapterSpec.from_config(config.adapter)
-    adapters = attach(model, [spec], config.adapter.target_modules, 0)
-    if config.train.activation_checkpointing:
+def _trace(adapter: AdapterConfig, train: TrainConfig, model: nn.Module, batch: Batch) -> Peaks:
+    adapters = attach(model, [AdapterSpec.from_config(adapter)], adapter.target_modules, 0)
+    if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_data(model)
         live = Live([*model.parameters(), *model.buffers()])
-        _run(adapters, config, batch, live)
+        _run(adapters, train, batch, live)
     return live.peaks()
 
 
-def _run(adapters: Adapters, config: RunConfig, batch: Batch, live: Live) -> None:
-    train, spec = config.train, adapters.specs[0]
+def _run(adapters: Adapters, train: TrainConfig, batch: Batch, live: Live) -> None:
+    spec = adapters.specs[0]
     masked = any(site.rate > 0 for site in spec.sites)
     count = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // batch.tokens)
     layout = training_layout(range(count), train.draws, train.draw_layout, masked, spec.consistency)

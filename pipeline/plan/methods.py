@@ -36,7 +36,7 @@ def refused_methods(config: RunConfig) -> dict[str, str]:
         seen.append(own.adapter)
         skeleton = load_skeleton(own.model, classes)  # a new one each time: attaching changes it
         try:
-            attach_adapter(own, skeleton)
+            attach_adapter(own.adapter, skeleton, own.train.max_steps, own.train.seed)
         except UserError as error:
             refused[training.method] = str(error)
     return refused

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.config.deepspeed import combination_fault, fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG, read_json
@@ -28,7 +27,7 @@ def check_inputs(config: RunConfig) -> None:
         )
     if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
         raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
-    check_loggers(config)
+    check_loggers(config.logging)
     ds_file = find_ds_config(config.train.deepspeed)
     decided = {
         "train_batch_size": config.train.global_batch,
@@ -40,35 +39,31 @@ def check_inputs(config: RunConfig) -> None:
     ds_config = fill_ds_config(read_json(ds_file), decided, ds_file.name)
     if fault := combination_fault(ds_config, config.model):
         raise fault
-    _check_rank_budget(config, ds_config)
-    from pipeline.data.check import check_data
-    from pipeline.model.kind import local_kind
-
-    kind = local_kind(config.model)
-    check_data(config.data, classifier=None if kind is None else kind == "classifier")
-    _check_rows(config, classifier=kind == "classifier")
-
-
-def _check_rows(config: RunConfig, classifier: bool) -> None:
-    """Refuse ways of forming batches that do not go together."""
-    packing, streaming = ("train.packing", config.train.packing), ("data.streaming", config.data.streaming)
-    for (field, wanted), refused, reason in (
-        (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),
-        (streaming, classifier, "a classifier needs to know that all rows have the same choices"),
-        (packing, config.data.streaming, "rows are packed by the lengths of all of them, which a stream does not know"),
-        (packing, config.train.epochs is not None, "train.epochs counts rows before they are packed"),
-        (streaming, config.train.epochs is not None, "train.epochs needs the number of rows; set train.max_steps"),
-    ):
-        if wanted and refused:
-            raise ConfigError(field, True, reason, f"Set {field}=false.")
-
-
-def _check_rank_budget(config: RunConfig, ds_config: dict[str, Any]) -> None:
     if config.adapter.kind == "adalora" and zero_stage(ds_config) == 3:
         raise ConfigError(
             "adapter.kind", "adalora", f"cannot be trained under {config.train.deepspeed}, which is ZeRO-3: importance"
             " and orthogonality need whole matrices", "Set train.deepspeed to zero2, zero1 or zero0.",
         )
+    from pipeline.data.check import check_data
+    from pipeline.model.kind import local_kind
+
+    kind = local_kind(config.model)
+    check_data(config.data, classifier=None if kind is None else kind == "classifier")
+    _check_rows(config.data, config.train, classifier=kind == "classifier")
+
+
+def _check_rows(data: DataConfig, train: TrainConfig, classifier: bool) -> None:
+    """Refuse ways of forming batches that do not go together."""
+    packing, streaming = ("train.packing", train.packing), ("data.streaming", data.streaming)
+    for (field, wanted), refused, reason in (
+        (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),
+        (streaming, classifier, "a classifier needs to know that all rows have the same choices"),
+        (packing, data.streaming, "rows are packed by the lengths of all of them, which a stream does not know"),
+        (packing, train.epochs is not None, "train.epochs counts rows before they are packed"),
+        (streaming, train.epochs is not None, "train.epochs needs the number of rows; set train.max_steps"),
+    ):
+        if wanted and refused:
+            raise ConfigError(field, True, reason, f"Set {field}=false.")
 
 
 def check_model_path(path: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import RunConfig, TrainConfig, build_config, dump_config
+from pipeline.config import LaunchConfig, RunConfig, TrainConfig, build_config
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
 from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import world_processes
@@ -17,15 +17,15 @@ from pipeline.plan.request import Request
 from pipeline.run_folder.paths import RunPaths, read_saved
 
 
-def fit_micro_batch(config: RunConfig) -> RunConfig:
-    """`config` with the largest micro-batch, up to train.micro_batch, that divides a process's share of a step.
+def fit_micro_batch(train: TrainConfig, launch: LaunchConfig) -> TrainConfig:
+    """`train` with the largest micro-batch, up to train.micro_batch, that divides a process's share of a step.
 
     Raises:
         ConfigError: the global batch cannot be shared out evenly.
     """
-    train, processes = config.train, world_processes(config.launch)
+    processes = world_processes(launch)
     if processes is None:
-        return config
+        return train
     if train.global_batch % processes:
         fitting = -(-train.global_batch // processes) * processes
         raise ConfigError(
@@ -34,9 +34,9 @@ def fit_micro_batch(config: RunConfig) -> RunConfig:
         )
     fitting = math.gcd(train.global_batch // processes, train.micro_batch)
     if fitting == train.micro_batch:
-        return config
+        return train
     print(f"train.micro_batch {train.micro_batch} -> {fitting}: what a process has of a step", file=sys.stderr)
-    return config.model_copy(update={"train": train.model_copy(update={"micro_batch": fitting})})
+    return train.model_copy(update={"micro_batch": fitting})
 
 
 def resolve_new(
@@ -95,11 +95,6 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
         return config
     steps = math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch)
     return with_values(config, {"train.epochs": None, "train.max_steps": max(1, steps)})
-
-
-def plan_text(config: RunConfig, steps: str) -> str:
-    """What --dry-run prints: the configuration in force, and what would be done with it."""
-    return f"{dump_config(config).rstrip()}\n\nplan (nothing has been started):\n{steps}"
 
 
 def length_text(train: TrainConfig) -> str:

@@ -85,7 +85,12 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
         folder = _folder_name(name, values, seed if len(seeds) > 1 else None)
         if folder in planned:
             raise ConfigError("compare.methods", name, "is listed twice", "Give it another name.")
-        own = _config_of(config, method, values, seed)
+        label = f"{config.label}: {name}" if config.label else name
+        try:  # names nothing of the comparison, so that a longer one can keep it
+            changed = {**_adapter_values(method), **values, "train.seed": seed, "label": label}
+            own = with_values(shared_part(config), changed)
+        except UserError as error:
+            raise ConfigError(f"compare.methods: {name}, {values_text(values)}", None, str(error)) from error
         planned[folder] = (Training(folder, name, values, seed, own.result_sha256()), own)
     return list(planned.values())
 
@@ -123,9 +128,9 @@ def outcome(training: Training, folder: Path) -> Training:
     )
 
 
-def write_comparison(paths: RunPaths, config: RunConfig, trainings: Sequence[Training]) -> None:
+def write_comparison(paths: RunPaths, label: str, trainings: Sequence[Training]) -> None:
     """compare.json, whole or not at all."""
-    content = {"label": config.label, "reference": REFERENCE, "trainings": [asdict(one) for one in trainings]}
+    content = {"label": label, "reference": REFERENCE, "trainings": [asdict(one) for one in trainings]}
     write_json(paths.comparison, content)
 
 
@@ -154,16 +159,10 @@ def shared_part(config: RunConfig) -> RunConfig:
     return config.model_copy(update={name: RunConfig.model_fields[name].default for name in free})
 
 
-def _config_of(config: RunConfig, method: str | NamedMethod, values: Mapping[str, Any], seed: int) -> RunConfig:
-    """The configuration of one training; it names nothing of the comparison, so that a longer one can keep it."""
+def _adapter_values(method: str | NamedMethod) -> dict[str, Any]:
+    """Dotted keys that make the adapter that of `method`, with the method's own rates."""
     adapter = {"method": method} if isinstance(method, str) else method.adapter
-    name = _method_name(method)
-    label = f"{config.label}: {name}" if config.label else name
-    own = {**UNSET_RATES, **{f"adapter.{key}": value for key, value in adapter.items()}}
-    try:
-        return with_values(shared_part(config), {**own, **values, "train.seed": seed, "label": label})
-    except UserError as error:
-        raise ConfigError(f"compare.methods: {name}, {values_text(values)}", None, str(error)) from error
+    return {**UNSET_RATES, **{f"adapter.{key}": value for key, value in adapter.items()}}
 
 
 def _check_key(key: str) -> None:

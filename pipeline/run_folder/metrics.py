@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config import RunConfig
+from pipeline.config.launch import LoggingConfig, WandbConfig
 from pipeline.errors import SetupError
 from pipeline.files import full_disk_named, read_json, read_json_lines, write_json, write_text
 
@@ -29,9 +29,9 @@ class Logger(Protocol):
         """Flush and end."""
 
 
-def check_loggers(config: RunConfig) -> None:
+def check_loggers(settings: LoggingConfig) -> None:
     """Raises `SetupError` where a package that the configuration asks for is not installed."""
-    asked = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb is not None}
+    asked = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
     for package, on in asked.items():
         if on and importlib.util.find_spec(package) is None:
             raise SetupError(
@@ -40,14 +40,18 @@ def check_loggers(config: RunConfig) -> None:
             )
 
 
-def open_loggers(config: RunConfig, run_dir: Path, step: int) -> list[Logger]:
-    """What the configuration asks for; a resumed run goes on after `step` where it left off."""
-    check_loggers(config)
+def open_loggers(settings: LoggingConfig, config: Mapping[str, Any], run_dir: Path, step: int) -> list[Logger]:
+    """What the settings ask for; a resumed run goes on after `step` where it left off.
+
+    Args:
+        config: of the whole run, to be shown beside its numbers.
+    """
+    check_loggers(settings)
     loggers: list[Logger] = []
-    if config.logging.tensorboard:
+    if settings.tensorboard:
         loggers.append(TensorBoard(run_dir / "tensorboard", step))
-    if config.logging.wandb is not None:
-        loggers.append(WeightsAndBiases(config, run_dir))
+    if settings.wandb is not None:
+        loggers.append(WeightsAndBiases(settings.wandb, config, run_dir))
     return loggers
 
 
@@ -72,17 +76,15 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run per run folder. `step` is a metric of its own, so that steps done again after a resume are taken."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, settings: WandbConfig, config: Mapping[str, Any], run_dir: Path) -> None:
         import wandb
 
-        settings = config.logging.wandb
-        assert settings is not None
         identity = run_dir / WANDB_IDENTITY
         if not identity.exists():
             write_json(identity, {"id": secrets.token_hex(4)})
         self._run: Any = wandb.init(
             project=settings.project, name=settings.name or run_dir.name, mode=settings.mode, dir=str(run_dir),
-            id=read_json(identity)["id"], resume="allow", config=config.model_dump(mode="json"),
+            id=read_json(identity)["id"], resume="allow", config=dict(config),
         )
         self._run.define_metric("*", step_metric="step")
 

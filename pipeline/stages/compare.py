@@ -49,7 +49,7 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
         if code := start(CHECK, config, here):
             return code
         trainings = mark_refused(trainings, read_json(here.run / REFUSALS))
-    trainings, code = train_all(trainings, [own for _, own in planned], here.run, config)
+    trainings, code = train_all(trainings, [own for _, own in planned], here.run, config.label)
     if code == EXIT_STOPPED:
         return code
     if not any(one.state == "done" for one in trainings):
@@ -63,7 +63,7 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
 
 
 def train_all(
-    trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, config: RunConfig
+    trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, label: str
 ) -> tuple[list[Training], int]:
     """Run what is not done yet, one after another; compare.json says after each how it ended."""
     found, paths, clock = list(trainings), RunPaths(folder), Clock()
@@ -77,11 +77,11 @@ def train_all(
         if code == EXIT_STOPPED:
             return found, code
         found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
-        write_comparison(paths, config, found)
+        write_comparison(paths, label, found)
         if not was_done:
             clock.add(time.monotonic() - started)
     found = choose(found)
-    write_comparison(paths, config, found)
+    write_comparison(paths, label, found)
     states = {one.state for one in found}
     return found, EXIT_FAILED if "failed" in states else EXIT_USER if "refused" in states else EXIT_OK
 

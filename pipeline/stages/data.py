@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import RunConfig
+from pipeline.config import AdapterConfig, RunConfig, TrainConfig
 from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
 from pipeline.data.encode_classifier import encode_answered, output_count, refuse_for_causal
 from pipeline.data.rows import Row
@@ -75,7 +75,7 @@ def show_data(config: RunConfig, rows: int, console: Console | None = None) -> N
     console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
     splits = load_splits(config.data)
     tokenizer = load_tokenizer(config.model)
-    look = look_of(config, splits, tokenizer)
+    look = look_of(splits, tokenizer, config.data.max_tokens, model_kind(config.model))
     looks = {split: [look(row) for row in getattr(splits, split)[:COUNTED_ROWS]] for split in SPLITS}
     for split in SPLITS:
         for number, seen in enumerate(looks[split][:rows], start=1):
@@ -83,20 +83,22 @@ def show_data(config: RunConfig, rows: int, console: Console | None = None) -> N
             console.print(row_text(seen, tokenizer, marks=console.color_system is None))
     if rows:
         console.rule(style=MASKED)
-    console.print(figures_table(looks, splits, config))
-    for line in remarks(looks, config):
+    encoded = {split: [one.encoded for one in seen if one.encoded is not None] for split, seen in looks.items()}
+    padding = {split: evaluation_padding(rows, config.evaluate.batch_tokens) for split, rows in encoded.items()}
+    padding["train"] = training_padding(encoded["train"], config.train, config.adapter, config.data.max_tokens)
+    console.print(figures_table(looks, splits, padding))
+    for line in remarks(looks, config.data.max_tokens):
         console.print(Text(line))
 
 
-def look_of(config: RunConfig, splits: Splits, tokenizer: Any) -> Callable[[Row], Look]:
-    """How a row is encoded for the configured model: its right answer, as in training.
+def look_of(splits: Splits, tokenizer: Any, longest: int, kind: str) -> Callable[[Row], Look]:
+    """How a row is encoded for a model of this kind: its right answer, as in training.
 
     Raises:
         DataError: rows that a model of this kind cannot read.
     """
-    longest = config.data.max_tokens
     rows = [row for split in SPLITS for row in getattr(splits, split)]
-    if model_kind(config.model) == "classifier":
+    if kind == "classifier":
         output_count(rows)
 
         def as_class(row: Row) -> Look:
@@ -166,7 +168,7 @@ def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tu
     return found
 
 
-def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfig) -> Table:
+def figures_table(looks: dict[str, list[Look]], splits: Splits, padding: Mapping[str, float]) -> Table:
     """One line per split: rows, tokens, supervised share, lengths, truncated rows, padding of its batches."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("split", no_wrap=True)
@@ -180,28 +182,32 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, config: RunConfi
         if lengths:
             share = f"{sum(row.supervised for row in encoded) / sum(lengths):.1%}"
             quantiles = [str(lengths[round(q * (len(lengths) - 1))]) for q in (0.0, 0.5, 0.95, 1.0)]
-            padding = training_padding(encoded, config) if split == "train" else evaluation_padding(lengths, config)
-            cells += [share, *quantiles, str(cut), str(refused), f"{padding:.1%}"]
+            cells += [share, *quantiles, str(cut), str(refused), f"{padding[split]:.1%}"]
         table.add_row(*cells)
     return table
 
 
-def training_padding(encoded: Sequence[Encoded], config: RunConfig) -> float:
+def training_padding(
+    encoded: Sequence[Encoded], train: TrainConfig, adapter: AdapterConfig, max_tokens: int
+) -> float:
     """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
-    loader = open_loader(config, encoded, AdapterSpec.from_config(config.adapter))
-    steps = range(-(-(loader.rows or 0) // config.train.global_batch))
+    if not encoded:
+        return 0.0
+    loader = open_loader(train, max_tokens, encoded, AdapterSpec.from_config(adapter))
+    steps = range(-(-(loader.rows or 0) // train.global_batch))
     micros = [micro for step in steps for micro in loader.of_step(step).micros]
     return 1.0 - sum(micro.tokens for micro in micros) / sum(micro.places for micro in micros)
 
 
-def evaluation_padding(lengths: Sequence[int], config: RunConfig) -> float:
+def evaluation_padding(encoded: Sequence[Encoded], batch_tokens: int) -> float:
     """The same for the passes of an evaluation by one member."""
-    chunks = length_sorted_chunks(lengths, config.evaluate.batch_tokens)
+    lengths = [len(row.input_ids) for row in encoded]
+    chunks = length_sorted_chunks(lengths, batch_tokens)
     padded = sum(len(chunk) * max(lengths[index] for index in chunk) for chunk in chunks)
-    return 1.0 - sum(lengths) / padded
+    return 1.0 - sum(lengths) / padded if padded else 0.0
 
 
-def remarks(looks: dict[str, list[Look]], config: RunConfig) -> list[str]:
+def remarks(looks: dict[str, list[Look]], max_tokens: int) -> list[str]:
     """What the figures do not say by themselves.
 
     Raises:
@@ -217,7 +223,7 @@ def remarks(looks: dict[str, list[Look]], config: RunConfig) -> list[str]:
     needed = max((look.needed for seen in looks.values() for look in seen), default=0)
     if any(look.encoded is None for seen in looks.values() for look in seen):
         lines.append(
-            f"refused: answers that data.max_tokens={config.data.max_tokens} cannot hold; training would stop."
+            f"refused: answers that data.max_tokens={max_tokens} cannot hold; training would stop."
             f" data.max_tokens={needed} holds every row whole."
         )
     elif any(look.truncated for seen in looks.values() for look in seen):

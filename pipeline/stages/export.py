@@ -15,7 +15,7 @@ from pipeline.data.splits import load_splits
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import RunFolderError
 from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
-from pipeline.export.peft import _ensemble_entry, planned_exports, write_exports
+from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
 from pipeline.files import MANIFEST, publish_folder, read_json, write_json
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -40,18 +40,20 @@ def export_run(run_dir: Path) -> None:
     task = open_task(config, splits, world.device)
     identity = task.base.identity
     adapters = attach_stored(task.base, [stored], config.train.seed)
-    exported = planned_exports(config, paths, stored)
+    result = read_json(paths.result) if paths.result.exists() else {}
+    exported = planned_exports(config.export, config.ensemble.size, result, stored)
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
-    result = read_json(paths.result) if paths.result.exists() else {}
+
+    seed = config.ensemble.seed
 
     def fill(folder: Path) -> None:
         plain = as_plain_lora(stored)
         if stored.spec.kind != plain.spec.kind:
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
-        write_exports(folder, exported, adapters, plain, config, identity.resolved)
+        write_exports(folder, exported, adapters, plain, identity.resolved, seed)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, task, adapters, config, splits.calibration[:PROBE_PROMPTS])
+        parity = measure_parity(folder, exported, task, adapters, seed, splits.calibration[:PROBE_PROMPTS])
         manifest = {
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
@@ -59,7 +61,7 @@ def export_run(run_dir: Path) -> None:
             "exports": [
                 {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
             ],
-            "ensemble": _ensemble_entry(config, exported, result),
+            "ensemble": ensemble_entry(config.ensemble.average, exported, result),
             "tolerance": TOLERANCE,
             "note": "scores and temperature hold for the base named here, quantized as stated",
         }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
-from typing import Any
 
 from pipeline.config import RunConfig, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
@@ -17,39 +15,35 @@ from pipeline.stages.processes import headline, start
 from pipeline.stages.search import run_search
 
 REQUESTED = "requested.yaml"
+"""In the run folder: what was asked for, before the search chose values."""
 
 
 def run_line(config: RunConfig, folders: Folders) -> int:
-    """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export."""
-    started = time.monotonic()
-    claim(folders.run, config)
+    """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export.
+
+    Raises:
+        RunFolderError: the folder holds another request.
+    """
+    started, paths, plain = time.monotonic(), RunPaths(folders.run), Folders(folders.plain)
+    refuse_other(folders.run / REQUESTED, config)
+    write_text(folders.run / REQUESTED, dump_config(config))
     if code := run_search(config, folders):
         return code
-    chosen = with_best(config, folders.search)
-    write_text(RunPaths(folders.run).config, dump_config(chosen))
-    plain = plain_config(chosen)
-    unmasked = f"plain {KIND_NAMES[plain.adapter.kind]}"
-    for name, run_config, folder in (("train", chosen, folders.run), (unmasked, plain, folders.plain)):
-        headline(name)
-        if code := start("train", run_config, Folders(folder)):
-            return code
+    found = read_json(folders.search / "search.json", "Run the search stage first.")
+    chosen = with_values(config, found["best_config"])
+    write_text(paths.config, dump_config(chosen))
+    headline("train")
+    if code := start("train", chosen, folders):
+        return code
+    headline(f"plain {KIND_NAMES[config.adapter.kind]}")
+    if code := start("train", with_values(chosen, {"adapter.method": "none", **UNSET_RATES}), plain):
+        return code
     write_related(folders)
     for stage in ("evaluate", "report", "export"):
         if code := start(stage, chosen, folders):
             return code
     print_outcome(folders, time.monotonic() - started)
     return EXIT_OK
-
-
-def with_best(config: RunConfig, search_folder: Path) -> RunConfig:
-    """The configuration with the values of the search's best trial."""
-    found: dict[str, Any] = read_json(search_folder / "search.json", "Run the search stage first.")
-    return with_values(config, found["best_config"])
-
-
-def plain_config(config: RunConfig) -> RunConfig:
-    """The same budget without any dropout."""
-    return with_values(config, {"adapter.method": "none", **UNSET_RATES})
 
 
 def write_related(folders: Folders) -> None:
@@ -59,13 +53,6 @@ def write_related(folders: Folders) -> None:
         "adapter_sha256": sha256_file(folders.plain / "adapter" / ADAPTER_WEIGHTS),
     }
     write_json(RunPaths(folders.run).related, {"plain": plain, "search": {"folder": f"../{folders.search.name}"}})
-
-
-def claim(run: Path, config: RunConfig) -> None:
-    """Remember what was asked for. Raises `RunFolderError` where the folder holds another request."""
-    requested = run / REQUESTED
-    refuse_other(requested, config)
-    write_text(requested, dump_config(config))
 
 
 def print_outcome(folders: Folders, seconds: float) -> None:

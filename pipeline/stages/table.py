@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Functions are named `module:function` and imported when they are needed: --help loads none of them."""
+    """One stage."""
 
     name: str
     help: str
@@ -25,12 +25,12 @@ class Stage:
     """The configuration: a `new` one from recipe and overrides; the one `saved` in the run folder; or the stage's `own`
     business, which then takes the request as it is."""
     function: str
-    """The work. `all`, `one`: (run folder). `none`: (config, folders) -> exit code; with `own` settings
-    (request) -> exit code."""
+    """The work, as `module:function`, imported when it is needed. `all`, `one`: (run folder). `none`: (config, folders)
+    -> exit code; with `own` settings (request) -> exit code."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
-    plan: str = "pipeline.plan.steps:folder"
-    """(config, folders) -> what --dry-run says will be done."""
+    plan: tuple[str, ...] = ()
+    """Steps that --dry-run tells of (`pipeline.plan.steps`); the stage itself where none is named."""
     recipe: str = "default"
     """The recipe where none is given."""
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -38,17 +38,9 @@ class Stage:
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
-        return _imported(self.function)
-
-    def planned(self) -> Callable[..., str]:
-        """The function of `plan` itself."""
-        return _imported(self.plan)
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), name)
-    return found
+        module, _, name = self.function.partition(":")
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found
 
 
 _METHODS = "Give compare.methods=[{name: …, adapter: {method: …, rates: {…}}}]."
@@ -57,22 +49,22 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("run", "all of the following, in order (the default)", "none", "new", "pipeline.stages.run:run_line",
-              trains=True, plan="pipeline.plan.steps:line"),
+              trains=True, plan=("search", "train", "plain", "evaluate", "report", "export", "memory")),
         Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
-              "pipeline.stages.search:run_search", plan="pipeline.plan.steps:search"),
+              "pipeline.stages.search:run_search"),
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
-              trains=True, plan="pipeline.plan.steps:training"),
+              trains=True, plan=("train", "memory")),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
-              "pipeline.stages.evaluate:evaluate_run", plan="pipeline.plan.steps:evaluation"),
+              "pipeline.stages.evaluate:evaluate_run"),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
-              "pipeline.stages.report:write_report", plan="pipeline.plan.steps:report"),
+              "pipeline.stages.report:write_report"),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
-              "pipeline.stages.export:export_run", plan="pipeline.plan.steps:export"),
+              "pipeline.stages.export:export_run"),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
               "none", "new", "pipeline.stages.compare:run_comparison", trains=True,
-              plan="pipeline.plan.steps:comparison", recipe="compare",
+              plan=("trainings",), recipe="compare",
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),

@@ -64,15 +64,17 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     say(f"loading the base model {config.model.path}", world.is_main)
     task = open_task(config, splits, world.device)
     examples = training_examples(task, splits.train, config)
-    adapters = attach_adapter(config, task.base)
+    adapters = attach_adapter(config.adapter, task.base, config.train.max_steps, config.train.seed)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, task, adapters, examples, splits.validation, on_validation)
     if config.train.packing:
         check_packing(task.base.model, config.model.attention)
     stream = training_stream(task, splits, config)
-    loader = open_loader(config, examples, adapters.specs[0], world.process_rank, world.world_size, stream)
+    loader = open_loader(
+        config.train, config.data.max_tokens, examples, adapters.specs[0], world.process_rank, world.world_size, stream
+    )
     objective = TrainingObjective(task.objective(), adapters.axis, adapters.specs[0].consistency)
-    run.engine = build_engine(config, adapters, objective, micro_steps, task.base.compute_dtype)
+    run.engine = build_engine(config.train, adapters, objective, micro_steps, task.base.compute_dtype)
     if world.is_main:
         if not paths.config.exists():
             write_text(paths.config, dump_config(config))

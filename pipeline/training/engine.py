@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.adapters.attach import Adapters
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.config.deepspeed import fill_ds_config, find_ds_config, zero_stage
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
@@ -23,7 +23,7 @@ def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
 
 
 def build_engine(
-    config: RunConfig, adapters: Adapters, objective: nn.Module, micro_steps: int, compute_dtype: torch.dtype
+    train: TrainConfig, adapters: Adapters, objective: nn.Module, micro_steps: int, compute_dtype: torch.dtype
 ) -> Any:
     """DeepSpeed around the objective, configured from ds_configs/ with every "auto" filled.
 
@@ -34,7 +34,6 @@ def build_engine(
     Raises:
         ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
     """
-    train = config.train
     path = find_ds_config(train.deepspeed)
     decided = {
         "train_batch_size": train.global_batch,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pipeline.adapters.layout import RowLayout, training_layout, weightless
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.cache import lengths_of
 from pipeline.data.encode import Encoded
 from pipeline.data.packing import PackedRows
@@ -182,13 +182,12 @@ def widest_pass(layout: RowLayout) -> int:
 
 
 def open_loader(
-    config: RunConfig, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0, world_size: int = 1,
-    stream: RowSource | None = None,
+    train: TrainConfig, max_tokens: int, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0,
+    world_size: int = 1, stream: RowSource | None = None,
 ) -> BatchLoader:
     """The batches of a run over its training examples, or over a stream in their place."""
-    train = config.train
     source: RowSource = stream or ShuffledBatches(SingleRows(examples), "rows", train)
     if train.packing:
-        packed = PackedRows(examples, lengths_of(examples), config.data.max_tokens, train.seed)
+        packed = PackedRows(examples, lengths_of(examples), max_tokens, train.seed)
         source = ShuffledBatches(packed, f"of {len(packed)} packed rows", train)
     return BatchLoader(source, train, spec, process_rank, world_size)

@@ -140,7 +140,8 @@ class Run:
                 point(self.paths.checkpoints, self.counters)
         self.metrics.keep_until(self.counters.step, self.counters.validated_step == self.counters.step)
         if self.world.is_main:
-            self.metrics.send_to(open_loggers(self.config, self.paths.root, self.counters.step))
+            shown = self.config.model_dump(mode="json")
+            self.metrics.send_to(open_loggers(self.config.logging, shown, self.paths.root, self.counters.step))
 
     def begin(self) -> None:
         """The set-up is over: a stop is agreed on from here. Raises `Stopped` where it was requested before."""

@@ -139,7 +139,7 @@ def test_processes_share_a_streamed_global_batch(file: Path) -> None:
         found: Counter[tuple[str, int | None]] = Counter()
         wanted = load_config(None, [*more, "train.global_batch=4", "train.micro_batch=1", "train.draws=2"])
         for rank in range(processes):
-            loader = open_loader(wanted, [], spec, rank, processes, batches(file))
+            loader = open_loader(wanted.train, wanted.data.max_tokens, [], spec, rank, processes, batches(file))
             assert "streamed rows" in loader.describe(1) and loader.rows is None
             for micro in loader.of_step(3).micros:
                 for row, (source, weight) in enumerate(zip(micro.layout.source, micro.layout.weights, strict=True)):

@@ -71,13 +71,14 @@ def test_scales(settings: list[str], expected: tuple[int, int]) -> None:
 
 def test_optimizer_states_are_shared_out() -> None:
     config = load_config(None, ["train.deepspeed=zero2"])
-    assert states_of(config, 1000, 2, "cpu") == States(4000, 2000, 0, 4000, 3 * 2000, 3 * 2000)
-    assert states_of(config, 1000, 1, "cpu") == States(4000, 4000, 4000, 4000, 3 * 4000, 3 * 4000)  # it accumulates
-    assert states_of(config, 1000, 2, "cuda").bucket == 4 * 50_000_000  # of zero2.json, allocated whole
+    assert states_of(config.train, 1000, 2, "cpu") == States(4000, 2000, 0, 4000, 3 * 2000, 3 * 2000)
+    accumulating = States(4000, 4000, 4000, 4000, 3 * 4000, 3 * 4000)
+    assert states_of(config.train, 1000, 1, "cpu") == accumulating
+    assert states_of(config.train, 1000, 2, "cuda").bucket == 4 * 50_000_000  # of zero2.json, allocated whole
     whole = load_config(None, ["train.deepspeed=zero0", "train.micro_batch=16"])
-    assert states_of(whole, 1000, 2, "cpu") == States(4000, 4000, 0, 0, 8000, 3 * 4000)
+    assert states_of(whole.train, 1000, 2, "cpu") == States(4000, 4000, 0, 0, 8000, 3 * 4000)
     one = load_config(None, ["train.deepspeed=zero1", "train.micro_batch=4"])
-    assert states_of(one, 1000, 2, "cpu") == States(4000, 2000, 4000, 4000, 6000, 6000)
+    assert states_of(one.train, 1000, 2, "cpu") == States(4000, 2000, 4000, 4000, 6000, 6000)
 
 
 def test_live_counts_what_is_held() -> None:
@@ -121,8 +122,9 @@ def test_the_pass_of_a_deeper_model_is_on_the_line(tiny_settings: list[str]) -> 
     eight = shortened(description, 4)
     eight.num_hidden_layers = 8
     assert len(getattr(direct, "layer_types", None) or [0] * 4) == 4
-    four, more = (trace_pass(config, d, torch.float32, Batch(16, 2)) for d in (direct, eight))
-    two = trace_pass(config, shortened(description, 2), torch.float32, Batch(16, 2))
+    adapter, train, batch = config.adapter, config.train, Batch(16, 2)
+    four, more = (trace_pass(adapter, train, "sdpa", d, torch.float32, batch) for d in (direct, eight))
+    two = trace_pass(adapter, train, "sdpa", shortened(description, 2), torch.float32, batch)
     assert more.forward - four.forward == pytest.approx(2 * (four.forward - two.forward))
 
 
@@ -131,7 +133,9 @@ def test_what_changes_the_pass_changes_its_trace(tiny_settings: list[str]) -> No
     description, batch = tiny_llama().config, Batch(16, 2)
 
     def forward(*extra: str, wide: Batch = batch) -> float:
-        return trace_pass(tiny_config(tiny_settings, *extra), description, torch.float32, wide).forward
+        own = tiny_config(tiny_settings, *extra)
+        traced = trace_pass(own.adapter, own.train, own.model.attention, description, torch.float32, wide)
+        return traced.forward
 
     plain = forward()
     assert forward("train.activation_checkpointing=true") < 0.6 * plain
@@ -146,16 +150,17 @@ def test_the_table_says_what_fits(
     tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tiny_settings)
-    batch, source = expected_batch(config)
+    batch, source = expected_batch(config.data, config.model, config.train.packing)
     assert "longest of 64 training rows" in source and 5 < batch.tokens < 64 and batch.supervised == 1
     text = memory_table(config, 1)
     assert "adapter, 8,192 parameters" in text and ": fits" in text and "disk:" in text
-    peak = plan_memory(config, 1, batch).peak
+    peak = plan_memory(config.model, config.adapter, config.train, 1, batch).peak
     monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: peak - 1)
     assert "DOES NOT FIT; it fits with train.activation_checkpointing=true" in memory_table(config, 1)
 
 
 def test_what_cannot_be_planned_says_why(tiny_settings: list[str], tmp_path: Path) -> None:
     with pytest.raises(NoPlan, match="ZeRO-3"):
-        plan_memory(tiny_config(tiny_settings, "train.deepspeed=zero3"), 1, Batch(8, 1))
+        sharded = tiny_config(tiny_settings, "train.deepspeed=zero3")
+        plan_memory(sharded.model, sharded.adapter, sharded.train, 1, Batch(8, 1))
     assert memory_table(tiny_config(tiny_settings, f"model.path={tmp_path}"), 1).startswith("memory: no plan (")

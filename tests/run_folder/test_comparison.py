@@ -136,7 +136,7 @@ def write_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Me
     paths, random = RunPaths(root), np.random.default_rng(0)
     config = build_config({"evaluate": {"bootstrap_samples": 400}})
     write_text(paths.config, dump_config(config))
-    write_comparison(paths, config, trainings)
+    write_comparison(paths, config.label, trainings)
     members = [Member("base", "base", extra={"head": "untrained"})]
     for one in trainings:
         about = {"method": one.method, "values": one.values, "train_seed": one.seed}
@@ -194,7 +194,7 @@ def test_without_plain_lora_methods_are_compared_with_the_base(
     write_compared(tmp_path, monkeypatch)
     paths = RunPaths(tmp_path)
     kept = [one for one in read_comparison(paths) or [] if one.method != "none"]
-    write_comparison(paths, build_config({}), kept)
+    write_comparison(paths, "", kept)
     result, _ = build_comparison(read_inputs(tmp_path), kept)
     assert {c["versus"] for c in result["comparisons"]} == {"base"}
     assert {system.get("cost") for system in result["systems"]} == {None}
@@ -205,7 +205,7 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
     config = build_config({"ensemble": {"size": 3}})
     trainings = [training("none", 0.1, chosen=True), training("none", 0.2),
                  replace(training("dropkey", 0.1), state="failed")]
-    write_comparison(RunPaths(tmp_path), config, trainings)
+    write_comparison(RunPaths(tmp_path), config.label, trainings)
     entries = listed_adapters(RunPaths(tmp_path), config)
     assert [(entry.name, entry.draws) for entry in entries] == [("none-lr0.1-seed0", 3), ("none-lr0.2-seed0", 0)]
     assert entries[0].folder == tmp_path / "trainings" / "none-lr0.1-seed0" / "adapter"

@@ -49,9 +49,9 @@ def test_loggers_hear_the_numbers_of_each_row(tmp_path: Path) -> None:
 def test_a_missing_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     setting = "logging.tensorboard=true" if package == "tensorboard" else "logging.wandb.mode=offline"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_loggers(load_config(None, []))
+    check_loggers(load_config(None, []).logging)
     with pytest.raises(SetupError, match=rf"logging\.{package}.*pip install {package}"):
-        check_loggers(load_config(None, [setting]))
+        check_loggers(load_config(None, [setting]).logging)
 
 
 def test_operations_are_those_of_lora_on_a_frozen_base() -> None:

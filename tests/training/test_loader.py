@@ -158,7 +158,8 @@ def test_every_epoch_packs_every_example_once_and_otherwise() -> None:
 
 def loaders(settings: list[str], lengths: list[int], masked: bool, processes: int = 1) -> list[BatchLoader]:
     config, spec = load_config(None, settings), AdapterSpec(rank=4, sites=WEIGHT_SITES if masked else ())
-    return [open_loader(config, examples(lengths), spec, rank, processes) for rank in range(processes)]
+    train, longest = config.train, config.data.max_tokens
+    return [open_loader(train, longest, examples(lengths), spec, rank, processes) for rank in range(processes)]
 
 
 BATCH = ["train.global_batch=12", "train.micro_batch=2", "train.draws=3"]

@@ -48,7 +48,7 @@ from tune.trial import Assignment, _train
 def test_as_many_trials_at_once_as_the_cluster_carries(
     search: dict[str, int], resources: dict[str, float], trials: int, expected: tuple[int, int]
 ) -> None:
-    capacity = plan(build_config({"search": search}), resources, trials)
+    capacity = plan(build_config({"search": search}).search, resources, trials)
     assert (capacity.concurrent, capacity.gpus) == expected
 
 
@@ -66,7 +66,7 @@ def test_as_many_trials_at_once_as_the_cluster_carries(
 )  # fmt: skip
 def test_what_would_wait_for_ever_is_refused(search: dict[str, int], resources: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(build_config({"search": search}), resources, 6)
+        plan(build_config({"search": search}).search, resources, 6)
     assert said in str(caught.value)
 
 
