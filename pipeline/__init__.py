@@ -28,6 +28,7 @@ _MODULES = {
     "scores.regression": ("gaussian_nll",),
     "scores.temperature": ("apply_temperature", "fit_temperature"),
     "stages.train": ("train_run",),
+    "terminal": ("duration", "say"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl always, one progress line on the main process."""
+"""What people see while something works: a line, a progress line, how long it takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Progress:
             return
         self._last = now
         rate = (now - self._start) / max(done - self._start_done, 1)
-        left = format_seconds(rate * (self._total - done))
+        left = duration(rate * (self._total - done))
         text = " · ".join([f"{self._unit} {done}/{self._total}", *parts, f"{left} left"])
         self._stream.write(f"\r\033[K{text}" if terminal else f"{text}\n")
         self._stream.flush()
@@ -42,17 +42,15 @@ class Progress:
             self._stream.write("\n")
 
 
-def say(text: str, enabled: bool = True) -> None:
-    """One line for the user, on stderr: stdout belongs to results."""
+def say(text: str, enabled: bool = True, stream: TextIO | None = None) -> None:
+    """One line for the user, seen at once also through a pipe; on stderr, because stdout belongs to results."""
     if enabled:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream or sys.stderr, flush=True)
 
 
-def format_seconds(seconds: float) -> str:
-    """12 s, 3 min 20 s, 1 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def duration(seconds: float) -> str:
+    """40 s, 3 min, 1 h 20 min."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pipeline import EXIT_OK, EXIT_STOPPED, LoradropError, load_config
-from tune.progress import print_summary, say
+from tune.progress import print_summary, tell
 from tune.space import load_space
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             space = load_space(config)
             for key, dimension in space.describe().items():
-                say(f"{key}: {dimension}")
+                tell(f"{key}: {dimension}")
             return EXIT_OK
         from tune.search import search  # imports ray
 

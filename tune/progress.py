@@ -10,15 +10,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import duration, say
 from tune.ledger import Ledger, TrialRecord
 
 
-def say(line: str) -> None:
-    """A line of progress, seen at once also through a pipe, and while Ray's own output goes to its log."""
-    print(line, file=sys.__stdout__, flush=True)
+def tell(line: str) -> None:
+    """A line of progress, on the terminal also while Ray's own output goes to its log."""
+    say(line, stream=sys.__stdout__)
 
 
-class Progress:
+class SearchProgress:
     """Lines with the time left.
 
     Time left = (steps not yet taken) x (trial seconds per step so far) / (trials at once). Trials that
@@ -32,7 +33,7 @@ class Progress:
 
     def validated(self, record: TrialRecord) -> None:
         """A trial reported a validation."""
-        say(f"  {record.name}  step {record.steps}/{self.steps}  {_scores(record)}{self._left()}")
+        tell(f"  {record.name}  step {record.steps}/{self.steps}  {_scores(record)}{self._left()}")
 
     def ended(self, record: TrialRecord) -> None:
         """A trial finished, was stopped early, or failed."""
@@ -42,7 +43,7 @@ class Progress:
         else:
             outcome = f"{'done' if record.state == 'done' else f'stopped at step {record.steps}'}  {_scores(record)}"
         settings = "  ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in record.values.items())
-        say(f"{record.name} {outcome}  ({settings})  [{ended}/{self.trials}]{self._left()}")
+        tell(f"{record.name} {outcome}  ({settings})  [{ended}/{self.trials}]{self._left()}")
 
     def _left(self) -> str:
         now = [record for record in self.ledger.trials.values() if record.name not in self.before]
@@ -54,14 +55,6 @@ class Progress:
         busy = min(self.concurrent, self.trials - len(self.before))
         seconds = open_steps * (time.monotonic() - self.begun) * busy / taken / self.concurrent
         return f"  at most about {duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """40 s, 3 min, 1 h 20 min."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def shown(value: Any) -> str:
@@ -87,13 +80,13 @@ def print_summary(result: dict[str, Any]) -> None:
     console.print(table)
     ensemble = result["ensemble"]
     best = "  ".join(f"{key}={shown(value)}" for key, value in result["best_config"].items())
-    say(f"Best: {result['best']} ({best})")
-    say(
+    tell(f"Best: {result['best']} ({best})")
+    tell(
         f"Ensemble (*): {ensemble['size']} of the best adapters, validation NLL {ensemble['validation_nll']:.4f}, "
         "chosen from cached predictions."
     )
     for warning in result["warnings"]:
-        say(f"Warning: {warning}")
+        tell(f"Warning: {warning}")
 
 
 def _scores(record: TrialRecord) -> str:

@@ -25,7 +25,7 @@ from tune.cluster import cluster, plan
 from tune.dimensions import Space
 from tune.ledger import LEDGER, Ledger, TrialRecord, pending
 from tune.members import choose_ensemble
-from tune.progress import Progress, say
+from tune.progress import SearchProgress, tell
 from tune.space import load_space
 from tune.stopping import Stopping, stop_on_signal
 from tune.trial import TRIALS, TrainFunction
@@ -110,19 +110,19 @@ def _run_trials(
     wanted = config.search.trials
     left = len(pending(ledger, wanted))
     if left < wanted:
-        say(f"Continuing: {wanted - left} of {wanted} trials have ended.")
+        tell(f"Continuing: {wanted - left} of {wanted} trials have ended.")
     try:
         with cluster(folder / RAY_FOLDER) as resources:
             stopping.listen()
             capacity = plan(config.search, resources, left)
-            say(
+            tell(
                 f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
                 f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
                 f"{' with a GPU' if capacity.gpus else ''}."
             )
             from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
 
-            progress = Progress(ledger, wanted, config.search.max_steps, capacity.concurrent)
+            progress = SearchProgress(ledger, wanted, config.search.max_steps, capacity.concurrent)
             run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
     finally:
         shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from tune.progress import say
+from tune.progress import tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,7 +28,7 @@ class Stopping:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        say("Stopping: finished trials are kept (again to stop at once).")
+        tell("Stopping: finished trials are kept (again to stop at once).")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pipeline import RunConfig, RunPaths, dump_config, write_json
 from tune.cluster import Capacity
 from tune.dimensions import Space, Values, point_key
 from tune.ledger import Ledger, pending, trial_name
-from tune.progress import Progress
+from tune.progress import SearchProgress
 from tune.sampling import suggest
 from tune.space import trial_config, validation_steps
 from tune.stopping import Stopping
@@ -126,7 +126,7 @@ class EnsembleASHA(ASHAScheduler):
 class StudyCallback(ray_tune.Callback):
     """Writes what happens into the ledger and shows it."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, folder: Path, stopping: Stopping) -> None:
+    def __init__(self, ledger: Ledger, progress: SearchProgress, folder: Path, stopping: Stopping) -> None:
         self.ledger, self.progress, self.folder, self.stopping = ledger, progress, folder, stopping
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -172,7 +172,7 @@ def _error_text(trial: Any) -> str:
 
 
 def run_study(
-    study: Study, progress: Progress, storage: Path, stopping: Stopping, train: TrainFunction | None
+    study: Study, progress: SearchProgress, storage: Path, stopping: Stopping, train: TrainFunction | None
 ) -> None:
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
     search = study.config.search

@@ -127,7 +127,7 @@ def installation_lock(environment: Environment) -> Iterator[IO[bytes]]:
 
 
 def _install(environment: Environment, lock: IO[bytes]) -> None:
-    folder, progress = environment.folder, Progress()
+    folder, progress = environment.folder, Elapsed()
     environment.marker.unlink(missing_ok=True)  # from here to the end, it is incomplete
     if environment.python.exists():
         print("loradrop: pyproject.toml or constraints.txt changed; bringing .venv up to date.", file=sys.stderr)
@@ -161,7 +161,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Progress) -> None:
+def run_step(command: list[str], folder: Path, lock: IO[bytes], progress: Elapsed) -> None:
     """Run one step beside `folder`, output into its install.log, showing the log's last line.
 
     The step has a process group of its own, so that an interruption ends all of it, builds included, and temporary
@@ -225,7 +225,7 @@ def _log_tail(folder: Path, lines: int) -> list[str]:
         return log.read().decode("utf-8", "replace").splitlines()[-lines:]
 
 
-class Progress:
+class Elapsed:
     """Elapsed seconds and what is happening, on stderr: one rewritten line on a terminal, else one now and then."""
 
     def __init__(self) -> None:

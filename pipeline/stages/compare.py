@@ -28,6 +28,7 @@ from pipeline.run_folder.comparison import (
 )
 from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
 from pipeline.stages.processes import headline, start
+from pipeline.terminal import duration
 
 CHECK = "method_check"
 
@@ -100,8 +101,8 @@ class Clock:
         """For people; empty while nothing is known."""
         if not self._seconds or not trainings:
             return ""
-        minutes = trainings * sum(self._seconds) / len(self._seconds) / 60
-        return f" (about {minutes:.0f} min of training left)"
+        left = trainings * sum(self._seconds) / len(self._seconds)
+        return f" (about {duration(left)} of training left)"
 
 
 def mark_refused(trainings: Sequence[Training], refusals: dict[str, str]) -> list[Training]:
@@ -119,7 +120,7 @@ def print_comparison(folder: Path, seconds: float) -> None:
     from pipeline.report.comparison import format_comparison
 
     print(format_comparison(read_json(RunPaths(folder).result)))
-    print(f"\nfinished in {seconds / 60:.1f} minutes\n  report   {os.path.relpath(folder / 'report.html')}")
+    print(f"\nfinished in {duration(seconds)}\n  report   {os.path.relpath(folder / 'report.html')}")
 
 
 def _failed(training: Training, folder: Path, code: int) -> Training:

@@ -23,6 +23,7 @@ from pipeline import (
     StageFailed,
     build_config,
     dump_config,
+    duration,
     load_splits,
     write_text,
 )
@@ -31,7 +32,7 @@ from tune import progress as progress_module
 from tune.cluster import plan
 from tune.ledger import Ledger, TrialRecord
 from tune.members import choose_ensemble
-from tune.progress import Progress, duration
+from tune.progress import SearchProgress
 from tune.trial import Assignment, _train
 
 
@@ -246,11 +247,11 @@ def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) 
 def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four trials at step 10 of 40 after 50 s, two at once: 140 of 160 steps at 0.4 steps/s are 350 s."""
     lines: list[str] = []
-    monkeypatch.setattr(progress_module, "say", lines.append)
+    monkeypatch.setattr(progress_module, "tell", lines.append)
     clock = itertools.chain([100.0], itertools.repeat(150.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    shown = Progress(ledger, trials=4, steps=40, concurrent=2)
+    shown = SearchProgress(ledger, trials=4, steps=40, concurrent=2)
     for index, name in enumerate("ab"):
         ledger.append("start", trial=name, index=index, values={"adapter.rate": 0.25}, config_sha256="h")
         ledger.append("report", trial=name, step=10, nll=0.5, accuracy=0.75)
@@ -259,11 +260,6 @@ def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatc
     ledger.append("end", trial="a", state="failed", error="it broke")
     shown.ended(ledger.trials["a"])
     assert lines[1].startswith("a failed: it broke  (rate=0.25)  [1/4]")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")])
-def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_the_driver_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
