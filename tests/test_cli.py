@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
 from pipeline.cli import main
@@ -118,6 +119,26 @@ def test_a_folder_of_another_configuration_is_refused(
     (tmp_path / "config.yaml").write_text(dump_config(load_config("default", [*tiny_settings, "train.seed=5"])))
     assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["run", "search", "train", "evaluate", "report", "export", "compare", "data"])
+def test_a_folder_of_the_old_layout_is_refused_in_one_sentence(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    """As before version 0.2: export.members in config.yaml, members.json in the run's root."""
+    tree = yaml.safe_load(dump_config(load_config("default", tiny_settings)))
+    tree["export"] = {"forms": ["adapter", "members"], "members": None}
+    for folder in (tmp_path / "x", tmp_path / "x-search", tmp_path / "x-compare"):
+        folder.mkdir()
+        for name in ("config.yaml", "requested.yaml"):
+            (folder / name).write_text(yaml.safe_dump(tree))
+    (tmp_path / "x" / "members.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    settings = tiny_settings if stage in ("run", "search", "train", "compare") else []
+    assert main([stage, "--run-dir", str(tmp_path / "x"), *settings]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loradrop: ")]
+    assert "before loradrop 0.2" in said and "give another --run-dir" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_micro_batch_that_processes_cannot_share_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ class ExportConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: object) -> object:
-        """Lists become tuples; names of version 0.1.0 are told the new ones."""
+        """Lists become tuples; names from before version 0.2 are told the new ones."""
         if not isinstance(values, dict):
             return values
         forms = values.get("forms")

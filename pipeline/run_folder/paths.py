@@ -154,13 +154,13 @@ def read_saved(saved: Path) -> dict[str, Any]:
     """The plain tree of a run folder's config.yaml.
 
     Raises:
-        RunFolderError: version 0.1.0 wrote it; its files have other names and keys.
+        RunFolderError: it was written before version 0.2; files and keys had other names.
     """
     tree = read_yaml(saved)
     if "members" in (tree.get("export") or {}):
         raise RunFolderError(
-            "--run-dir", str(saved.parent), "was made by loradrop 0.1.0, whose folders are laid out otherwise",
-            "Finish it with that version, or give another --run-dir and run again.",
+            "--run-dir", str(saved.parent), "was made before loradrop 0.2, which lays run folders out otherwise",
+            "Finish it with the version that made it, or give another --run-dir and run again.",
         )
     return tree
 

@@ -130,3 +130,13 @@ def test_numbers_without_a_dot_are_numbers_and_what_is_quoted_stays_text(tmp_pat
     assert config.data.template is not None and config.data.template.choices == (" 0", "1e5")
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [("export.members=3", ["export.members = 3", "export.draws"]), ("export.forms=[members]", ["members", "draws"])],
+)
+def test_a_key_under_its_old_name_is_told_the_new_one(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert all(part in str(caught.value) for part in parts)
