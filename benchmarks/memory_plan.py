@@ -147,15 +147,12 @@ def in_child(part: str, cell: dict[str, Any], settings: Sequence[str]) -> dict[s
 def write_random_model(folder: Path, description: dict[str, Any]) -> Path:
     """A model folder of this shape with random bfloat16 weights, and a tokenizer of the words w0, w1, …"""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(**description)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
-    words = {f"w{i}": i for i in range(description["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w2", eos_token="w2").save_pretrained(folder)
+    from pipeline.support.tiny import random_model, word_tokenizer
+
+    random_model(description, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+    words = [f"w{number}" for number in range(description["vocab_size"])]
+    word_tokenizer(words, unk_token="w0", pad_token="w2", eos_token="w2").save_pretrained(folder)
     return folder
 
 

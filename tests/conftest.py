@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import write_tiny_data, write_tiny_model
 from hypothesis import settings
+
+from pipeline.support.tiny import write_tiny_data, write_tiny_model
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")

@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.plan.preflight import check_inputs
 from pipeline.run_folder.paths import RunPaths, step_name
+from pipeline.support.tiny import write_tiny_data, write_tiny_model
 
 BASES = ("nf4", "int8", "none")
 PROCESSES = (1, 2)
@@ -36,8 +37,6 @@ TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-1)}
 """compute dtype -> relative tolerance of losses and gradient norms, and of Adam's first moments taken together.
 The moments are linear in the gradients: a wrong scale shows in them, as it does not in losses."""
 CELLS, OUTCOMES = "cells.json", "outcomes.jsonl"
-WORDS = ("the", "film", "was", "good", "bad", "great", "awful", "a", "fine", "poor", "plot", "actor", "story", "and")
-SPECIAL = ("<unk>", "<s>", "</s>", "Review:", "Sentiment:", "positive", "negative")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def run_cells(folder: Path) -> None:
 
 def run_matrix(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     """Train all cells, a process group per process count, and compare them with their references."""
-    write_tiny_run(folder)
+    write_tiny_model(folder / "model")
+    write_tiny_data(folder / "rows.jsonl")
     found: dict[Cell, Outcome] = {}
     for processes in sorted({cell.processes for cell in cells}):
         part = [cell for cell in cells if cell.processes == processes]
@@ -200,33 +200,6 @@ def _curve(run: Path) -> Iterator[float]:
 def _read_outcomes(path: Path) -> Iterator[Outcome]:
     for row in read_json_lines(path):
         yield Outcome(Cell(**row["cell"]), row["status"], row["detail"], tuple(row["curve"]))
-
-
-def write_tiny_run(folder: Path) -> None:
-    """A two-layer random Llama with a word-level tokenizer in model/, and rows.jsonl."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder / "model")
-    rows = []
-    for i in range(64):
-        text = " ".join(WORDS[(i * 7 + j * 3 + i // 5) % len(WORDS)] for j in range(3 + i % 6))
-        prompt = f"Review: {text} {WORDS[i % 13]} {WORDS[i // 13 % 13]} Sentiment:"
-        rows.append(json.dumps({"prompt": prompt, "choices": [" negative", " positive"], "label": i % 2}))
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def format_table(outcomes: Sequence[Outcome]) -> str:

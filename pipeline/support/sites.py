@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from pipeline.config.method import LEGAL, Site
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError, LoradropError, UserError
 from pipeline.model.load import pin_training_mode, quantization_config, switch_off_dropout
+from pipeline.support.tiny import DECODERS, ENCODERS, random_model
 
 BACKENDS = (("none", "sdpa"), ("none", "eager"), ("nf4", "sdpa"), ("nf4", "eager"))
 """(model.quantization, model.attention)."""
@@ -32,33 +32,8 @@ RATE = 0.4
 LENGTHS = (9, 5)
 """Tokens of the two test rows; the second is padded."""
 
-_SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 2,
-}
-_DECODER = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": {**_DECODER, "head_dim": 16},
-    "mistral": {**_DECODER, "sliding_window": 4},
-    "gpt2": {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
-             "bos_token_id": 1, "eos_token_id": 2},
-    "bert": _SMALL,
-    "roberta": _SMALL,
-    "deberta-v2": {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16,
-                   "share_att_key": True},
-    "gemma2": {**_DECODER, "head_dim": 16, "sliding_window": 4},
-    "mixtral": {**_DECODER, "num_local_experts": 2},
-}
-"""model type -> configuration of its tiny random model."""
-ENCODERS = ("bert", "roberta", "deberta-v2")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "bert", "roberta", "deberta-v2", "gemma2", "mixtral")
+"""Model types of the table, in its order."""
 
 
 class CellFault(LoradropError):
@@ -85,13 +60,12 @@ def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa")
     Raises:
         ConfigError: the family does not have this attention implementation.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(0)
-    loader = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-    model = loader.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    loader = AutoModelForCausalLM if family in DECODERS else AutoModelForMaskedLM
+    model = random_model({**DECODERS, **ENCODERS}[family], loader)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         settings = ModelConfig(quantization=quantization)  # type: ignore[arg-type]
@@ -133,7 +107,7 @@ def try_cell(model: nn.Module, site: Site) -> None:
             causal model looks ahead.
     """
     family: str = model.config.model_type  # type: ignore[union-attr, assignment]
-    causal = family not in ENCODERS
+    causal = family in DECODERS
     ids, mask = _batch()
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
@@ -190,7 +164,7 @@ def _require(condition: bool, what: str) -> None:
         raise CellFault(what)
 
 
-def support_table(families: Sequence[str] = tuple(FAMILIES), each: Callable[[Cell], None] | None = None) -> list[Cell]:
+def support_table(families: Sequence[str] = FAMILIES, each: Callable[[Cell], None] | None = None) -> list[Cell]:
     """Every cell of the given families; `each` is told as they come."""
     cells: list[Cell] = []
     for family in families:
@@ -233,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.support.sites", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only these model types")
-    chosen = parser.parse_args(argv).family or list(FAMILIES)
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="only these model types")
+    chosen = parser.parse_args(argv).family or FAMILIES
     cells: list[Cell] = []
     for family in chosen:
         print(f"trying {family} …", file=sys.stderr, flush=True)

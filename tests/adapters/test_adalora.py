@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.encoders import attach_encoder, load_encoder
-from helpers.families import load_tiny, tiny_gpt2
+from helpers.families import load_tiny
 from helpers.reference import dense_model
-from helpers.tiny import tiny_llama
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -37,6 +36,7 @@ from pipeline.config import load_config
 from pipeline.config.adapter import SERVED_RANKS
 from pipeline.config.method import Site
 from pipeline.errors import ConfigError
+from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
 IDS = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
 SCHEDULE = RankSchedule(initial_rank=6, target_rank=4, warmup=1, final=2, total=9)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import DEBERTA_V3, SMALL, attach_encoder, encoder_tokenizer, load_encoder, texts, trained_encoder
+from helpers.encoders import attach_encoder, load_encoder, texts, trained_encoder
 from helpers.families import CPU, LORA_DROPOUT
 from helpers.reference import dense_update
 from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
-from transformers import AutoModelForSequenceClassification, DebertaV2Config, DebertaV2Model
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import replicate_layout
@@ -27,6 +27,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.loss.objective import SupervisedClassifier
 from pipeline.model.load import BaseModel, load_base
 from pipeline.prediction.passes import PassSettings, predict_classes
+from pipeline.support.tiny import write_encoder
 from pipeline.training.batch import lay_out
 
 DROPOUT = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
@@ -38,10 +39,7 @@ ROWS = texts([9, 4, 12])
 
 
 def load_variant(folder: Path, **changes: object) -> BaseModel:
-    torch.manual_seed(0)
-    config = DebertaV2Config(**{**SMALL, **DEBERTA_V3, **changes})
-    DebertaV2Model(config).save_pretrained(folder)
-    encoder_tokenizer().save_pretrained(folder)
+    write_encoder(folder, "deberta-v3", **changes)
     return load_base(ModelConfig(path=str(folder), quantization="none", attention="eager"), CPU, 3)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.encoders import ENCODERS, POSITIONS, attach_encoder, encoder_tokenizer, load_encoder, write_encoder
+from helpers.encoders import ENCODERS, attach_encoder, load_encoder
 from helpers.families import CPU
-from helpers.tiny import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -23,6 +22,7 @@ from pipeline.model.classifier import position_limit
 from pipeline.model.kind import local_kind, model_kind
 from pipeline.model.load import load_base
 from pipeline.plan.preflight import check_inputs
+from pipeline.support.tiny import POSITIONS, encoder_tokenizer, tiny_llama, tiny_tokenizer, write_encoder
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import ENCODERS, attach_encoder, load_encoder, texts, trained_encoder, weights_of, write_encoder
+from helpers.encoders import ENCODERS, attach_encoder, load_encoder, texts, trained_encoder, weights_of
 from helpers.families import CPU, LORA_DROPOUT
-from helpers.tiny import tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from pipeline.errors import ConfigError, RunFolderError
 from pipeline.loss.objective import SupervisedClassifier
 from pipeline.model.load import load_base
 from pipeline.prediction.passes import PassSettings, predict_classes
+from pipeline.support.tiny import tiny_llama, tiny_tokenizer, write_encoder
 from pipeline.training.batch import lay_out
 
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))

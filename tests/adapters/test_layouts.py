@@ -21,7 +21,6 @@ from helpers.families import (
     trained_start,
 )
 from helpers.reference import dense_model, dense_nll, dense_update
-from helpers.tiny import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
 from pipeline.data.sampler import process_share
 from pipeline.loss.objective import SupervisedLM
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
 
 PAD = 2

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.families import LORA_DROPOUT, adapted_llama, stock_double, tiny_gpt2
+from helpers.families import LORA_DROPOUT, adapted_llama, stock_double
 from helpers.reference import dense_linear, dense_model, dense_update
-from helpers.tiny import tiny_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from pipeline.adapters.members import Member, MemberAxisError, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.errors import ConfigError
+from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
 NAME = "layers.0.linear"
 WEIGHT_AXES = ("lora_A", "lora_B", "lora_rank")

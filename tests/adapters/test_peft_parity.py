@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers.families import load_tiny, trained_start
 from helpers.reference import dense_update
-from helpers.tiny import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +25,7 @@ from pipeline.adapters.members import Member
 from pipeline.adapters.peft_format import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
+from pipeline.support.tiny import tiny_llama
 
 TOLERANCE = {"fp32": 1e-5, "nf4": 1e-5, "bf16": 0.05}
 IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tokenizers_made import byte_level_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.cache import FILE, StoredExamples, cached_examples, lengths_of, remove_old, write_examples
 from pipeline.data.encode import Encoded, encode_training_rows
 from pipeline.data.rows import Row
 from pipeline.errors import DataError
+from pipeline.support.tiny import byte_level_tokenizer
 
 ROWS = [Row(f"r{i}", prompt=f"Question {i} é 漢", completion="yes " * (1 + i % 3)) for i in range(30)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers.tokenizers_made import CHATML, CORPUS, byte_level_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -21,6 +20,7 @@ from pipeline.data.encode import (
 )
 from pipeline.data.rows import Row
 from pipeline.errors import DataError
+from pipeline.support.tiny import CHATML, CORPUS, byte_level_tokenizer
 
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'seen' }}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from pipeline.data.splits import load_splits
 from pipeline.data.stream import RowStream, StreamedBatches, open_stream
 from pipeline.errors import ConfigError, DataError
 from pipeline.plan.preflight import check_inputs
+from pipeline.support.tiny import tiny_tokenizer
 from pipeline.training.loader import open_loader
 
 SIZES = {"validation_rows": 5, "calibration_rows": 4, "test_rows": 6}

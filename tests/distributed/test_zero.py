@@ -8,7 +8,6 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers.tiny import tiny_llama
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config import load_config
@@ -23,6 +22,7 @@ from pipeline.model.released import release_weights
 from pipeline.plan.preflight import check_inputs
 from pipeline.prediction.passes import lockstep
 from pipeline.support.deepspeed import Cell, Outcome, format_table, run_matrix
+from pipeline.support.tiny import tiny_llama
 
 STAGE_3 = {
     "bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3},

@@ -1,95 +1,26 @@
-"""Tiny random encoders on disk, as a model hub gives them: pretrained, without a classification head."""
+"""Tiny encoders with heads and adapters, their rows, and the weights of their members."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    DistilBertConfig,
-    DistilBertModel,
-    ElectraConfig,
-    ElectraModel,
-    MPNetConfig,
-    MPNetModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
 
 from helpers.families import CPU, PRECISIONS
 from helpers.reference import dense_update
-from helpers.tiny import WORDS
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.members import Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.model import ModelConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import BaseModel, load_base
+from pipeline.support.tiny import write_encoder
 
-PAD, POSITIONS = 1, 64
-SMALL = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS, "pad_token_id": PAD, "initializer_range": 0.2,
-}
-"""Dropout stays at the families' 0.1."""
-DEBERTA_V3 = {
-    "relative_attention": True, "position_buckets": 8, "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
-    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
-}
-"""What microsoft/deberta-v3-base sets, with fewer buckets than the tests have tokens."""
-
-
-def encoder_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level, [CLS] text [SEP]."""
-    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "Review:", "Sentiment:", "positive", "negative"]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-def distilbert() -> PreTrainedModel:
-    names = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS}
-    return DistilBertModel(DistilBertConfig(vocab_size=64, pad_token_id=PAD, **names))
-
-
-ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: BertModel(BertConfig(**SMALL)),
-    "bert-mlm": lambda: BertForMaskedLM(BertConfig(**SMALL)),  # saved without a pooler
-    "roberta": lambda: RobertaModel(RobertaConfig(**SMALL)),
-    "electra": lambda: ElectraModel(ElectraConfig(embedding_size=64, **SMALL)),
-    "mpnet": lambda: MPNetModel(MPNetConfig(**SMALL)),
-    "distilbert": distilbert,
-    "deberta": lambda: DebertaV2Model(DebertaV2Config(**SMALL)),
-    "deberta-v3": lambda: DebertaV2Model(DebertaV2Config(**{**SMALL, **DEBERTA_V3})),
-}
+ENCODERS = ("bert", "bert-mlm", "roberta", "electra", "mpnet", "distilbert", "deberta", "deberta-v3")
 EAGER = ("mpnet", "deberta", "deberta-v3")
 """Families without scaled_dot_product_attention in transformers."""
-
-
-def write_encoder(folder: Path, family: str = "bert", seed: int = 0) -> Path:
-    """A model folder as transformers writes it."""
-    torch.manual_seed(seed)
-    ENCODERS[family]().save_pretrained(folder)
-    encoder_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def load_encoder(folder: Path, family: str = "bert", precision: str = "fp32", classes: int = 3) -> BaseModel:

@@ -1,32 +1,23 @@
-"""Tiny random models of several architectures, and the precisions that they are tested in."""
+"""Tiny decoders with adapters, the precisions that they are tested in, and their rows."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from helpers.tiny import tiny_llama, tiny_tokenizer
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.config.model import ModelConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.model.load import load_base
+from pipeline.support.tiny import tiny_llama, write_tiny_model
 
 CPU = torch.device("cpu")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 PRECISIONS = {"fp32": ("none", "float32"), "bf16": ("none", "bfloat16"), "nf4": ("nf4", "float32")}
 """name -> (quantization, compute dtype)."""
 SITES: dict[str, tuple[Site, ...]] = {
@@ -40,46 +31,9 @@ LORA_DROPOUT = (Site(position="lora_A", rate=0.5), Site(position="lora_B", rate=
 """Both sides, at different rates."""
 
 
-def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2,
-    )
-    return Qwen2ForCausalLM(config).eval()
-
-
-def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )
-    return Qwen3ForCausalLM(config).eval()
-
-
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    """Its linears are transposed Conv1D modules."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=64, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=1,
-        eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3, "gpt2": tiny_gpt2,
-}
-
-
 def load_tiny(folder: Path, family: str = "llama", precision: str = "nf4") -> nn.Module:
     """A tiny model as the product loads it (written to `folder` first)."""
-    model = FAMILIES[family]()
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    write_tiny_model(folder, family)
     quantization, dtype = PRECISIONS.get(precision, (precision, "float32"))
     return load_base(ModelConfig(path=str(folder), quantization=quantization, compute_dtype=dtype), CPU).model
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 for inherited in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(inherited, None)
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
@@ -37,13 +37,13 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORM
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from helpers.tiny import write_tiny_data, write_tiny_model  # noqa: E402
 from pipeline.config import dump_config, load_config  # noqa: E402
 from pipeline.distributed import ranks  # noqa: E402
 from pipeline.distributed.launcher import free_port  # noqa: E402
 from pipeline.files import read_json_lines, sha256_file, write_text  # noqa: E402
 from pipeline.run_folder.paths import RunPaths  # noqa: E402
 from pipeline.stages.__main__ import main as stage_process  # noqa: E402
+from pipeline.support.tiny import write_tiny_data, write_tiny_model  # noqa: E402
 from pipeline.training.checkpoint import published_checkpoints  # noqa: E402
 
 SETTINGS = """

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 import pipeline.stages.train
-from helpers.tiny import tiny_llama
 from pipeline.config import load_config
 from pipeline.data.encode import Encoded
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import LoradropError
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.guards import NotFinite, require_same_inputs
 
 

@@ -23,7 +23,6 @@ from helpers.families import (
 )
 from helpers.reference import dense_model, dense_update
 from helpers.site_models import Reference, adapted
-from helpers.tiny import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from pipeline.loss import terms
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
 from pipeline.loss.terms import bidirectional_kl, divergence, jensen_shannon, representation_log_probs
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
 
 PAD, SEED, STEP = 2, 1, 3

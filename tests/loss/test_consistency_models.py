@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.consistency_reference import FORMS, draws_of, kl
-from helpers.encoders import PAD, attach_encoder, load_encoder, texts, trained_encoder, weights_of
+from helpers.encoders import attach_encoder, load_encoder, texts, trained_encoder, weights_of
 from helpers.families import CPU, LORA_DROPOUT
-from helpers.tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from torch.func import functional_call
 
@@ -24,6 +23,7 @@ from pipeline.data.encode import Encoded
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.objective import SupervisedClassifier, SupervisedRegressor
 from pipeline.model.load import load_base
+from pipeline.support.tiny import PAD, tiny_llama, tiny_tokenizer
 from pipeline.training.batch import lay_out
 
 SEED, STEP = 11, 4

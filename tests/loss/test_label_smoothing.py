@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.encoders import load_encoder, texts, trained_encoder
 from helpers.families import examples
-from helpers.tiny import tiny_llama
 from torch.nn.functional import cross_entropy
 
 from pipeline.adapters.attach import attach
@@ -19,6 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
 from pipeline.loss.terms import nll_and_log_probs, token_losses
 from pipeline.prediction.task import RegressionTask
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
 from pipeline.training.schedule import schedule_factor, warmup_steps
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import tiny_llama
 from torch import nn
 
 import pipeline.plan.memory
@@ -19,6 +18,7 @@ from pipeline.model.load import load_base
 from pipeline.plan.memory import NoPlan, States, plan_memory, quantized_bytes, states_of, weigh
 from pipeline.plan.memory_table import expected_batch, memory_table
 from pipeline.plan.memory_trace import LONG, SHORT, Batch, Live, Peaks, shortened, trace_pass
+from pipeline.support.tiny import tiny_llama
 
 LINEAR_SHAPES = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
 """(I, O) of the seven linears of a layer of the tiny model."""

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.families import LORA_DROPOUT, adapted_llama, examples, load_tiny, stock_double, tiny_gpt2, trained_start
+from helpers.families import LORA_DROPOUT, adapted_llama, examples, load_tiny, stock_double, trained_start
 from helpers.reference import dense_model, dense_update
-from helpers.tiny import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, predict_choices, predict_completions
 from pipeline.scores.ensemble import average
+from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
 PAD = 2
 MEMBERS = [Member(None), Member(0), Member(0, 0), Member(1), Member(1, 3), Member(0, 1), Member(2, 0)]

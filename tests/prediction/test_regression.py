@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from helpers.encoders import SMALL, encoder_tokenizer, load_encoder, trained_encoder, write_encoder
+from helpers.encoders import load_encoder, trained_encoder
 from helpers.families import LORA_DROPOUT
-from helpers.tiny import WORDS
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tokenizers import processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import Member
@@ -45,6 +44,7 @@ from pipeline.stages.data import Look, row_text
 from pipeline.stages.evaluate import evaluate_run
 from pipeline.stages.report import write_report
 from pipeline.stages.train import train_run
+from pipeline.support.tiny import WORDS, encoder_tokenizer, write_encoder
 from pipeline.training.batch import lay_out
 
 MEMBERS = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
@@ -190,11 +190,7 @@ def pairs(count: int, score: bool) -> list[Row]:
 
 
 def write_pair_encoder(folder: Path, family: str) -> Path:
-    if family == "bert":  # SMALL has one segment
-        torch.manual_seed(0)
-        BertModel(BertConfig(**{**SMALL, "type_vocab_size": 2})).save_pretrained(folder)
-    else:
-        write_encoder(folder, family)
+    write_encoder(folder, family)
     pair_tokenizer(family == "bert").save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ from pipeline.plan.methods import refused_methods
 from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison
 from pipeline.run_folder.paths import Folders, RunPaths, update_status
 from pipeline.stages import compare
-from pipeline.support.sites import FAMILIES
+from pipeline.support.tiny import ENCODERS
 
 METHODS = ("none", "dropkey", "hiddencut")
 
@@ -116,7 +116,7 @@ def test_the_time_left_is_that_of_the_trainings_so_far() -> None:
 def test_what_a_model_cannot_honour_is_found_without_its_weights(
     tmp_path: Path, family: str, refused: set[str]
 ) -> None:
-    AutoConfig.for_model(family, **FAMILIES[family]).save_pretrained(tmp_path)  # no weights, no tokenizer
+    AutoConfig.for_model(**ENCODERS[family]).save_pretrained(tmp_path)  # no weights, no tokenizer
     config = load_config(None, [
         f"model.path={tmp_path}", f"model.attention={'eager' if refused else 'sdpa'}",
         "compare.methods=[none, dropkey, hiddenkey, lora_dropout, {name: x, adapter: {target_modules: [nothing]}}]",

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from helpers import ROOT
-from helpers.tokenizers_made import byte_level_tokenizer
 from rich.console import Console
 
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.stages.data import show_data
+from pipeline.support.tiny import byte_level_tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
 SIZES = ["data.train_rows=20", "data.validation_rows=5", "data.calibration_rows=5", "data.test_rows=6"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import load_encoder, texts, trained_encoder, write_encoder
+from helpers.encoders import load_encoder, texts, trained_encoder
 from helpers.families import CPU, SITES
 
 from pipeline.adapters.attach import attach
@@ -29,6 +29,7 @@ from pipeline.prediction.passes import PassSettings, predict_classes
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.paths import RunPaths
 from pipeline.stages.train import train_run
+from pipeline.support.tiny import write_encoder
 from pipeline.training.batch import lay_out
 
 MINILM = "embedded:all-minilm-l6-v2"

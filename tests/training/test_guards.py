@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
-from helpers.tiny import tiny_llama
 from safetensors.torch import load_file
 
 import pipeline.stages.train
@@ -32,6 +31,7 @@ from pipeline.files import manifest_faults, read_json_lines
 from pipeline.loss.objective import SupervisedLM
 from pipeline.loss.terms import GlobalMean
 from pipeline.run_folder.paths import RunPaths
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
 from pipeline.training.checkpoint import published_checkpoints
 from pipeline.training.diagnosis import first_bad_module

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import pytest
 import torch
 from helpers.families import FAMILIES, assert_close_gradients, examples, gradients, trained_start
-from helpers.tiny import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -26,6 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.objective import SupervisedLM
 from pipeline.model.head import check_packing
+from pipeline.support.tiny import tiny_decoder, tiny_llama
 from pipeline.training.batch import lay_out
 from pipeline.training.loader import BatchLoader, MicroBatch, open_loader
 
@@ -45,7 +45,7 @@ ACTIVATION_SITES = {
 def adapted(
     family: str, attention: str, sites: tuple[Site, ...], consistency: Consistency = Consistency()  # noqa: B008
 ) -> Adapters:
-    model = FAMILIES[family]()
+    model = tiny_decoder(family)
     model.set_attn_implementation(attention)
     model.config.use_cache = False
     spec = AdapterSpec(rank=4, sites=sites, consistency=consistency)

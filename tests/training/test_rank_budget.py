@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, PeftModel, get_peft_model
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.spec import AdapterSpec, RankSchedule
+from pipeline.support.tiny import tiny_llama
 from pipeline.training.rank_budget import RankBudget
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
