@@ -44,6 +44,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", **_DECODER, "head_dim": 16, "sliding_window": 4},
     "mixtral": {"model_type": "mixtral", **_DECODER, "num_local_experts": 2},
 }
+"""family -> shape, as its config.json says it; dropout stays at the family's own rate."""
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", **_ENCODER},
     "roberta": {"model_type": "roberta", **_ENCODER},
@@ -64,7 +65,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
     },
 }
-"""family -> shape, dropout left at the family's own rate."""
+"""Encoders, likewise."""
 WORDS = (
     "the", "film", "was", "good", "bad", "great", "awful", "a", "fine", "poor", "plot", "actor", "story", "and", "but",
     "very", "not", "so", "it", "is",
@@ -133,9 +134,7 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level, for encoders: [CLS] text [SEP]."""
     frame = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *PROMPT_WORDS, *WORDS]
-    return word_tokenizer(
-        words, frame, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    return word_tokenizer(words, frame, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""What tests share: tiny models, references written out in float64, stand-ins for processes."""
+"""What tests share: tiny models with adapters, references written out in float64, stand-ins for processes."""
 
 from pathlib import Path
 

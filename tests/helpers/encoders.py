@@ -19,6 +19,7 @@ from pipeline.model.load import BaseModel, load_base
 from pipeline.support.tiny import write_encoder
 
 ENCODERS = ("bert", "bert-mlm", "roberta", "electra", "mpnet", "distilbert", "deberta", "deberta-v3")
+"""Encoders that most tests go through."""
 EAGER = ("mpnet", "deberta", "deberta-v3")
 """Families without scaled_dot_product_attention in transformers."""
 

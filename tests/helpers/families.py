@@ -18,6 +18,7 @@ from pipeline.support.tiny import tiny_llama, write_tiny_model
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+"""Decoders that most tests go through."""
 PRECISIONS = {"fp32": ("none", "float32"), "bf16": ("none", "bfloat16"), "nf4": ("nf4", "float32")}
 """name -> (quantization, compute dtype)."""
 SITES: dict[str, tuple[Site, ...]] = {
