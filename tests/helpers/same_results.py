@@ -3,7 +3,7 @@
 For changes that must change nothing: the same commands are run before and after, into OLD and NEW. Compared are, in
 every run folder below them, adapters and checkpoints byte for byte, metrics but for times and memory, predictions,
 result.json, the export, and what a search and a comparison record. Hashes of configurations, times and the folders'
-own paths are left out; `RENAMED` says what has another name since before version 0.2. Exit code 1 where anything differs.
+own paths are left out; `RENAMED` says what had another name before version 0.2. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
