@@ -21,7 +21,7 @@ import torch
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import RowLayout, plain_layout, replicate_layout, split_layout
-from pipeline.adapters.members import Member, replicate_rows
+from pipeline.adapters.members import MaskKey, Member, replicate_rows
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.data.encode import IGNORE_INDEX, Encoded
@@ -51,7 +51,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def training_step(adapters: Adapters, examples: list[Encoded], layout: RowLayout) -> None:
     """Forward and backward of one micro-batch."""
-    rows = lay_out(adapters, examples, layout, 0, seed=0, phase=0)
+    rows = lay_out(adapters, examples, layout, 0, MaskKey(0, 0))
     with adapters.axis.active(rows.plan):
         SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights).backward()
     adapters.model.zero_grad(set_to_none=True)
@@ -59,8 +59,8 @@ def training_step(adapters: Adapters, examples: list[Encoded], layout: RowLayout
 
 def forward(adapters: Adapters, examples: list[Encoded], members: list[Member]) -> None:
     """One pass with all `members`."""
-    rows = lay_out(adapters, examples, plain_layout(len(examples)), 0, seed=0, phase=0)
-    plan = adapters.plan(members, len(examples), 0, "test")
+    rows = lay_out(adapters, examples, plain_layout(len(examples)), 0, MaskKey(0, 0))
+    plan = adapters.plan(members, len(examples), MaskKey(0, "test"))
     names = ("input_ids", "attention_mask", "position_ids")
     with torch.no_grad(), adapters.axis.active(plan):
         hidden_states(adapters.model, *(replicate_rows(rows.tensors[name], len(members)) for name in names))

@@ -105,6 +105,7 @@ def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
 
 def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int) -> None:
     from pipeline.adapters.layout import training_layout
+    from pipeline.adapters.members import MaskKey
     from pipeline.data.encode import IGNORE_INDEX, Encoded
     from pipeline.training.batch import lay_out
 
@@ -117,7 +118,7 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, tokens: int)
                 labels = (IGNORE_INDEX,) * (len(ids) - SUPERVISED) + ids[-SUPERVISED:]
                 examples.append(Encoded(f"{step}.{micro}.{i}", ids, labels))
             layout = training_layout(range(train.micro_batch), train.draws, train.draw_layout, True)
-            rows = lay_out(adapters, examples, layout, tokenizer.pad_token_id, 0, step)
+            rows = lay_out(adapters, examples, layout, tokenizer.pad_token_id, MaskKey(0, step))
             with adapters.axis.active(rows.plan):
                 engine.backward(engine(**rows.inputs)[0])
             engine.step()

@@ -14,7 +14,7 @@ from pipeline.adapters.adalora import SvdBucket
 from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
-from pipeline.adapters.members import Member, MemberAxis, MemberPlan, RowKeys
+from pipeline.adapters.members import MaskKey, Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
 from pipeline.adapters.sites.anatomy import check_sites, is_causal
 from pipeline.adapters.sites.attention import install_attention_sites
 from pipeline.adapters.sites.deberta import install_position_projections
@@ -50,20 +50,31 @@ class Adapters:
         """Where the adapters live."""
         return next(iter(self.layers.values())).buckets[0].lora_A.device
 
-    def plan(self, members: Sequence[Member], rows: int, seed: int, phase: object) -> MemberPlan:
-        """A plan with freshly drawn weight masks (a pure function of its arguments)."""
-        masks = draw_weight_masks(self.sites, members, seed, phase, self.device)
-        return MemberPlan(tuple(members), rows, masks)
+    def plan(self, members: Sequence[Member], rows: int, key: MaskKey | Sequence[MaskKey]) -> MemberPlan:
+        """A plan with freshly drawn weight masks (a pure function of its arguments).
+
+        A member's masks are those that it has under its key in a pass of its own.
+
+        Args:
+            rows: B, per member.
+            key: of all members, or one per member.
+
+        Raises:
+            MemberAxisError: the number of keys is not that of the members.
+        """
+        keys = (key,) * len(members) if isinstance(key, MaskKey) else tuple(key)
+        if len(keys) != len(members):
+            raise MemberAxisError(f"{len(members)} members have {len(keys)} mask keys")
+        masks = draw_weight_masks(self.sites, members, keys, self.device)
+        return MemberPlan(tuple(members), rows, masks, keys=keys)
 
     def needs_row_keys(self) -> bool:
         """Whether any adapter has an activation site."""
         return any(site.position not in WEIGHT_POSITIONS for spec in self.specs for site in spec.sites if site.rate > 0)
 
 
-def with_row_keys(
-    plan: MemberPlan, seed: int, phase: object, example: Tensor, position: Tensor
-) -> MemberPlan:
-    """`plan` plus the keys of its rows; every row is a (member, example) pair, member-major.
+def with_row_keys(plan: MemberPlan, example: Tensor, position: Tensor) -> MemberPlan:
+    """`plan` plus the keys of its rows; every row is a (member, example) pair, member-major, under its member's key.
 
     Args:
         example: (M·B,) int64 example identities; (M·B, T), one per token, where rows pack several examples.
@@ -71,7 +82,8 @@ def with_row_keys(
     """
     draws = torch.tensor([-1 if m.draw is None else m.draw for m in plan.members], dtype=torch.int64)
     branch = draws.repeat_interleave(plan.rows).to(example.device)
-    return replace(plan, row_keys=RowKeys(key64(seed, phase, "activation"), branch, example, position))
+    seeds = tuple(key64(key.seed, key.phase, "activation") for key in plan.keys)
+    return replace(plan, row_keys=RowKeys(seeds, branch, example, position))
 
 
 def attach(

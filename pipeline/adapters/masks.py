@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters.members import Member, RowKeys
+from pipeline.adapters.members import MaskKey, Member, RowKeys, same_for_all
 from pipeline.config.method import WEIGHT_POSITIONS, Site
 from pipeline.randomness import key64, uniforms
 
@@ -41,7 +41,7 @@ class LayerSites:
 
 
 def draw_weight_masks(
-    layers: Mapping[str, LayerSites], members: Sequence[Member], seed: int, phase: object, device: torch.device | str
+    layers: Mapping[str, LayerSites], members: Sequence[Member], keys: Sequence[MaskKey], device: torch.device | str
 ) -> dict[str, dict[str, Tensor]]:
     """Masks for one pass: layer -> position -> (M, n) float32.
 
@@ -49,23 +49,22 @@ def draw_weight_masks(
     adapters without the site, have ones. A position that no member masks is absent.
 
     Args:
-        seed: run seed.
-        phase: optimizer step in training, a name such as "test" elsewhere.
+        keys: one per member.
     """
     jobs: list[tuple[str, str, int, Site, int]] = []
-    keys: list[int] = []
+    seeds: list[int] = []
     for name, layer in layers.items():
         for position in WEIGHT_POSITIONS:
-            for m, member in enumerate(members):
+            for m, (member, key) in enumerate(zip(members, keys, strict=True)):
                 if member.adapter is None or member.draw is None:
                     continue
                 site = layer.sites.get(member.adapter, {}).get(position)
                 if site is not None:
                     jobs.append((name, position, m, site, layer.sizes[member.adapter, position]))
-                    keys.append(key64(seed, phase, member.draw, name, position))
+                    seeds.append(key64(key.seed, key.phase, member.draw, name, position))
     if not jobs:
         return {}
-    flat = uniforms(keys, [job[-1] for job in jobs])
+    flat = uniforms(seeds, [job[-1] for job in jobs])
     adapters = {member.adapter for member in members if member.adapter is not None}
     widths = {  # ranks differ among members: wide enough for those that are not masked, too
         (name, position): max(layers[name].sizes.get((adapter, position), 0) for adapter in adapters)
@@ -147,14 +146,32 @@ def dropped_pairs(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: 
 
 def row_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
     """(B, 1) int32 hash of (seed, step, layer, branch, example); (B, T) where rows are packed."""
-    key = key64(keys.seed, layer_key)  # both halves count: no two (step, layer) pairs of a run share masks
     example = keys.example[rows]
     example = example.unsqueeze(-1) if example.dim() == 1 else example
     branch = keys.branch[rows].to(torch.int32).unsqueeze(-1)
     low, high = (example & 0xFFFFFFFF), (example >> 32) & 0xFFFFFFFF
-    row = mix32(_to_int32(low) ^ _signed(key))
-    row = mix32(row ^ _to_int32(high) * _signed(0x85EBCA6B) ^ _signed(key >> 32))
+    key_low, key_high = _layer_keys(keys, rows, layer_key)
+    row = mix32(_to_int32(low) ^ key_low)
+    row = mix32(row ^ _to_int32(high) * _signed(0x85EBCA6B) ^ key_high)
     return mix32(row + branch * _signed(0xC2B2AE35))
+
+
+def _layer_keys(keys: RowKeys, rows: slice, layer_key: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Low and high int32 of the key of (seed, step, layer): numbers where all `rows` share it, else (B, 1) each.
+
+    Both halves count: no two (step, layer) pairs of a run share masks.
+    """
+    total = len(keys.branch)
+    per_member = total // len(keys.seeds)
+    start, stop, _ = rows.indices(total)
+    seeds = keys.seeds[start // per_member : -(-stop // per_member)]
+    if same_for_all(seeds):
+        key = key64(seeds[0], layer_key)
+        return _signed(key), _signed(key >> 32)
+    halves = [(_signed(key), _signed(key >> 32)) for key in (key64(seed, layer_key) for seed in keys.seeds)]
+    of_member = torch.tensor(halves, dtype=torch.int32).to(keys.branch.device, non_blocking=True)
+    of_row = of_member.repeat_interleave(per_member, dim=0)[rows]
+    return of_row[:, :1], of_row[:, 1:]
 
 
 def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:

@@ -26,11 +26,21 @@ class Member:
 
 
 @dataclass(frozen=True)
+class MaskKey:
+    """What the mask draws of one pass of one run are keyed by."""
+
+    seed: int
+    """Run seed."""
+    phase: int | str
+    """0-based optimizer step in training, a name such as "test" elsewhere."""
+
+
+@dataclass(frozen=True)
 class RowKeys:
     """What the stateless activation masks of the current rows are keyed by."""
 
-    seed: int
-    """64-bit key of (run seed, step or phase)."""
+    seeds: tuple[int, ...]
+    """64-bit key of each member's `MaskKey`; members have equally many rows."""
     branch: Tensor
     """(M·B,) int64: the draw of each row; -1 = no activation mask for this row."""
     example: Tensor
@@ -49,6 +59,8 @@ class MemberPlan:
     masks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """layer name -> position -> (M, n) mask, n = I, O or R; absent = nothing is dropped there."""
     row_keys: RowKeys | None = None
+    keys: tuple[MaskKey, ...] = ()
+    """One per member: what its masks are keyed by; () where no member has a draw."""
 
     @property
     def size(self) -> int:

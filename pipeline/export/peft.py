@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.attach import Adapters
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
 from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
@@ -60,16 +60,16 @@ def planned_exports(
 
 
 def write_exports(
-    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, base: str, seed: int
+    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, base: str, key: MaskKey
 ) -> None:
     """One PEFT folder per export; a draw's masks are folded into its matrices.
 
     Args:
         base: name or path of the base model.
-        seed: of the test-time masks.
+        key: of the test-time masks.
     """
     draws = [e.member for e in exported]
-    masks = adapters.plan(draws, 1, seed, "test").masks
+    masks = adapters.plan(draws, 1, key).masks
     plain = replace(stored.spec, sites=())
     for m, export in enumerate(exported):
         target = folder / export.folder

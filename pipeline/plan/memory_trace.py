@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.layout import training_layout
+from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.loss.terms import chunked_losses
@@ -124,10 +125,10 @@ def _run(adapters: Adapters, train: TrainConfig, batch: Batch, live: Live) -> No
     count = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // batch.tokens)
     layout = training_layout(range(count), train.draws, train.draw_layout, masked, spec.consistency)
     rows = len(layout.source)
-    plan = adapters.plan(layout.members, layout.rows, 0, 0)
+    plan = adapters.plan(layout.members, layout.rows, MaskKey(0, 0))
     positions = torch.zeros(rows, batch.tokens, dtype=torch.int64)
     if adapters.needs_row_keys():
-        plan = with_row_keys(plan, 0, 0, torch.zeros(rows, dtype=torch.int64), positions)
+        plan = with_row_keys(plan, torch.zeros(rows, dtype=torch.int64), positions)
     index = torch.zeros(rows * batch.supervised, dtype=torch.int64)
     with live, adapters.axis.active(plan):
         hidden = hidden_states(adapters.model, positions, torch.ones_like(positions), positions)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, with_row_keys
-from pipeline.adapters.members import Member, replicate_rows
+from pipeline.adapters.members import MaskKey, Member, replicate_rows
 from pipeline.data.collate import collate, example_keys
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.sampler import length_sorted_chunks
@@ -35,9 +35,8 @@ class PassSettings:
     """Token id written on padding."""
     budget_tokens: int
     """Rows × members × padded length of one forward."""
-    seed: int
-    """Mask draws are those of (seed, phase)."""
-    phase: object = "test"
+    key: MaskKey
+    """Of all mask draws."""
     on_chunk: Callable[[int, int], None] | None = None
     """Told (sequences done, sequences in all)."""
 
@@ -169,7 +168,7 @@ def _passes(
     adapters.model.eval()
     try:
         with torch.no_grad():
-            masks = adapters.plan(members, 1, settings.seed, settings.phase)
+            masks = adapters.plan(members, 1, settings.key)
             done = 0
             lengths = [len(text.input_ids) for text in texts]
             chunks = length_sorted_chunks(lengths, settings.budget_tokens, len(members))
@@ -178,8 +177,8 @@ def _passes(
                 tensors = {name: replicate_rows(t, masks.size) for name, t in batch.tensors(adapters.device).items()}
                 plan = replace(masks, rows=len(chunk))
                 if adapters.needs_row_keys():
-                    keys = example_keys(batch.example_ids).to(adapters.device).repeat(masks.size)
-                    plan = with_row_keys(plan, settings.seed, settings.phase, keys, tensors["position_ids"])
+                    examples = example_keys(batch.example_ids).to(adapters.device).repeat(masks.size)
+                    plan = with_row_keys(plan, examples, tensors["position_ids"])
                 with adapters.axis.active(plan):
                     output = forward(tensors)
                 if counts:

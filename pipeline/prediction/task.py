@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.config import RunConfig
 from pipeline.config.deepspeed import shards_parameters
 from pipeline.data.cache import cached_examples
@@ -237,6 +237,5 @@ def training_stream(task: Task, splits: Splits, config: RunConfig) -> StreamedBa
 
 
 def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:
-    return PassSettings(
-        base.tokenizer.pad_token_id, config.evaluate.batch_tokens, config.ensemble.seed, "test", on_chunk
-    )
+    key = MaskKey(config.ensemble.seed, "test")
+    return PassSettings(base.tokenizer.pad_token_id, config.evaluate.batch_tokens, key, on_chunk)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.adapters.build import attach_adapter
+from pipeline.adapters.members import MaskKey
 from pipeline.config import RunConfig, TrainConfig, dump_config
 from pipeline.data.cache import lengths_of
 from pipeline.data.splits import load_splits
@@ -175,8 +176,8 @@ def set_learning_rate(engine: Any, train: TrainConfig, step: int) -> float:
 def micro_rows(run: Run, batch: StepBatch, step: int, micro: int) -> MemberBatch:
     """The rows of one pass of this process: a function of the step, so that it can be made again."""
     pass_, pad_id = batch.micros[micro], run.task.base.tokenizer.pad_token_id
-    seed, side = run.config.train.seed, run.task.padding
-    return lay_out(run.adapters, pass_.examples, pass_.layout, pad_id, seed, step, side)
+    key = MaskKey(run.config.train.seed, step)
+    return lay_out(run.adapters, pass_.examples, pass_.layout, pad_id, key, run.task.padding)
 
 
 def progress_parts(losses: dict[str, float], tokens_per_second: float, scores: dict[str, float]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import LEGAL, Site
 from pipeline.config.model import ModelConfig
@@ -146,9 +146,9 @@ def _forward(adapters: Adapters, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits (M, B, T, V) of the base, the adapter without a mask, and two draws of it."""
     members = [Member(None), Member(0), Member(0, 0), Member(0, 1)]
     size, (rows, tokens) = len(members), ids.shape
-    plan = adapters.plan(members, rows, 0, 0)
+    plan = adapters.plan(members, rows, MaskKey(0, 0))
     positions = torch.arange(tokens).repeat(size * rows, 1)
-    plan = with_row_keys(plan, 0, 0, torch.arange(100, 100 + rows).repeat(size), positions)
+    plan = with_row_keys(plan, torch.arange(100, 100 + rows).repeat(size), positions)
     with adapters.axis.active(plan):
         logits: Tensor = adapters.model(input_ids=ids.repeat(size, 1), attention_mask=mask.repeat(size, 1)).logits
     return logits.view(size, rows, tokens, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import RowLayout
-from pipeline.adapters.members import MemberPlan
+from pipeline.adapters.members import MaskKey, MemberPlan
 from pipeline.data.collate import batch_keys, collate
 from pipeline.data.encode import Encoded
 from pipeline.loss.consistency import Pairs, Reference
@@ -54,23 +54,22 @@ class MemberBatch:
 
 
 def lay_out(
-    adapters: Adapters, examples: list[Encoded], layout: RowLayout, pad_id: int, seed: int, phase: object,
+    adapters: Adapters, examples: list[Encoded], layout: RowLayout, pad_id: int, key: MaskKey,
     side: Literal["left", "right"] = "left",
 ) -> MemberBatch:
-    """Lay examples out as `layout` says and draw the masks of (seed, phase)."""
+    """Lay examples out as `layout` says and draw the masks of `key`."""
     device = adapters.device
     batch = collate([examples[index] for index in layout.source], pad_id, side=side)
     tensors = batch.tensors(device)
-    plan = adapters.plan(layout.members, layout.rows, seed, phase)
+    plan = adapters.plan(layout.members, layout.rows, key)
     if adapters.needs_row_keys():
-        keys = batch_keys(batch).to(device)
-        plan = with_row_keys(plan, seed, phase, keys, tensors["position_ids"])
+        plan = with_row_keys(plan, batch_keys(batch).to(device), tensors["position_ids"])
     weights = torch.tensor(layout.weights, dtype=torch.float32, device=device)
     pairs = None
     if layout.pairing is not None:
         pairing, reference = layout.pairing, None
         if pairing.reference is not None:
-            other = lay_out(adapters, examples, pairing.reference, pad_id, seed, phase, side)
+            other = lay_out(adapters, examples, pairing.reference, pad_id, key, side)
             reference = Reference(other.model_tensors, other.plan, pairing.reference_branches)
         of_term = torch.tensor(pairing.weights, dtype=torch.float32, device=device)
         pairs = Pairs(pairing.branches, of_term, layout.rows, reference)

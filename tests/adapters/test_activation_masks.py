@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.masks import element_mask, mix32, threshold, token_hash
-from pipeline.adapters.members import Member, MemberAxisError, RowKeys
+from pipeline.adapters.members import MaskKey, Member, MemberAxisError, RowKeys
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.collate import example_keys
@@ -33,7 +33,7 @@ def row_keys(branches: list[int], ids: list[int], positions: list[int], seed: in
     """Every (branch, example) pair as a row, every position in each."""
     pairs = list(itertools.product(branches, ids))
     branch, example_ids = (torch.tensor(column, dtype=torch.int64) for column in zip(*pairs, strict=True))
-    return RowKeys(seed, branch, example_ids, torch.tensor(positions).repeat(len(pairs), 1))
+    return RowKeys((seed,), branch, example_ids, torch.tensor(positions).repeat(len(pairs), 1))
 
 
 def text_ids(count: int) -> list[int]:
@@ -165,7 +165,8 @@ def test_padding_side_order_and_company_do_not_change_the_mask_of_a_token() -> N
     adapters = adapted_llama(AdapterSpec(sites=site))
     rows = examples([7, 4, 9])
     def masks(chosen: list[int], side: str, draws: int) -> dict[tuple[str, int], Tensor]:
-        built = lay_out(adapters, [rows[i] for i in chosen], replicate_layout(len(chosen), draws), 2, 0, 3, side)
+        layout = replicate_layout(len(chosen), draws)
+        built = lay_out(adapters, [rows[i] for i in chosen], layout, 2, MaskKey(0, 3), side)
         mask = element_mask(built.plan.row_keys, ALL, 99, 16, 0.5)
         real = built.tensors["attention_mask"].bool()
         names = [rows[i].example for i in chosen] * draws
@@ -206,7 +207,7 @@ def test_input_dropout_equals_the_dense_reference() -> None:
     layer, members = adapters.layers["linear"], [Member(0, 0), Member(1, 0), Member(0), Member(None), Member(0, 1)]
     x = torch.randn(10, 4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
     identities, positions = torch.tensor([11, 12]).repeat(5), torch.arange(4).repeat(10, 1)
-    plan = with_row_keys(adapters.plan(members, 2, 0, 0), 0, 0, identities, positions)
+    plan = with_row_keys(adapters.plan(members, 2, MaskKey(0, 0)), identities, positions)
     with adapters.axis.active(plan):
         ours = adapters.model(x)
     scalings, matrices = (3.0, 1.0), [(b.lora_A[0], b.lora_B[0]) for b in layer.buckets]
@@ -244,7 +245,7 @@ def test_the_mean_over_draws_of_input_dropout_converges_at_the_rate_of_theory() 
     for step in range(steps):
         members = [Member(0, draw) for draw in range(draws)]
         identity, position = torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, 1, dtype=torch.int64)
-        plan = with_row_keys(adapters.plan(members, 1, 0, step), 0, step, identity, position)
+        plan = with_row_keys(adapters.plan(members, 1, MaskKey(0, step)), identity, position)
         with torch.no_grad(), adapters.axis.active(plan):
             errors.append(adapters.model(x.expand(draws, 24)).double().mean(0) - plain)
     measured = torch.stack(errors)
@@ -256,7 +257,7 @@ def test_a_pooled_input_counts_as_the_first_token() -> None:
     """Encoders pool one vector per row before their last linears."""
     adapters = one_layer(DROPPED_INPUT)
     identities, positions = torch.tensor([3, 4]), torch.arange(5).repeat(2, 1)
-    plan = with_row_keys(adapters.plan([Member(0, 0)], 2, 0, 0), 0, 0, identities, positions)
+    plan = with_row_keys(adapters.plan([Member(0, 0)], 2, MaskKey(0, 0)), identities, positions)
     x = torch.randn(2, 5, 6)
     with adapters.axis.active(plan):
         torch.testing.assert_close(adapters.model(x[:, 0]), adapters.model(x)[:, 0])
@@ -267,9 +268,10 @@ def test_a_pooled_input_counts_as_the_first_token() -> None:
 def test_a_draw_without_row_keys_is_refused_rather_than_left_unmasked() -> None:
     adapters = one_layer(DROPPED_INPUT)
     x = torch.randn(2, 5, 6)
-    with adapters.axis.active(adapters.plan([Member(0, 0)], 2, 0, 0)), pytest.raises(MemberAxisError, match="row keys"):
+    plan = adapters.plan([Member(0, 0)], 2, MaskKey(0, 0))
+    with adapters.axis.active(plan), pytest.raises(MemberAxisError, match="row keys"):
         adapters.model(x)
-    with adapters.axis.active(adapters.plan([Member(0)], 2, 0, 0)):
+    with adapters.axis.active(adapters.plan([Member(0)], 2, MaskKey(0, 0))):
         assert adapters.model(x).shape == (2, 5, 6)
 
 

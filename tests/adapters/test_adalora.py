@@ -21,7 +21,7 @@ from pipeline.adapters.adalora import orthogonality
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.build import attach_stored
 from pipeline.adapters.heads import head_state
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import (
     adapter_matrices,
@@ -88,7 +88,7 @@ def test_members_of_both_kinds_in_one_pass_equal_the_dense_model() -> None:
     base = tiny_llama(layers=1)
     dense = tiny_llama(layers=1).double()
     adapters = trained(attach(base, specs, "all-linear", seed=0))
-    plan = adapters.plan(members, rows=2, seed=11, phase=3)
+    plan = adapters.plan(members, 2, MaskKey(11, 3))
     ids, positions = IDS, torch.arange(6).repeat(2, 1)
     with adapters.axis.active(plan):
         ours = adapters.model(ids.repeat(8, 1), position_ids=positions.repeat(8, 1)).logits
@@ -127,7 +127,7 @@ def test_attaching_is_the_identity_bit_for_bit(make) -> None:
     before = model(IDS).logits
     adapters = attach(model, [ADALORA, AdapterSpec(), replace(ADALORA, rank=2)], "all-linear", seed=0)
     assert torch.equal(model(IDS).logits, before)
-    with adapters.axis.active(adapters.plan([Member(0, 0), Member(2)], 1, seed=0, phase=0)):
+    with adapters.axis.active(adapters.plan([Member(0, 0), Member(2)], 1, MaskKey(0, 0))):
         assert torch.equal(model(IDS).logits, before)
     bucket = next(iter(adapters.layers.values())).buckets[0]
     for matrix in (bucket.lora_A, bucket.lora_B):
@@ -207,7 +207,7 @@ def test_a_classifier_with_its_head_and_a_lora_beside_it(tmp_path: Path) -> None
     lora.mkdir()
     write_adapter(lora, plain.matrices, plain.spec, adapters.layer_count, "base", adapters.suffixes, plain.head)
     again = attach_stored(load_encoder(tmp_path / "base"), [read_adapter(folder), read_adapter(lora)], seed=0)
-    with torch.no_grad(), again.axis.active(again.plan([Member(0), Member(1), Member(None)], 2, seed=0, phase=0)):
+    with torch.no_grad(), again.axis.active(again.plan([Member(0), Member(1), Member(None)], 2, MaskKey(0, 0))):
         ours, twin, start = again.model(IDS.repeat(3, 1)).logits.view(3, 2, 3)
     for path, name in ((folder, "AdaLoraModel"), (lora, "LoraModel")):
         torch.manual_seed(99)
@@ -233,7 +233,7 @@ def test_each_draw_is_a_plain_lora(tmp_path: Path) -> None:
     adapters = trained(attach(tiny_llama(), [ADALORA], "all-linear", seed=0))
     stored = read_adapter(written(tmp_path / "adapter", adapters, ADALORA))
     plain = as_plain_lora(stored)
-    plan = adapters.plan([Member(0, 3), Member(0, 5)], 1, seed=7, phase="test")
+    plan = adapters.plan([Member(0, 3), Member(0, 5)], 1, MaskKey(7, "test"))
     (tmp_path / "draw").mkdir()
     matrices = masked_matrices(plain.matrices, plan.masks, 1)
     spec = replace(plain.spec, sites=())

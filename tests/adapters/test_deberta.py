@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.linear import LoRALinear
-from pipeline.adapters.members import Member, MemberAxisError
+from pipeline.adapters.members import MaskKey, Member, MemberAxisError
 from pipeline.adapters.peft_format import adapter_matrices
 from pipeline.adapters.sites import deberta
 from pipeline.adapters.spec import AdapterSpec
@@ -33,7 +33,7 @@ from pipeline.training.batch import lay_out
 DROPOUT = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
 PLAIN = AdapterSpec(rank=2, alpha=3.0)
 MEMBERS = [Member(0, 0), Member(1), Member(None), Member(0), Member(0, 1)]
-SETTINGS = PassSettings(1, 10**6, 7)
+SETTINGS = PassSettings(1, 10**6, MaskKey(7, "test"))
 ROWS = texts([9, 4, 12])
 """Longer than the 8 buckets, so that distances share logarithmic ones."""
 
@@ -45,7 +45,7 @@ def load_variant(folder: Path, **changes: object) -> BaseModel:
 
 def dense_log_probs(adapters: Adapters, stock: torch.nn.Module, members: list[Member]) -> np.ndarray:
     """(M, N, C) of float64 models W + ΔW, one member and one unpadded row at a time."""
-    masks = adapters.plan(members, 1, SETTINGS.seed, SETTINGS.phase).masks
+    masks = adapters.plan(members, 1, SETTINGS.key).masks
     passes = []
     for m, member in enumerate(members):
         head = adapters.heads
@@ -91,7 +91,7 @@ def test_every_member_projects_the_table_with_its_own_update(tmp_path: Path) -> 
         layer.buckets[0].lora_B.normal_()
     attention = base.model.deberta.encoder.layer[0].attention.self
     table = base.model.deberta.encoder.get_rel_embedding()
-    plan = adapters.plan([Member(0), Member(None), Member(0, 0), Member(0, 1)], 3, 0, 0)
+    plan = adapters.plan([Member(0), Member(None), Member(0, 0), Member(0, 1)], 3, MaskKey(0, 0))
     with adapters.axis.active(plan):
         projected = getattr(attention, deberta.BIAS)._project(plan, table)
     assert set(projected) == {"query_proj"} and projected["query_proj"].shape == (4, 16, 64)
@@ -127,7 +127,7 @@ def test_loss_and_gradients_equal_stock_peft(tmp_path: Path) -> None:
         for head, trained in adapters.heads.items():
             for leaf, value in trained.copies[0].named_parameters():
                 named[f"base_model.model.{head}.modules_to_save.default.{leaf}"].copy_(value)
-    built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
+    built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, MaskKey(0, 0), "right")
     with adapters.axis.active(built.plan):
         ours = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
         ours.backward()
@@ -166,7 +166,7 @@ def test_recomputation_gives_the_same_gradients(tmp_path: Path) -> None:
         adapters = trained_encoder(load_encoder(tmp_path, "deberta-v3", "nf4"), AdapterSpec(rank=4, sites=sites))
         if checkpointing:
             adapters.model.activation_checkpointing_enable({"use_reentrant": False})
-        built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, 0, 0, "right")
+        built = lay_out(adapters, ROWS, replicate_layout(3, 2), 1, MaskKey(0, 0), "right")
         with adapters.axis.active(built.plan):
             SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights).backward()
         found.append({name: p.grad for name, p in adapters.model.named_parameters() if p.requires_grad})
@@ -175,9 +175,9 @@ def test_recomputation_gives_the_same_gradients(tmp_path: Path) -> None:
 
 def test_the_tables_keys_are_one_row_per_member(tmp_path: Path) -> None:
     adapters = attach_encoder(load_encoder(tmp_path, "deberta-v3"), DROPOUT)
-    plan = adapters.plan([Member(0, 5), Member(0)], 2, 0, 0)
+    plan = adapters.plan([Member(0, 5), Member(0)], 2, MaskKey(0, 0))
     assert deberta._table_keys(plan, 16) is None
-    plan = with_row_keys(plan, 0, 0, torch.arange(4), torch.zeros(4, 9, dtype=torch.int64))
+    plan = with_row_keys(plan, torch.arange(4), torch.zeros(4, 9, dtype=torch.int64))
     keys = deberta._table_keys(plan, 16)
     assert keys is not None and keys.branch.tolist() == [5, -1] and keys.position.shape == (2, 16)
     assert keys.example.tolist() == [deberta.TABLE_KEY] * 2

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.heads import head_state, load_head
 from pipeline.adapters.layout import replicate_layout, split_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_format import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
@@ -33,6 +33,7 @@ from pipeline.prediction.passes import PassSettings, predict_classes
 from pipeline.support.tiny import tiny_llama, tiny_tokenizer, write_encoder
 from pipeline.training.batch import lay_out
 
+KEY = MaskKey(11, "test")
 IDS = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 PLAIN = AdapterSpec(rank=4, alpha=8.0)
 MIXED = (
@@ -44,13 +45,13 @@ MEMBERS = [Member(0, 0), Member(None), Member(1), Member(0), Member(1, 3), Membe
 
 def logits(adapters: Adapters, members: list[Member], ids: Tensor = IDS) -> Tensor:
     """(M, B, C)."""
-    with adapters.axis.active(adapters.plan(members, len(ids), seed=11, phase="test")):
+    with adapters.axis.active(adapters.plan(members, len(ids), KEY)):
         found = adapters.model(input_ids=ids.repeat(len(members), 1)).logits
     return found.view(len(members), len(ids), -1)
 
 
 def dense_logits(adapters: Adapters, stock: nn.Module, members: list[Member], ids: Tensor = IDS) -> Tensor:
-    masks = adapters.plan(members, len(ids), seed=11, phase="test").masks
+    masks = adapters.plan(members, len(ids), KEY).masks
     passes = [
         functional_call(stock, weights_of(adapters, stock, member, masks, m), kwargs={"input_ids": ids}).logits
         for m, member in enumerate(members)
@@ -130,7 +131,7 @@ def test_loss_and_gradients_of_a_training_pass_equal_the_dense_model(family: str
     stock = copy.deepcopy(base.model).double()
     adapters = trained_encoder(base, MIXED[0])
     rows = texts([3, 9, 6])
-    built = lay_out(adapters, rows, replicate_layout(3, 2), 1, 11, "test", "right")
+    built = lay_out(adapters, rows, replicate_layout(3, 2), 1, KEY, "right")
     with adapters.axis.active(built.plan):
         ours = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
         ours.backward()
@@ -158,7 +159,7 @@ def test_activation_checkpointing_changes_no_bit_of_an_encoders_gradients(family
         adapters = trained_encoder(load_encoder(tmp_path, family, "nf4"), MIXED[0])
         if checkpointing:
             adapters.model.gradient_checkpointing_enable({"use_reentrant": False})
-        built = lay_out(adapters, texts([9, 4, 6]), split_layout(range(3), 2), 1, 0, 0, "right")
+        built = lay_out(adapters, texts([9, 4, 6]), split_layout(range(3), 2), 1, MaskKey(0, 0), "right")
         with adapters.axis.active(built.plan):
             SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights).backward()
         found.append({name: p.grad for name, p in adapters.model.named_parameters() if p.requires_grad})
@@ -176,7 +177,7 @@ def test_a_decoder_with_a_head_reads_the_last_token_of_padded_rows(tmp_path: Pat
     adapters = trained_encoder(base, *MIXED)
     assert len(adapters.layers) == 14
     rows = [replace(row, input_ids=row.input_ids[1:-1], labels=row.labels[1:-1]) for row in texts([9, 4, 6])]
-    found = predict_classes(adapters, rows, MEMBERS, PassSettings(base.tokenizer.pad_token_id, 10**6, 11))
+    found = predict_classes(adapters, rows, MEMBERS, PassSettings(base.tokenizer.pad_token_id, 10**6, KEY))
     for i, row in enumerate(rows):
         expected = dense_logits(adapters, stock, MEMBERS, torch.tensor([row.input_ids]))[:, 0].log_softmax(-1)
         assert np.abs(found[:, i] - expected.detach().numpy()).max() <= 1e-5
@@ -195,7 +196,7 @@ def test_predictions_do_not_depend_on_the_chunks(family: str, tmp_path: Path) ->
     adapters.model.train()
     told: list[tuple[int, int]] = []
     for budget in (1, 100, 10**6):
-        settings = PassSettings(1, budget, 11, on_chunk=lambda *done: told.append(done))
+        settings = PassSettings(1, budget, KEY, on_chunk=lambda *done: told.append(done))
         found = predict_classes(adapters, rows, MEMBERS, settings)
         assert found.shape == (len(MEMBERS), 5, 3) and np.abs(found - expected).max() <= 1e-5
     assert told[-1] == (5, 5) and adapters.model.training and adapters.axis.current is None
@@ -205,9 +206,9 @@ def test_lora_input_masks_reach_the_pooler(tmp_path: Path) -> None:
     """One vector per row there; masks do not depend on padding."""
     spec = AdapterSpec(rank=4, alpha=8.0, sites=(Site(position="lora_input", rate=0.5),))
     adapters = trained_encoder(load_encoder(tmp_path), spec)
-    rows = texts([9, 4])
-    together = predict_classes(adapters, rows, [Member(0), Member(0, 0)], PassSettings(1, 10**6, 0))
-    alone = [predict_classes(adapters, [row], [Member(0), Member(0, 0)], PassSettings(1, 1, 0))[:, 0] for row in rows]
+    rows, members, key = texts([9, 4]), [Member(0), Member(0, 0)], MaskKey(0, "test")
+    together = predict_classes(adapters, rows, members, PassSettings(1, 10**6, key))
+    alone = [predict_classes(adapters, [row], members, PassSettings(1, 1, key))[:, 0] for row in rows]
     np.testing.assert_allclose(together, np.stack(alone, axis=1), atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-3
 
@@ -242,7 +243,7 @@ def test_stock_peft_loads_our_adapters(family: str, precision: str, tmp_path: Pa
     assert config["task_type"] == "SEQ_CLS" and set(config["modules_to_save"]) == set(adapters.heads)
     draw = tmp_path / "draw"
     draw.mkdir()
-    masks = adapters.plan([Member(0, 4)], 1, seed=11, phase="test").masks
+    masks = adapters.plan([Member(0, 4)], 1, KEY).masks
     matrices = masked_matrices(adapter_matrices(adapters.layers, 0), masks, 0)
     write_adapter(draw, matrices, PLAIN, adapters.layer_count, "base", adapters.suffixes, head_state(adapters.heads, 0))
     members = [Member(0), Member(1), Member(0, 4)]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import RowLayout, plain_layout, replicate_layout, split_layout, training_layout
-from pipeline.adapters.members import Member, MemberPlan
+from pipeline.adapters.members import MaskKey, Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
@@ -45,7 +45,7 @@ def loss_and_gradients(
     adapters: Adapters, rows: list[Encoded], layout: RowLayout, step: int = 3, side: str = "left"
 ) -> tuple[float, Gradients]:
     """One micro-batch as the training loop runs it: Σ weighted nll, backward inside the plan."""
-    built = lay_out(adapters, rows, layout, PAD, seed=1, phase=step, side=side)
+    built = lay_out(adapters, rows, layout, PAD, MaskKey(1, step), side=side)
     with adapters.axis.active(built.plan):
         loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
         loss.backward()
@@ -113,7 +113,7 @@ def test_replicate_is_the_papers_objective_on_the_dense_model() -> None:
     dense, rows = stock_double(base), examples([7, 5])
     adapters = trained_start(attach(base, [AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)], "all-linear", seed=0))
     ours = loss_and_gradients(adapters, rows, replicate_layout(2, 3))
-    masks = adapters.plan([Member(0, draw) for draw in range(3)], 1, seed=1, phase=3).masks
+    masks = adapters.plan([Member(0, draw) for draw in range(3)], 1, MaskKey(1, 3)).masks
     total = torch.zeros((), dtype=torch.float64)
     for draw in range(3):
         updates = {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
-from pipeline.adapters.members import Member, MemberPlan
+from pipeline.adapters.members import MaskKey, Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.randomness import key64, uniforms
@@ -75,7 +75,8 @@ def test_masks_equal_their_definition() -> None:
     }
     layers = {name: LayerSites({(0, side): n for side, n in zip(sites, size, strict=True)}, {0: sites})
               for name, size in sizes.items()}
-    masks = draw_weight_masks(layers, [Member(0, 0), Member(0), Member(None), Member(0, 2)], 42, 6, "cpu")
+    members = [Member(0, 0), Member(0), Member(None), Member(0, 2)]
+    masks = draw_weight_masks(layers, members, [MaskKey(42, 6)] * 4, "cpu")
     for name, size in sizes.items():
         for (side, site), n in zip(sites.items(), size, strict=True):
             kept = 1.0 if site.compensation == "none" else 1.0 / (1.0 - site.rate)
@@ -93,10 +94,10 @@ def test_masks_do_not_depend_on_what_is_asked_beside_them() -> None:
         return adapted_llama(*specs, targets=["q_proj", "up_proj"])
 
     members = [Member(1, 0), Member(0, 2), Member(None), Member(0), Member(0, 5)]
-    together = fresh().plan(members, 1, seed=9, phase=4).masks
-    backwards = fresh().plan(members[::-1], 7, seed=9, phase=4).masks
+    together = fresh().plan(members, 1, MaskKey(9, 4)).masks
+    backwards = fresh().plan(members[::-1], 7, MaskKey(9, 4)).masks
     for m, member in enumerate(members):
-        alone = fresh().plan([member], 3, seed=9, phase=4).masks
+        alone = fresh().plan([member], 3, MaskKey(9, 4)).masks
         for name, sides in together.items():
             for side, mask in sides.items():
                 assert torch.equal(mask[m], backwards[name][side][-1 - m])
@@ -109,7 +110,7 @@ def test_masks_differ_where_any_part_of_their_key_differs() -> None:
     settings = [(9, 4, 0), (10, 4, 0), (9, 5, 0), (9, 4, 1), (9, "4", 0), (9, "test", 0)]
     drawn = set()
     for seed, phase, draw in settings:
-        masks = adapters.plan([Member(0, draw)], 1, seed, phase).masks
+        masks = adapters.plan([Member(0, draw)], 1, MaskKey(seed, phase)).masks
         drawn |= {mask[0, :32].numpy().tobytes() for sides in masks.values() for mask in sides.values()}
     assert len(drawn) == len(settings) * 2 * 2
 
@@ -125,7 +126,7 @@ def many_masks(steps: int, draws: int = 4, size: int = 512) -> dict[str, Tensor]
         for name in LAYER_NAMES
     }
     members = [Member(0, draw) for draw in range(draws)]
-    drawn = [draw_weight_masks(layers, members, 0, step, "cpu") for step in range(steps)]
+    drawn = [draw_weight_masks(layers, members, [MaskKey(0, step)] * draws, "cpu") for step in range(steps)]
 
     def stacked(position: str) -> Tensor:
         return torch.stack([torch.stack([masks[name][position] for name in layers]) for masks in drawn])
@@ -166,7 +167,7 @@ def test_masks_are_independent_across_layers_draws_steps_sides_and_entries() -> 
 def test_kept_entries_are_scaled_for_every_rate(rate: float, rescale: str, seed: int) -> None:
     site = Site(position="lora_A", rate=rate, compensation=rescale)
     layers = {"x": LayerSites({(0, "lora_A"): 33}, {0: {"lora_A": site}})}
-    masks = draw_weight_masks(layers, [Member(0, 0)], seed, 0, "cpu")
+    masks = draw_weight_masks(layers, [Member(0, 0)], [MaskKey(seed, 0)], "cpu")
     kept = np.float32(1.0 / (1.0 - rate)) if rescale == "inverse" else np.float32(1.0)
     assert set(masks["x"]["lora_A"].unique().tolist()) <= {0.0, float(kept)}
 
@@ -210,7 +211,7 @@ def test_the_mean_over_draws_converges_to_plain_lora_at_the_rate_of_theory(rate_
     means = []
     for phase in range(120):
         members = [Member(0, draw) for draw in range(64)]
-        with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, seed=0, phase=phase)):
+        with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, MaskKey(0, phase))):
             means.append(adapters.model(x.expand(64, 24)).double().mean(0))
     errors = torch.stack(means) - plain  # (120, 16), each of variance Var/64
     squared = (errors**2).mean(0) / (variance / 64)
@@ -232,7 +233,7 @@ def test_no_rescale_is_inverse_with_a_smaller_alpha(
         sites = tuple(Site(position=axis, rate=rate, compensation=rescale) for axis, rate in rates.items())
         adapters = one_layer(sites, alpha=effective)
         members = [Member(0, 0), Member(0, 1), Member(0)]
-        with torch.no_grad(), adapters.axis.active(adapters.plan(members, 2, seed=1, phase=1)):
+        with torch.no_grad(), adapters.axis.active(adapters.plan(members, 2, MaskKey(1, 1))):
             outputs.append(adapters.model(torch.linspace(-1, 1, 6 * 24).view(6, 24)))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
@@ -241,9 +242,9 @@ def test_one_side_alone() -> None:
     """rate_B = 0 masks columns of A only, rate_A = 0 rows of B only; the rank axis is never touched by LoRA Dropout."""
     for position, gone in [("lora_A", "lora_B"), ("lora_B", "lora_A")]:
         adapters = one_layer((Site(position=position, rate=0.5), Site(position=gone, rate=0.0)))
-        plan = adapters.plan([Member(0, 0)], 1, seed=0, phase=0)
+        plan = adapters.plan([Member(0, 0)], 1, MaskKey(0, 0))
         assert set(plan.masks["linear"]) == {position}
-    both = one_layer(LORA_DROPOUT).plan([Member(0, 0)], 1, seed=0, phase=0)
+    both = one_layer(LORA_DROPOUT).plan([Member(0, 0)], 1, MaskKey(0, 0))
     assert set(both.masks["linear"]) == {"lora_A", "lora_B"}
 
 
@@ -252,7 +253,7 @@ def test_dropout_leaves_the_rank_of_the_update_whole() -> None:
     adapters = one_layer(LORA_DROPOUT, inputs=32, outputs=32, rank=4)
     base = adapters.layers["linear"].base
     for draw in range(8):
-        plan = adapters.plan([Member(0, draw)], 32, seed=0, phase=0)
+        plan = adapters.plan([Member(0, draw)], 32, MaskKey(0, 0))
         with torch.no_grad(), adapters.axis.active(plan):
             update = (adapters.model(torch.eye(32)) - base(torch.eye(32))).T
         dropped = plan.masks["linear"]
@@ -263,12 +264,12 @@ def test_dropout_leaves_the_rank_of_the_update_whole() -> None:
 
 def test_masked_layers_follow_the_sites_range() -> None:
     half = AdapterSpec(sites=(Site(position="lora_A", rate=0.5, layers=(0.5, 1.0)),))
-    plan = adapted_llama(half, layers=4).plan([Member(0, 0)], 1, seed=0, phase=0)
+    plan = adapted_llama(half, layers=4).plan([Member(0, 0)], 1, MaskKey(0, 0))
     assert {name.split(".")[2] for name in plan.masks} == {"2", "3"}
 
 
 def test_a_plan_draws_nothing_without_draws() -> None:
     adapters = adapted_llama(AdapterSpec(sites=LORA_DROPOUT))
-    plan = adapters.plan([Member(0), Member(None)], 1, seed=0, phase=0)
+    plan = adapters.plan([Member(0), Member(None)], 1, MaskKey(0, 0))
     assert isinstance(plan, MemberPlan) and not plan.masks
     assert replace(plan, rows=4).size == 2

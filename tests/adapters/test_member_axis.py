@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.members import Member, MemberAxisError, MemberPlan
+from pipeline.adapters.members import MaskKey, Member, MemberAxisError, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.errors import ConfigError
@@ -155,7 +155,7 @@ def assert_matches_reference(
 @example(SQUARE)
 def test_drawn_masks_equal_the_dense_reference(case: Case) -> None:
     adapters, weight, bias = attached(case)
-    plan = adapters.plan(case.members, case.rows, seed=case.seed, phase=0)
+    plan = adapters.plan(case.members, case.rows, MaskKey(case.seed, 0))
     assert_matches_reference(case, plan, adapters, weight, bias)
 
 
@@ -174,11 +174,11 @@ def test_given_masks_equal_the_dense_reference(case: Case, masked: set[str]) -> 
 def test_one_pass_of_all_members_equals_a_pass_for_each(case: Case) -> None:
     adapters, _, _ = attached(case)
     x = torch.randn(len(case.members) * case.rows, case.tokens or 1, case.inputs)
-    with adapters.axis.active(adapters.plan(case.members, case.rows, seed=5, phase="test")):
+    with adapters.axis.active(adapters.plan(case.members, case.rows, MaskKey(5, "test"))):
         together = adapters.model(x)
     for m, member in enumerate(case.members):
         rows = slice(m * case.rows, (m + 1) * case.rows)
-        with adapters.axis.active(adapters.plan([member], case.rows, seed=5, phase="test")):
+        with adapters.axis.active(adapters.plan([member], case.rows, MaskKey(5, "test"))):
             alone = adapters.model(x[rows])
         torch.testing.assert_close(together[rows], alone, rtol=1e-5, atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_a_model_with_mixed_adapters_equals_the_dense_model() -> None:
             nn.init.normal_(parameter, std=0.1)
     ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
     ones, positions = torch.ones_like(ids), torch.arange(6).repeat(2, 1)
-    plan = adapters.plan(members, rows=2, seed=11, phase=3)
+    plan = adapters.plan(members, 2, MaskKey(11, 3))
     with adapters.axis.active(plan):
         ours = adapters.model(ids.repeat(5, 1), position_ids=positions.repeat(5, 1)).logits
     theirs = torch.cat([dense_model(dense, member_updates(adapters, plan, m), ids, ones, positions) for m in range(5)])
@@ -236,7 +236,7 @@ def test_attaching_is_the_identity_bit_for_bit(make) -> None:
     before = model(ids).logits
     adapters = attach(model, [AdapterSpec(sites=LORA_DROPOUT), AdapterSpec(rank=3)], "all-linear", seed=0)
     assert torch.equal(model(ids).logits, before)
-    with adapters.axis.active(adapters.plan([Member(0, 0), Member(1), Member(None)], 2, seed=0, phase=0)):
+    with adapters.axis.active(adapters.plan([Member(0, 0), Member(1), Member(None)], 2, MaskKey(0, 0))):
         assert torch.equal(model(ids).logits, before)
 
 
@@ -246,7 +246,7 @@ def test_rate_zero_is_plain_lora_bit_for_bit() -> None:
     for rates in [(), (0.0, 0.0)]:
         sites = tuple(Site(position=axis, rate=rate) for axis, rate in zip(("lora_A", "lora_B"), rates, strict=False))
         adapters = adapted_llama(AdapterSpec(sites=sites))
-        plan = adapters.plan([Member(0, 0), Member(0, 1)], 2, seed=0, phase=0)
+        plan = adapters.plan([Member(0, 0), Member(0, 1)], 2, MaskKey(0, 0))
         assert not plan.masks
         with adapters.axis.active(plan):
             outputs.append(adapters.model(ids).logits)
@@ -261,7 +261,7 @@ def test_evaluation_is_mask_free_to_the_bit_whatever_the_mode_was() -> None:
     for owner, training in [(plain, False), (plain, True), (adapters, False), (adapters, True)]:
         owner.model.train(training)
         outputs.append(owner.model(ids).logits)
-        with owner.axis.active(owner.plan([Member(0)], 2, seed=0, phase=0)):
+        with owner.axis.active(owner.plan([Member(0)], 2, MaskKey(0, 0))):
             outputs.append(owner.model(ids).logits)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
@@ -270,7 +270,7 @@ def test_the_plan_is_restored_on_exit_and_after_an_exception() -> None:
     adapters = adapted_llama(AdapterSpec(sites=LORA_DROPOUT))
     ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
     before = adapters.model(ids).logits
-    outer, inner = (adapters.plan([Member(0, draw)], 2, seed=0, phase=0) for draw in (0, 1))
+    outer, inner = (adapters.plan([Member(0, draw)], 2, MaskKey(0, 0)) for draw in (0, 1))
     with adapters.axis.active(outer):
         masked = adapters.model(ids).logits
         with pytest.raises(KeyError), adapters.axis.active(inner):
@@ -287,7 +287,7 @@ def test_the_plan_is_restored_on_exit_and_after_an_exception() -> None:
 @pytest.mark.parametrize("shape", [(5, 3, 8), (12, 8), (7, 1, 8)])
 def test_an_input_without_the_declared_rows_is_refused(shape: tuple[int, ...]) -> None:
     adapters = attach(Host(8, 3), [AdapterSpec(rank=2)], ["linear"], seed=0)
-    plan = adapters.plan([Member(0), Member(None)], rows=3, seed=0, phase=0)
+    plan = adapters.plan([Member(0), Member(None)], 3, MaskKey(0, 0))
     told = rf"{NAME} received .* {shape[0]}; .* 2 members"
     with adapters.axis.active(plan), pytest.raises(MemberAxisError, match=told):
         adapters.model(torch.zeros(shape))
@@ -297,7 +297,7 @@ def test_recomputing_outside_the_plan_is_an_error_rather_than_another_gradient()
     adapters = adapted_llama(AdapterSpec(sites=LORA_DROPOUT))
     adapters.model.train()
     adapters.model.activation_checkpointing_enable({"use_reentrant": False})
-    with adapters.axis.active(adapters.plan([Member(0, 0)], 2, seed=0, phase=0)):
+    with adapters.axis.active(adapters.plan([Member(0, 0)], 2, MaskKey(0, 0))):
         loss = adapters.model(torch.full((2, 5), 7)).logits.square().sum()
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         loss.backward()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import split_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.loss.objective import SupervisedLM
 from pipeline.model.load import pin_training_mode
@@ -40,7 +40,7 @@ def test_attaching_is_the_identity_bit_for_bit(family: str, precision: str, tmp_
         with torch.set_grad_enabled(grad):
             before = model(IDS).logits
             adapters = attach(model, [AdapterSpec(sites=LORA_DROPOUT), AdapterSpec(rank=2)], "all-linear", seed=0)
-            with adapters.axis.active(adapters.plan([Member(0, 0), Member(1)], 2, seed=0, phase=0)):
+            with adapters.axis.active(adapters.plan([Member(0, 0), Member(1)], 2, MaskKey(0, 0))):
                 assert torch.equal(model(IDS).logits, before)
         model = load_tiny(tmp_path, family, precision)
 
@@ -65,7 +65,7 @@ def test_members_on_an_nf4_base_equal_the_dense_reference(tmp_path: Path) -> Non
     dense = dequantized(model)
     adapters = trained_start(attach(model, [AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)], "all-linear", seed=0))
     members = [Member(0, 0), Member(0, 1)]
-    plan = adapters.plan(members, 2, seed=0, phase=0)
+    plan = adapters.plan(members, 2, MaskKey(0, 0))
     ones, positions = torch.ones_like(IDS), torch.arange(7).repeat(4, 1)
     with adapters.axis.active(plan):
         ours = model(IDS, attention_mask=ones, position_ids=positions).logits
@@ -90,7 +90,7 @@ def test_members_on_an_nf4_base_equal_the_dense_reference(tmp_path: Path) -> Non
 def training_gradients(adapters: Adapters) -> dict[str, Tensor]:
     """One training pass under dropout, as the training loop runs it."""
     adapters.model.train()
-    rows = lay_out(adapters, examples([7, 5, 9, 6]), split_layout(range(4), 2), 2, seed=1, phase=0)
+    rows = lay_out(adapters, examples([7, 5, 9, 6]), split_layout(range(4), 2), 2, MaskKey(1, 0))
     with adapters.axis.active(rows.plan):
         SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights).backward()
     return gradients(adapters)
@@ -99,7 +99,7 @@ def training_gradients(adapters: Adapters) -> dict[str, Tensor]:
 def evaluate(adapters: Adapters) -> None:
     """Every way into eval mode: the predictor, and a bare model.eval()."""
     members = [Member(0), Member(0, 1), Member(None)]
-    predict_completions(adapters, examples([7, 5]), members, PassSettings(2, 10**6, seed=0))
+    predict_completions(adapters, examples([7, 5]), members, PassSettings(2, 10**6, MaskKey(0, "test")))
     adapters.model.eval()
     with torch.no_grad():
         adapters.model(IDS)

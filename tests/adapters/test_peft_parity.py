@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.masks import element_mask
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_format import adapter_matrices, load_matrices, masked_matrices, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
@@ -153,7 +153,7 @@ def test_input_dropout_is_pefts_lora_dropout_under_the_same_masks() -> None:
     adapters, peft = trained_start(attach(tiny_llama(), [spec], "all-linear", seed=0)), stock(tiny_llama(), PLAIN)
     copy_to_stock(adapters, peft)
     positions = torch.arange(IDS.shape[1]).repeat(3, 1)
-    plan = with_row_keys(adapters.plan([Member(0, 0)], 3, 0, 0), 0, 0, torch.tensor([5, 6, 7]), positions)
+    plan = with_row_keys(adapters.plan([Member(0, 0)], 3, MaskKey(0, 0)), torch.tensor([5, 6, 7]), positions)
     for name, layer in adapters.layers.items():
         _, layer_key = layer.input_sites[0]
         mask = element_mask(plan.row_keys, slice(None), layer_key, layer.buckets[0].inputs, 0.4)
@@ -212,14 +212,14 @@ def test_stock_peft_computes_each_exported_draw(rescale: str, tmp_path: Path) ->
     again = attach(tiny_llama(), [stored.spec], "all-linear", seed=1)
     load_matrices(again.layers, 0, stored.matrices, "test")
     members = [Member(0, 0), Member(0, 1)]
-    masks = again.plan(members, 1, seed=7, phase="test").masks
+    masks = again.plan(members, 1, MaskKey(7, "test")).masks
     plain = replace(stored.spec, sites=())
     with torch.no_grad():
         base = logits_of(tiny_llama())
         for m, member in enumerate(members):
-            with adapters.axis.active(adapters.plan([member], 3, seed=7, phase="test")):
+            with adapters.axis.active(adapters.plan([member], 3, MaskKey(7, "test"))):
                 trained = logits_of(adapters.model)
-            with again.axis.active(again.plan([member], 3, seed=7, phase="test")):
+            with again.axis.active(again.plan([member], 3, MaskKey(7, "test"))):
                 loaded = logits_of(again.model)
             folder = written(tmp_path / f"draw{m}", again, masked_matrices(stored.matrices, masks, m), plain)
             exported = logits_of(PeftModel.from_pretrained(tiny_llama(), folder))

@@ -7,7 +7,7 @@ from helpers.families import adapted_llama
 from torch import Tensor
 
 from pipeline.adapters.attach import Adapters
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 
@@ -23,7 +23,7 @@ def block_causal() -> Tensor:
 
 
 def last_hidden(adapters: Adapters, ids: Tensor, mask: Tensor | None, positions: Tensor, draw: int) -> Tensor:
-    plan = adapters.plan([Member(0, draw)], len(ids), seed=3, phase=11)
+    plan = adapters.plan([Member(0, draw)], len(ids), MaskKey(3, 11))
     with adapters.axis.active(plan):
         return adapters.model.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
 

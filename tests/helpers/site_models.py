@@ -15,12 +15,13 @@ from transformers.masking_utils import sdpa_mask
 from helpers.attention_reference import Keyed, dense_attention
 from helpers.reference import dense_update, reference_key
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
-from pipeline.adapters.members import Member, MemberPlan
+from pipeline.adapters.members import MaskKey, Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import ATTENTION_POSITIONS, Site
 from pipeline.support.sites import tiny_model
 
 DENSE = "dense-float64-reference"
+KEY = MaskKey(7, 3)
 ATTENTION = {"bert": "attention.self", "roberta": "attention.self", "gpt2": "attn"}
 DOWN = {"bert": "output.dense", "roberta": "output.dense", "gpt2": "mlp.c_proj"}
 
@@ -82,14 +83,13 @@ def plan_for(
     members: Sequence[Member],
     rows: dict[str, Tensor],
     examples: Tensor,
-    seed: int = 7,
-    phase: object = 3,
+    key: MaskKey | Sequence[MaskKey] = KEY,
 ) -> MemberPlan:
     """The plan of `rows` under every member; `examples` (B,) or (B, T)."""
     size = len(members)
     repeated = examples.repeat(size, *([1] * (examples.dim() - 1)))
-    plan = adapters.plan(members, len(rows["input_ids"]), seed, phase)
-    return with_row_keys(plan, seed, phase, repeated, rows["position_ids"].repeat(size, 1))
+    plan = adapters.plan(members, len(rows["input_ids"]), key)
+    return with_row_keys(plan, repeated, rows["position_ids"].repeat(size, 1))
 
 
 def our_logits(adapters: Adapters, plan: MemberPlan, rows: dict[str, Tensor]) -> Tensor:
@@ -162,9 +162,9 @@ class Reference:
     ) -> Keyed:
         positions = rows["position_ids"][row].tolist()
         of_token = examples[row].tolist() if examples.dim() == 2 else [int(examples[row])] * len(positions)
-        assert plan.row_keys is not None
+        (key,) = set(plan.keys)
         return Keyed(
-            plan.row_keys.seed,
+            reference_key(key.seed, key.phase, "activation"),
             reference_key(name, site.position),
             member.draw,
             of_token,

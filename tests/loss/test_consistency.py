@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import RowLayout, plain_layout, training_layout, weightless
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.adapter import AdapterConfig
@@ -45,7 +45,7 @@ from pipeline.loss.terms import bidirectional_kl, divergence, jensen_shannon, re
 from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
 
-PAD, SEED, STEP = 2, 1, 3
+PAD, KEY = 2, MaskKey(1, 3)
 HIDDENKEY = tuple(
     site.model_copy(update={"rate": 0.3}) for site in AdapterConfig(method="hiddenkey").resolved_method().sites
 )
@@ -59,7 +59,7 @@ def run(
     adapters: Adapters, rows: list[Encoded], layout: RowLayout, term: Consistency, side: str = "left"
 ) -> tuple[float, float, Gradients]:
     """One micro-batch as the training loop runs it: both terms, and the gradient of nll + weight · D."""
-    built = lay_out(adapters, rows, layout, PAD, SEED, STEP, side)  # type: ignore[arg-type]
+    built = lay_out(adapters, rows, layout, PAD, KEY, side)  # type: ignore[arg-type]
     objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
@@ -107,7 +107,7 @@ def test_the_loss_is_the_equation_by_hand(kind: str, branches: str, nll: float, 
     adapters.model.axis = adapters.axis  # type: ignore[assignment]
     term = Consistency(kind=kind, branches=branches)  # type: ignore[arg-type]
     rows = [Encoded(f"row-{i}", (5,), (1,)) for i in range(3)]
-    built = lay_out(adapters, rows, training_layout(range(3), 2, draw_layout, True, term), PAD, SEED, STEP)
+    built = lay_out(adapters, rows, training_layout(range(3), 2, draw_layout, True, term), PAD, KEY)
     objective = TrainingObjective(SupervisedClassifier(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         found = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
@@ -262,7 +262,7 @@ def test_lora_dropout_with_consistency_equals_the_dense_reference(term: Consiste
     spec = AdapterSpec(rank=4, alpha=8.0, sites=sites)
     adapters = trained_start(attach(base, [spec], "all-linear", seed=0), size=0.3)
     ours = run(adapters, rows, training_layout(range(3), 4, draw_layout, True, term), term)
-    masks = adapters.plan([Member(0, draw) for draw in range(4)], 1, SEED, STEP).masks
+    masks = adapters.plan([Member(0, draw) for draw in range(4)], 1, KEY).masks
     nll = apart = torch.zeros((), dtype=torch.float64)
     for pair, i in itertools.product(range(2), range(3)):
         if draw_layout == "split" and i % 2 != pair:
@@ -293,7 +293,7 @@ def test_hiddenkey_equals_the_dense_reference(term: Consistency) -> None:
     rows, names = examples([9, 6], supervised=4), example_keys(["row-0", "row-1"])
     ours = run(adapters, rows, training_layout(range(2), 4, "split", True, term), term)
     reference = Reference(stock, adapters, "llama")
-    plan = lay_out(adapters, rows, training_layout(range(2), 4, "split", True), PAD, SEED, STEP).plan
+    plan = lay_out(adapters, rows, training_layout(range(2), 4, "split", True), PAD, KEY).plan
     nll = apart = torch.zeros((), dtype=torch.float64)
     for i, row in enumerate(rows):
         ids = torch.tensor([row.input_ids])

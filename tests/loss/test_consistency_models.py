@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pipeline.adapters.layout import plain_layout, training_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Consistency
 from pipeline.config.model import ModelConfig
@@ -26,7 +26,7 @@ from pipeline.model.load import load_base
 from pipeline.support.tiny import PAD, tiny_llama, tiny_tokenizer
 from pipeline.training.batch import lay_out
 
-SEED, STEP = 11, 4
+KEY = MaskKey(11, 4)
 SCORES = (0.5, -1.0, 2.0)
 
 
@@ -64,7 +64,7 @@ def test_an_encoders_terms_equal_the_dense_model(family: str, kind: str, term: C
     if kind == "scores":
         rows = [Encoded(r.example, r.input_ids, r.labels, score=s) for r, s in zip(rows, SCORES, strict=True)]
     module = SupervisedClassifier if kind == "classes" else SupervisedRegressor
-    built = lay_out(adapters, rows, training_layout(range(3), 4, "split", True, term), PAD, SEED, STEP, "right")
+    built = lay_out(adapters, rows, training_layout(range(3), 4, "split", True, term), PAD, KEY, "right")
     objective = TrainingObjective(module(adapters.model), adapters.axis, term)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.inputs)
@@ -73,7 +73,7 @@ def test_an_encoders_terms_equal_the_dense_model(family: str, kind: str, term: C
     adapters.model.zero_grad()
 
     members = [Member(0, draw) for draw in (0, 1, 2, 3, None)]
-    masks = adapters.plan(members, 1, SEED, STEP).masks
+    masks = adapters.plan(members, 1, KEY).masks
     weights = {m.draw: weights_of(adapters, stock, m, masks, i) for i, m in enumerate(members)}
     total = torch.zeros(2, dtype=torch.float64)
     for i, row in enumerate(rows):
@@ -102,7 +102,7 @@ def test_a_decoder_that_predicts_a_number_is_compared_by_its_last_token(side: st
     stock = copy.deepcopy(base.model).double()
     adapters = attach_encoder(base, AdapterSpec(rank=4))  # untrained: the base itself
     rows = [Encoded(f"row-{n}", tuple(range(5, 5 + n)), (-100,) * n, score=1.0) for n in (6, 1, 4)]
-    built = lay_out(adapters, rows, plain_layout(3), base.tokenizer.pad_token_id, SEED, STEP, side)  # type: ignore[arg-type]
+    built = lay_out(adapters, rows, plain_layout(3), base.tokenizer.pad_token_id, KEY, side)  # type: ignore[arg-type]
     with torch.no_grad(), adapters.axis.active(built.plan):
         features = SupervisedRegressor(adapters.model).features(**built.model_tensors).values
     for i, row in enumerate(rows):

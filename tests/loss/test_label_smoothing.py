@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import replicate_layout
+from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -50,7 +51,7 @@ def test_token_losses_equal_torch(smoothing: float, monkeypatch: pytest.MonkeyPa
 def test_objectives_smooth(tmp_path: Path) -> None:
     adapters = attach(tiny_llama(), [AdapterSpec()], "all-linear", 0)
     rows = examples([7, 4])
-    built = lay_out(adapters, rows, replicate_layout(2, 1), 2, 0, 0)
+    built = lay_out(adapters, rows, replicate_layout(2, 1), 2, MaskKey(0, 0))
     found = SupervisedLM(adapters.model, 0.1)(**built.tensors, row_weights=built.weights)
     logits = [adapters.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1] for row in rows]
     expected = sum(
@@ -61,7 +62,7 @@ def test_objectives_smooth(tmp_path: Path) -> None:
 
     encoder = trained_encoder(load_encoder(tmp_path), AdapterSpec())
     inputs = texts([5, 3])
-    built = lay_out(encoder, inputs, replicate_layout(2, 1), 1, 0, 0, "right")
+    built = lay_out(encoder, inputs, replicate_layout(2, 1), 1, MaskKey(0, 0), "right")
     found = SupervisedClassifier(encoder.model, 0.2)(**built.tensors, row_weights=built.weights)
     logits = [encoder.model(input_ids=torch.tensor([row.input_ids])).logits for row in inputs]
     expected = sum(cross_entropy(one, torch.tensor([i]), label_smoothing=0.2) for i, one in enumerate(logits))

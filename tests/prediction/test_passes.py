@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
@@ -21,7 +21,7 @@ from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, 
 from pipeline.scores.ensemble import average
 from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
-PAD = 2
+PAD, KEY = 2, MaskKey(4, "test")
 MEMBERS = [Member(None), Member(0), Member(0, 0), Member(1), Member(1, 3), Member(0, 1), Member(2, 0)]
 SPECS = (
     AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT),
@@ -57,14 +57,14 @@ def separately(adapters: Adapters, rows: list[list[Encoded]], members: list[Memb
     table = np.full((len(members), len(rows), width), -np.inf)
     for m, member in enumerate(members):
         for n, row in enumerate(rows):
-            table[m, n, : len(row)] = predict_choices(adapters, [row], [member], PassSettings(PAD, 1, seed=4))[0, 0]
+            table[m, n, : len(row)] = predict_choices(adapters, [row], [member], PassSettings(PAD, 1, KEY))[0, 0]
     return table
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_members_in_one_pass_equal_a_pass_for_each(adapters: Adapters, budget: int) -> None:
     rows = candidates()
-    together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, seed=4))
+    together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, KEY))
     alone = separately(adapters, rows)
     assert np.array_equal(np.isneginf(together), np.isneginf(alone))
     finite = np.isfinite(alone)
@@ -83,7 +83,7 @@ def test_members_in_one_pass_on_a_low_precision_base(precision: str, tmp_path: P
     ordered = np.sort(np.where(finite, alone, -1e9), axis=-1)
     margin = ordered[..., -1] - ordered[..., -2]
     for budget in (150, 10**9):
-        together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, seed=4))
+        together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, KEY))
         assert np.abs(together[finite] - alone[finite]).max() <= 0.02
         flipped = together.argmax(-1) != alone.argmax(-1)
         assert not (flipped & (margin > 0.02)).any()
@@ -95,8 +95,8 @@ def test_scores_are_those_of_a_stock_model_row_by_row() -> None:
     dense = stock_double(base)
     adapters = trained_start(attach(base, [SPECS[0]], "all-linear", seed=0))
     members, rows = [Member(None), Member(0), Member(0, 2)], candidates()
-    ours = predict_choices(adapters, rows, members, PassSettings(PAD, 200, seed=4))
-    plan = adapters.plan(members, 1, seed=4, phase="test")
+    ours = predict_choices(adapters, rows, members, PassSettings(PAD, 200, KEY))
+    plan = adapters.plan(members, 1, KEY)
     for m, member in enumerate(members):
         updates = {}
         for name, layer in adapters.layers.items():
@@ -123,11 +123,11 @@ def test_completions_equal_a_pass_for_each(lengths: list[int], count: int, budge
     adapters = ADAPTERS
     references = examples(lengths, supervised=1) if min(lengths) < 4 else examples(lengths, supervised=3)
     members = MEMBERS[:count]
-    flat, offsets = predict_completions(adapters, references, members, PassSettings(PAD, budget, seed=4))
+    flat, offsets = predict_completions(adapters, references, members, PassSettings(PAD, budget, KEY))
     assert offsets.tolist() == np.cumsum([0, *(row.supervised for row in references)]).tolist()
     for m, member in enumerate(members):
         for n, row in enumerate(references):
-            alone, _ = predict_completions(adapters, [row], [member], PassSettings(PAD, 1, seed=4))
+            alone, _ = predict_completions(adapters, [row], [member], PassSettings(PAD, 1, KEY))
             assert np.abs(flat[m, offsets[n] : offsets[n + 1]] - alone[0]).max() <= 1e-5
 
 
@@ -137,9 +137,9 @@ ADAPTERS = adapted_llama(*SPECS)
 def test_more_positions_than_the_head_takes_at_once() -> None:
     long = examples([100, 90, 100, 60], supervised=59)
     assert sum(row.supervised for row in long) == 236
-    whole, offsets = predict_completions(ADAPTERS, long * 2, [Member(0, 0)], PassSettings(PAD, 10**9, seed=4))
+    whole, offsets = predict_completions(ADAPTERS, long * 2, [Member(0, 0)], PassSettings(PAD, 10**9, KEY))
     assert whole.shape[1] > HEAD_ROWS
-    alone, _ = predict_completions(ADAPTERS, long[:1], [Member(0, 0)], PassSettings(PAD, 10**9, seed=4))
+    alone, _ = predict_completions(ADAPTERS, long[:1], [Member(0, 0)], PassSettings(PAD, 10**9, KEY))
     assert np.abs(whole[0, offsets[4] : offsets[5]] - alone[0]).max() <= 1e-5
 
 
@@ -157,10 +157,10 @@ def test_predicting_leaves_no_trace(adapters: Adapters) -> None:
     for training in (True, False):
         adapters.model.train(training)
         before = [module.training for module in adapters.model.modules()]
-        predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, seed=4))
+        predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, KEY))
         assert [module.training for module in adapters.model.modules()] == before
         with pytest.raises(KeyboardInterrupt):
-            predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, seed=4, on_chunk=stop))
+            predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, KEY, on_chunk=stop))
         assert [module.training for module in adapters.model.modules()] == before
         assert torch.is_grad_enabled() and adapters.axis.current is None
 
@@ -169,7 +169,7 @@ def test_predictions_do_not_depend_on_the_mode(adapters: Adapters) -> None:
     outputs = []
     for training in (True, False):
         adapters.model.train(training)
-        outputs.append(predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, seed=4)))
+        outputs.append(predict_choices(adapters, candidates(), MEMBERS, PassSettings(PAD, 100, KEY)))
     assert np.array_equal(*outputs)
 
 
@@ -180,7 +180,7 @@ def test_a_base_with_dropout_of_its_own_predicts_without_it() -> None:
             module.p = 0.5
     owner = trained_start(attach(model, [SPECS[0]], "all-linear", seed=0))
     model.train()
-    first, again = (predict_choices(owner, candidates(), [Member(0)], PassSettings(PAD, 100, seed=4)) for _ in range(2))
+    first, again = (predict_choices(owner, candidates(), [Member(0)], PassSettings(PAD, 100, KEY)) for _ in range(2))
     assert np.array_equal(first, again)
     ids = torch.full((1, 4), 9)
     assert not torch.equal(model(ids).logits, model(ids).logits)  # it has dropout where it trains
@@ -189,7 +189,7 @@ def test_a_base_with_dropout_of_its_own_predicts_without_it() -> None:
 def test_draws_are_those_of_seed_and_phase(adapters: Adapters) -> None:
     def scores(seed: int, phase: str) -> np.ndarray:
         members = [Member(0, 0), Member(1, 0), Member(0)]
-        return predict_choices(adapters, candidates(), members, PassSettings(PAD, 100, seed, phase))
+        return predict_choices(adapters, candidates(), members, PassSettings(PAD, 100, MaskKey(seed, phase)))
 
     first, again, other_seed, other_phase = scores(4, "test"), scores(4, "test"), scores(5, "test"), scores(4, "x")
     assert np.array_equal(first, again)
@@ -202,7 +202,7 @@ def test_the_ensemble_is_the_mean_probability_of_its_draws(adapters: Adapters) -
     """N-draw test-time ensemble (eq. 8), in probability space and in logit space, from separate passes."""
     members = [Member(0, draw) for draw in range(5)]
     rows = [row for row in candidates() if len(row) == 2]
-    together = predict_choices(adapters, rows, members, PassSettings(PAD, 300, seed=4))
+    together = predict_choices(adapters, rows, members, PassSettings(PAD, 300, KEY))
     probabilities = np.exp(separately(adapters, rows, members))
     assert np.abs(np.exp(average(together)) - probabilities.mean(0)).max() <= 1e-5
     geometric = np.prod(probabilities, axis=0) ** (1 / 5)

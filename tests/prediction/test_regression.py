@@ -20,7 +20,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.adapters.layout import replicate_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import DataConfig, TemplateConfig, load_config
@@ -47,6 +47,7 @@ from pipeline.stages.train import train_run
 from pipeline.support.tiny import WORDS, encoder_tokenizer, write_encoder
 from pipeline.training.batch import lay_out
 
+KEY = MaskKey(7, "test")
 MEMBERS = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
 DROPOUT = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
 STSB = TemplateConfig(prompt="{sentence1}", second="{sentence2}", score="similarity")
@@ -206,7 +207,7 @@ def test_pairs_give_what_the_stock_model_gives(family: str, score: bool, tmp_pat
     rows = pairs(5, score)
     encode, predict = (encode_regression, predict_values) if score else (encode_classification, predict_classes)
     encoded = [encode(row, base.tokenizer, 64) for row in rows]
-    found = predict(adapters, encoded, MEMBERS, PassSettings(1, 10**6, 7))
+    found = predict(adapters, encoded, MEMBERS, PassSettings(1, 10**6, KEY))
     expected = []
     stock.classifier.load_state_dict({name: p.double() for name, p in head.start.state_dict().items()})
     for row in rows:
@@ -217,10 +218,10 @@ def test_pairs_give_what_the_stock_model_gives(family: str, score: bool, tmp_pat
     of_base = of_base[:, 0] if score else of_base.log_softmax(-1)
     np.testing.assert_allclose(found[1], of_base.numpy(), atol=2e-5)
     assert np.abs(found[2] - found[3]).max() > 1e-3, "draws differ"
-    alone = np.stack([predict(adapters, encoded, [member], PassSettings(1, 1, 7))[0] for member in MEMBERS])
+    alone = np.stack([predict(adapters, encoded, [member], PassSettings(1, 1, KEY))[0] for member in MEMBERS])
     np.testing.assert_allclose(found, alone, atol=2e-5)
 
-    built = lay_out(adapters, encoded, replicate_layout(5, 2), 1, 7, "test", "right")
+    built = lay_out(adapters, encoded, replicate_layout(5, 2), 1, KEY, "right")
     objective = SupervisedRegressor(adapters.model) if score else SupervisedClassifier(adapters.model)
     with adapters.axis.active(built.plan):
         loss = float(objective(**built.tensors, row_weights=built.weights).detach())
@@ -238,7 +239,7 @@ def test_segments_matter_to_bert(tmp_path: Path) -> None:
     adapters = trained_encoder(base, DROPOUT)
     encoded = [encode_regression(row, base.tokenizer, 64) for row in pairs(3, True)]
     blind = [type(row)(row.example, row.input_ids, row.labels, None, row.score) for row in encoded]
-    settings = PassSettings(1, 10**6, 0)
+    settings = PassSettings(1, 10**6, MaskKey(0, "test"))
     with_segments, without = (predict_values(adapters, rows, [Member(0)], settings) for rows in (encoded, blind))
     assert np.abs(with_segments - without).max() > 1e-3
 

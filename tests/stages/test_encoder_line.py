@@ -15,7 +15,7 @@ from helpers.families import CPU, SITES
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import split_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
@@ -32,6 +32,7 @@ from pipeline.stages.train import train_run
 from pipeline.support.tiny import write_encoder
 from pipeline.training.batch import lay_out
 
+KEY = MaskKey(0, "test")
 MINILM = "embedded:all-minilm-l6-v2"
 
 
@@ -110,7 +111,7 @@ def test_the_real_encoder_learns_the_movie_reviews() -> None:
     objective, rows = task.objective().train(), task.examples(splits.train)
     for step in range(40):
         chosen = [rows[(16 * step + i) % 48] for i in range(16)]
-        built = lay_out(adapters, chosen, split_layout(range(16), 4), 0, 0, step, task.padding)
+        built = lay_out(adapters, chosen, split_layout(range(16), 4), 0, MaskKey(0, step), task.padding)
         with adapters.axis.active(built.plan):
             (objective(**built.tensors, row_weights=built.weights) / 16).backward()
         optimizer.step()
@@ -133,12 +134,12 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
     base = load_encoder(tmp_path, family, precision)
     adapters = trained_encoder(base, AdapterSpec(rank=4, alpha=8.0, sites=SITES[site]))
     rows = texts([5, 9, 3, 7])
-    plain = predict_classes(adapters, rows, [Member(0)], PassSettings(1, 10**6, 0))
+    plain = predict_classes(adapters, rows, [Member(0)], PassSettings(1, 10**6, KEY))
     optimizer = torch.optim.Adam([p for p in adapters.model.parameters() if p.requires_grad], lr=0.01)
     frozen = {n: p.detach().clone() for n, p in adapters.model.named_parameters() if not p.requires_grad}
     losses = []
     for step in range(8):
-        built = lay_out(adapters, rows, split_layout(range(4), 2), 1, 0, step, "right")
+        built = lay_out(adapters, rows, split_layout(range(4), 2), 1, MaskKey(0, step), "right")
         with adapters.axis.active(built.plan):
             loss = SupervisedClassifier(adapters.model).train()(**built.tensors, row_weights=built.weights)
             loss.backward()
@@ -152,8 +153,8 @@ def test_every_site_trains_in_every_precision(family: str, site: str, precision:
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in adapters.model.named_parameters() if name in frozen)
     members = [Member(0), Member(None), Member(0, 0), Member(0, 1)]
-    together = predict_classes(adapters, rows, members, PassSettings(1, 10**6, 0))
-    alone = np.stack([predict_classes(adapters, rows, [member], PassSettings(1, 1, 0))[0] for member in members])
+    together = predict_classes(adapters, rows, members, PassSettings(1, 10**6, KEY))
+    alone = np.stack([predict_classes(adapters, rows, [member], PassSettings(1, 1, KEY))[0] for member in members])
     assert np.abs(together - alone).max() <= (1e-4 if precision in ("fp32", "nf4") else 0.02)
     assert np.abs(together[2] - together[0]).max() > 1e-3 and np.abs(plain - together[:1]).max() > 1e-3
 

@@ -20,6 +20,7 @@ import pipeline.stages.train
 import pipeline.training.guards
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import training_layout
+from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.method import Site
@@ -66,7 +67,7 @@ def no_rows(micro: int) -> Any:
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj", "model.norm"])
 def test_the_first_bad_module_is_named(name: str) -> None:
     adapters = tiny_adapters(LORA_DROPOUT)
-    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 2, "split", True), 2, 0, 0)
+    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 2, "split", True), 2, MaskKey(0, 0))
     objective = SupervisedLM(adapters.model)
     assert first_bad_module(objective, adapters, rows) is None
     adapters.model.get_submodule(name).weight.data.view(-1)[7] = torch.nan
@@ -77,7 +78,7 @@ def test_the_first_bad_module_is_named(name: str) -> None:
 
 def test_padding_may_be_anything() -> None:
     adapters = tiny_adapters()
-    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 1, "split", False), 2, 0, 0)
+    rows = lay_out(adapters, EXAMPLES, training_layout([0, 1], 1, "split", False), 2, MaskKey(0, 0))
     padding = ~rows.tensors["attention_mask"].bool().unsqueeze(-1)
     adapters.model.model.embed_tokens.register_forward_hook(lambda *call: call[2].masked_fill(padding, torch.nan))
     found = first_bad_module(SupervisedLM(adapters.model), adapters, rows)

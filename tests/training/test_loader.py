@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import training_layout
+from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.method import Consistency, Site
@@ -56,7 +57,7 @@ def loss_and_gradients(adapters: Adapters, micros: list[MicroBatch]) -> tuple[fl
     term, total = adapters.specs[0].consistency, 0.0
     objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
     for micro in micros:
-        rows = lay_out(adapters, micro.examples, micro.layout, 2, seed=0, phase=7)
+        rows = lay_out(adapters, micro.examples, micro.layout, 2, MaskKey(0, 7))
         with adapters.axis.active(rows.plan):
             nll, divergence = objective(**rows.inputs)
             loss = nll + term.weight * divergence
@@ -115,7 +116,7 @@ def test_packed_batches_restart_positions_and_have_no_attention_mask(side: str) 
     assert batch.labels[0, 4] == IGNORE_INDEX  # nothing before an example predicts its first token
     assert batch.packed and not collate(rows, pad_id=2).packed
     layout = training_layout([0, 1], 2, "split", True)
-    packed = lay_out(adapted("llama", "sdpa", WEIGHT_SITES), [pack(rows[:2]), rows[2]], layout, 2, 0, 0)
+    packed = lay_out(adapted("llama", "sdpa", WEIGHT_SITES), [pack(rows[:2]), rows[2]], layout, 2, MaskKey(0, 0))
     assert "attention_mask" not in packed.inputs and int(packed.tensors["attention_mask"].sum()) == 15
 
 

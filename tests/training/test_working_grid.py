@@ -10,7 +10,7 @@ from helpers.families import LORA_DROPOUT, PRECISIONS, SITES, examples, load_tin
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import plain_layout, split_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.loss.objective import SupervisedLM
@@ -30,7 +30,7 @@ def train(adapters: Adapters, steps: int = 20, checkpointing: bool = False) -> N
     if checkpointing:
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})
     for step in range(steps):
-        rows = lay_out(adapters, ROWS, split_layout(range(len(ROWS)), 4), 2, seed=0, phase=step)
+        rows = lay_out(adapters, ROWS, split_layout(range(len(ROWS)), 4), 2, MaskKey(0, step))
         loss = run(adapters, rows)
         assert torch.isfinite(loss)
         for name, parameter in trained.items():
@@ -49,7 +49,7 @@ def run(adapters: Adapters, rows: MemberBatch) -> torch.Tensor:
 
 
 def mask_free_loss(adapters: Adapters) -> float:
-    rows = lay_out(adapters, ROWS, plain_layout(len(ROWS)), 2, seed=0, phase="test")
+    rows = lay_out(adapters, ROWS, plain_layout(len(ROWS)), 2, MaskKey(0, "test"))
     with torch.no_grad(), adapters.axis.active(rows.plan):
         return float(SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights))
 
@@ -63,7 +63,7 @@ def check_cell(family: str, site: str, precision: str, folder: Path) -> None:
     after = mask_free_loss(adapters)
     assert after < 0.5 * before
     members = [Member(None), Member(0), Member(0, 0), Member(0, 1)]
-    flat, _ = predict_completions(adapters, ROWS, members, PassSettings(2, 200, seed=0))
+    flat, _ = predict_completions(adapters, ROWS, members, PassSettings(2, 200, MaskKey(0, "test")))
     base, mean_field, first, second = -flat.sum(1)
     tolerance = 0.05 if precision == "bf16" else 1e-3
     assert base == pytest.approx(before, rel=tolerance)

@@ -98,4 +98,4 @@ def _table_keys(plan: MemberPlan, entries: int) -> RowKeys | None:
         return None
     position = torch.arange(entries, device=keys.position.device).expand(plan.size, -1)
     example = torch.full((plan.size,), TABLE_KEY, dtype=torch.int64, device=keys.position.device)
-    return RowKeys(keys.seed, keys.branch[:: plan.rows], example, position)
+    return RowKeys(keys.seeds, keys.branch[:: plan.rows], example, position)

@@ -35,7 +35,7 @@ def row_keys(branches: list[int], examples: list[int], tokens: int, seed: int = 
     """Every (branch, example) pair as a row of `tokens` tokens."""
     pairs = [(b, e) for b in branches for e in examples]
     branch, example = (torch.tensor(column, dtype=torch.int64) for column in zip(*pairs, strict=True))
-    return RowKeys(seed, branch, example, torch.arange(tokens).repeat(len(pairs), 1))
+    return RowKeys((seed,), branch, example, torch.arange(tokens).repeat(len(pairs), 1))
 
 
 def pair_mask(keys: RowKeys, layer: int, heads: int, site: Site) -> Tensor:
@@ -273,7 +273,7 @@ def test_attention_masks_equal_the_integer_reference(
 ) -> None:
     site = Site(position="attention_logits", pattern=pattern, rate=rate, span_length=length if pattern == "span" else 4)
     positions = list(range(start, start + 6))
-    keys = RowKeys(seed, torch.tensor([branch]), torch.tensor([example]), torch.tensor([positions]))
+    keys = RowKeys((seed,), torch.tensor([branch]), torch.tensor([example]), torch.tensor([positions]))
     ours = pair_mask(keys, layer, 3, site).expand(1, 3, 6, 6)
     theirs = Keyed(seed, layer, branch, [example] * 6, positions, rate, pattern, site.span_length).pairs(3)
     assert torch.equal(ours[0], theirs)
@@ -343,7 +343,7 @@ def run(members: list[Member], sites: dict[int, tuple[tuple[Site, int], ...]], p
     axis, one = MemberAxis(), heads_of()
     size = len(members)
     branch = torch.tensor([-1 if m.draw is None else m.draw for m in members]).repeat_interleave(2)
-    keys = RowKeys(5, branch, torch.tensor([3, 4]).repeat(size), torch.arange(7).repeat(2 * size, 1))
+    keys = RowKeys((5,), branch, torch.tensor([3, 4]).repeat(size), torch.arange(7).repeat(2 * size, 1))
     q, k, v = (x.repeat(size, 1, 1, 1) for x in (one.query, one.key, one.value))
     with axis.active(MemberPlan(tuple(members), 2, row_keys=keys)):
         out, _ = member_attention(attention_module(axis, sites, plain), q, k, v, None, scaling=one.scale)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.layout import replicate_layout, training_layout
+from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import LEGAL, Consistency, Site
 from pipeline.data.encode import Encoded
@@ -37,7 +38,7 @@ def with_every_site(pattern: str, rate: float = 0.6) -> Adapters:
 
 def per_token(adapters: Adapters, rows: list[Encoded], side: str = "left") -> tuple[Tensor, Tensor]:
     """(2, n) loss of every token after a row's first under two draws, and (n,) KL between the draws."""
-    built = lay_out(adapters, rows, replicate_layout(len(rows), 2), 2, seed=1, phase=3, side=side)  # type: ignore[arg-type]
+    built = lay_out(adapters, rows, replicate_layout(len(rows), 2), 2, MaskKey(1, 3), side=side)  # type: ignore[arg-type]
     objective = SupervisedLM(adapters.model)
     with torch.no_grad(), adapters.axis.active(built.plan):
         read = objective.features(**built.model_tensors)
@@ -90,7 +91,7 @@ def test_packed_examples_and_padding_do_not_enter_each_others_loss(pattern: str)
 def test_never_a_nan(pattern: str, rate: float, term: Consistency) -> None:
     """Rates at which nearly every query, row and rank is lost, padded rows: loss and every gradient are finite."""
     adapters, rows = with_every_site(pattern, rate), rows_of([8, 3, 5])
-    built = lay_out(adapters, rows, training_layout(range(3), 2, "split", True, term), 2, seed=1, phase=3)
+    built = lay_out(adapters, rows, training_layout(range(3), 2, "split", True, term), 2, MaskKey(1, 3))
     with adapters.axis.active(built.plan):
         nll, apart = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)(**built.inputs)
         (nll + apart).backward()

@@ -30,7 +30,7 @@ def hidden_site(pattern: str, rate: float = 0.5, compensation: str = "inverse", 
 def row_keys(branches: list[int], examples: list[int], tokens: int, seed: int = 5) -> RowKeys:
     pairs = [(b, e) for b in branches for e in examples]
     branch, example = (torch.tensor(column, dtype=torch.int64) for column in zip(*pairs, strict=True))
-    return RowKeys(seed, branch, example, torch.arange(tokens).repeat(len(pairs), 1))
+    return RowKeys((seed,), branch, example, torch.arange(tokens).repeat(len(pairs), 1))
 
 
 @settings(max_examples=25)
@@ -44,7 +44,7 @@ def test_hidden_masks_equal_the_integer_reference(
 ) -> None:
     site = hidden_site(pattern, rate, span_length=length if pattern == "span" else 4)
     positions = list(range(start, start + 6))
-    keys = RowKeys(seed, torch.tensor([branch]), torch.tensor([example]), torch.tensor([positions]))
+    keys = RowKeys((seed,), torch.tensor([branch]), torch.tensor([example]), torch.tensor([positions]))
     ours = dropped_hidden(keys, ALL, layer, 5, site).expand(1, 6, 5)
     assert torch.equal(
         ours[0], Keyed(seed, layer, branch, [example] * 6, positions, rate, pattern, site.span_length).hidden(5)
@@ -105,7 +105,7 @@ def cut(site: Site, x: Tensor, members: list[Member], examples: Tensor) -> Tenso
     layer = nn.Identity()
     layer.register_forward_pre_hook(HiddenCut(axis, "layers.0.mlp.down_proj", {0: site}, 13))
     branch = torch.tensor([-1 if m.draw is None else m.draw for m in members]).repeat_interleave(rows)
-    keys = RowKeys(5, branch, examples.repeat(size), torch.arange(x.shape[1]).repeat(size * rows, 1))
+    keys = RowKeys((5,), branch, examples.repeat(size), torch.arange(x.shape[1]).repeat(size * rows, 1))
     with axis.active(MemberPlan(tuple(members), rows, row_keys=keys)):
         return layer(x)
 

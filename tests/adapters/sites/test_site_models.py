@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.layout import replicate_layout, split_layout
-from pipeline.adapters.members import Member
+from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.sites.anatomy import attention_modules, down_projections, is_causal
 from pipeline.adapters.sites.attention import NAME
 from pipeline.adapters.spec import AdapterSpec
@@ -160,7 +160,7 @@ def test_micro_batches_and_processes_change_neither_loss_nor_gradient(pattern: s
     def total(parts: list[list[int]]) -> tuple[float, list[Tensor]]:
         loss = torch.zeros(())
         for part in parts:
-            built = lay_out(adapters, [rows[i] for i in part], split_layout(part, 2), 2, seed=1, phase=4)  # type: ignore[misc]
+            built = lay_out(adapters, [rows[i] for i in part], split_layout(part, 2), 2, MaskKey(1, 4))  # type: ignore[misc]
             with adapters.axis.active(built.plan):
                 loss = loss + SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
         parameters = [p for p in adapters.model.parameters() if p.requires_grad]
@@ -183,7 +183,7 @@ def test_activation_checkpointing_recomputes_the_same_masks(pattern: str) -> Non
     for checkpointing in (False, True):
         if checkpointing:
             adapters.model.activation_checkpointing_enable({"use_reentrant": False})
-        built = lay_out(adapters, rows, replicate_layout(4, 2), 2, seed=1, phase=4)  # type: ignore[arg-type]
+        built = lay_out(adapters, rows, replicate_layout(4, 2), 2, MaskKey(1, 4))  # type: ignore[arg-type]
         with adapters.axis.active(built.plan):
             loss = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights)
             parameters = [p for p in adapters.model.parameters() if p.requires_grad]
@@ -195,8 +195,8 @@ def test_masks_change_with_step_seed_and_layer_and_are_the_same_again() -> None:
     adapters, _ = adapted("llama", *sites_of("column"))
     rows = batch()
 
-    def logits(seed: int, phase: object) -> Tensor:
-        return our_logits(adapters, plan_for(adapters, MEMBERS, rows, EXAMPLES, seed, phase), rows).detach()
+    def logits(seed: int, phase: int | str) -> Tensor:
+        return our_logits(adapters, plan_for(adapters, MEMBERS, rows, EXAMPLES, MaskKey(seed, phase)), rows).detach()
 
     first = logits(7, 3)
     assert torch.equal(first, logits(7, 3))
