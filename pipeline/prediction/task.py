@@ -1,20 +1,20 @@
 """How rows are read by the base model: the one place that tells causal language models, classifiers and regressors.
 
-Stages hold a `Reader` and never ask which one it is.
+Stages hold a `Task` and never ask which one it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import MaskKey, Member
-from pipeline.config import RunConfig
+from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.config.deepspeed import shards_parameters
 from pipeline.data.cache import cached_examples
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
@@ -57,6 +57,14 @@ class Task(Protocol):
     def padding(self) -> Literal["left", "right"]:
         """The side on which rows are padded while training."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a row, at most."""
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether rows can be read without having seen all of them."""
+
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
         """Training rows as tokens. Raises `DataError` on rows that the model cannot learn from."""
 
@@ -83,12 +91,16 @@ class CausalLMTask:
     """Answers are tokens behind the prompt; choice, completion and chat rows."""
 
     base: BaseModel
-    config: RunConfig
-    padding: Literal["left", "right"] = "left"
+    max_tokens: int
+    label_smoothing: float
+    passes: PassSettings
+    """Of predictions."""
+    padding: ClassVar[Literal["left", "right"]] = "left"
+    can_stream: ClassVar[bool] = True
 
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
         """Prompts with their right answers."""
-        return encode_training_rows(rows, self.base.tokenizer, self.config.data.max_tokens)
+        return encode_training_rows(rows, self.base.tokenizer, self.max_tokens)
 
     def supervision(self, examples: Sequence[Encoded]) -> str:
         """The share of supervised tokens."""
@@ -96,14 +108,14 @@ class CausalLMTask:
 
     def objective(self) -> nn.Module:
         """Next-token loss."""
-        return SupervisedLM(self.base.model, self.config.train.label_smoothing)
+        return SupervisedLM(self.base.model, self.label_smoothing)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
     ) -> Predictions:
         """Choices by the probability of their tokens; completions token by token."""
-        candidates = [encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens) for row in rows]
-        settings = _settings(self.base, self.config, on_chunk)
+        candidates = [encode_candidates(row, self.base.tokenizer, self.max_tokens) for row in rows]
+        settings = replace(self.passes, on_chunk=on_chunk)
         ids = tuple(row.id for row in rows)
         if rows[0].kind == "choice":
             return ChoicePredictions(ids, predict_choices(adapters, candidates, members, settings))
@@ -112,7 +124,7 @@ class CausalLMTask:
 
     def probe(self, row: Row) -> list[int]:
         """The prompt (and what precedes the last token of the first answer)."""
-        return list(encode_candidates(row, self.base.tokenizer, self.config.data.max_tokens)[0].input_ids[:-1])
+        return list(encode_candidates(row, self.base.tokenizer, self.max_tokens)[0].input_ids[:-1])
 
     def probe_logits(self, input_ids: Tensor) -> Tensor:
         """Logits of the next token."""
@@ -126,10 +138,13 @@ class ClassificationTask:
     """The text, or pair of texts, is read; a trained head gives one logit per choice. Rows share their choices."""
 
     base: BaseModel
-    config: RunConfig
     max_tokens: int
     """data.max_tokens, or the positions that the encoder has where they are fewer."""
-    padding: Literal["left", "right"] = "right"
+    label_smoothing: float
+    passes: PassSettings
+    """Of predictions."""
+    padding: ClassVar[Literal["left", "right"]] = "right"
+    can_stream: ClassVar[bool] = False
 
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
         """Texts with their class."""
@@ -141,14 +156,14 @@ class ClassificationTask:
 
     def objective(self) -> nn.Module:
         """Cross-entropy over the classes."""
-        return SupervisedClassifier(self.base.model, self.config.train.label_smoothing)
+        return SupervisedClassifier(self.base.model, self.label_smoothing)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
     ) -> Predictions:
         """Log-softmax over the classes."""
         texts = [encode_text(row, self.base.tokenizer, self.max_tokens) for row in rows]
-        settings = _settings(self.base, self.config, on_chunk)
+        settings = replace(self.passes, on_chunk=on_chunk)
         return ChoicePredictions(tuple(row.id for row in rows), predict_classes(adapters, texts, members, settings))
 
     def probe(self, row: Row) -> list[int]:
@@ -174,9 +189,9 @@ class RegressionTask(ClassificationTask):
 
     def objective(self) -> nn.Module:
         """Mean squared error. Raises `ConfigError` where labels are to be smoothed: there are none."""
-        if self.config.train.label_smoothing:
+        if self.label_smoothing:
             raise ConfigError(
-                "train.label_smoothing", self.config.train.label_smoothing, "has no meaning for rows with a score",
+                "train.label_smoothing", self.label_smoothing, "has no meaning for rows with a score",
                 "Set train.label_smoothing=0.",
             )
         return SupervisedRegressor(self.base.model)
@@ -186,7 +201,7 @@ class RegressionTask(ClassificationTask):
     ) -> Predictions:
         """Predicted numbers."""
         texts = [encode_text(row, self.base.tokenizer, self.max_tokens) for row in rows]
-        settings = _settings(self.base, self.config, on_chunk)
+        settings = replace(self.passes, on_chunk=on_chunk)
         return RegressionPredictions(tuple(row.id for row in rows), predict_values(adapters, texts, members, settings))
 
 
@@ -198,44 +213,40 @@ def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """
-    sharded = shards_parameters(config.train.deepspeed)
+    sharded, longest = shards_parameters(config.train.deepspeed), config.data.max_tokens
     rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
+    kind: type[CausalLMTask | ClassificationTask] = CausalLMTask
     if model_kind(config.model) == "classifier":
         base = load_base(config.model, device, output_count(rows), sharded)
-        longest = config.data.max_tokens
+        longest = min(longest, position_limit(base.model) or longest)
         kind = RegressionTask if rows[0].kind == "regression" else ClassificationTask
-        return kind(base, config, min(longest, position_limit(base.model) or longest))
-    refuse_for_causal(rows)
-    base = load_base(config.model, device, sharded=sharded)
-    check_halves(base.model, device)
-    return CausalLMTask(base, config)
+    else:
+        refuse_for_causal(rows)
+        base = load_base(config.model, device, sharded=sharded)
+        check_halves(base.model, device)
+    key = MaskKey(config.ensemble.seed, "test")
+    passes = PassSettings(base.tokenizer.pad_token_id, config.evaluate.batch_tokens, key)
+    return kind(base, longest, config.train.label_smoothing, passes)
 
 
-def training_examples(task: Task, rows: Sequence[Row], config: RunConfig) -> Sequence[Encoded]:
-    """`Reader.examples`, kept for the next start where `data.cache` says so."""
-    if not config.data.cache:
+def training_examples(task: Task, rows: Sequence[Row], data: DataConfig) -> Sequence[Encoded]:
+    """`Task.examples`, kept for the next start where `data.cache` says so."""
+    if not data.cache:
         return task.examples(rows)
-    longest = getattr(task, "max_tokens", config.data.max_tokens)
-    return cached_examples(rows, task.examples, task.base.tokenizer, f"{type(task).__name__} {longest}")
+    return cached_examples(rows, task.examples, task.base.tokenizer, f"{type(task).__name__} {task.max_tokens}")
 
 
-def training_stream(task: Task, splits: Splits, config: RunConfig) -> StreamedBatches | None:
+def training_stream(task: Task, splits: Splits, data: DataConfig, train: TrainConfig) -> StreamedBatches | None:
     """Global batches of streamed rows where `data.streaming` says so.
 
     Raises:
         ConfigError: a classifier, whose rows must be known to share their choices.
     """
-    if not config.data.streaming:
+    if not data.streaming:
         return None
-    if not isinstance(task, CausalLMTask):
+    if not task.can_stream:
         raise ConfigError(
             "data.streaming", True, "a classifier needs to know that all rows have the same choices",
             "Set data.streaming=false.",
         )
-    stream = open_stream(config.data, splits, config.train.seed)
-    return StreamedBatches(stream, task.examples, config.train.global_batch)
-
-
-def _settings(base: BaseModel, config: RunConfig, on_chunk: OnChunk | None) -> PassSettings:
-    key = MaskKey(config.ensemble.seed, "test")
-    return PassSettings(base.tokenizer.pad_token_id, config.evaluate.batch_tokens, key, on_chunk)
+    return StreamedBatches(open_stream(data, splits, train.seed), task.examples, train.global_batch)

@@ -64,13 +64,13 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     splits = load_splits(config.data)
     say(f"loading the base model {config.model.path}", world.is_main)
     task = open_task(config, splits, world.device)
-    examples = training_examples(task, splits.train, config)
+    examples = training_examples(task, splits.train, config.data)
     adapters = attach_adapter(config.adapter, task.base, config.train.max_steps, config.train.seed)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     run = Run(config, paths, world, task, adapters, examples, splits.validation, on_validation)
     if config.train.packing:
         check_packing(task.base.model, config.model.attention)
-    stream = training_stream(task, splits, config)
+    stream = training_stream(task, splits, config.data, config.train)
     loader = open_loader(
         config.train, config.data.max_tokens, examples, adapters.specs[0], world.process_rank, world.world_size, stream
     )

@@ -14,10 +14,11 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.loss.objective import SupervisedClassifier, SupervisedLM
 from pipeline.loss.terms import nll_and_log_probs, token_losses
+from pipeline.prediction.passes import PassSettings
 from pipeline.prediction.task import RegressionTask
 from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
@@ -70,7 +71,8 @@ def test_objectives_smooth(tmp_path: Path) -> None:
 
 
 def test_numbers_cannot_be_smoothed(tmp_path: Path) -> None:
-    task = RegressionTask(load_encoder(tmp_path, classes=1), RunConfig(train=TrainConfig(label_smoothing=0.1)), 64)
+    passes = PassSettings(pad_id=0, budget_tokens=512, seed=0)
+    task = RegressionTask(load_encoder(tmp_path, classes=1), 64, 0.1, passes)
     with pytest.raises(ConfigError, match=r"train.label_smoothing = 0.1: has no meaning for rows with a score"):
         task.objective()
 
