@@ -23,8 +23,8 @@ from typing import Any
 from pipeline import EXIT_STOPPED, ConfigError, LoradropError, RunConfig, RunPaths, StageFailed, load_config, write_json
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
+from tune.ensemble import choose_ensemble
 from tune.ledger import LEDGER, Ledger, TrialRecord, pending
-from tune.members import choose_ensemble
 from tune.progress import SearchProgress, tell
 from tune.space import load_space
 from tune.stopping import Stopping, stop_on_signal

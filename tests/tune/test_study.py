@@ -30,8 +30,8 @@ from pipeline import (
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
 from tune import progress as progress_module
 from tune.cluster import plan
+from tune.ensemble import choose_ensemble
 from tune.ledger import Ledger, TrialRecord
-from tune.members import choose_ensemble
 from tune.progress import SearchProgress
 from tune.trial import Assignment, _train
 
@@ -265,7 +265,7 @@ def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatc
 def test_the_driver_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     write_data(tmp_path / "rows.jsonl")
     code = (
-        "import sys, pipeline, tune.__main__, tune.search, tune.study, tune.members\n"
+        "import sys, pipeline, tune.__main__, tune.search, tune.study, tune.ensemble\n"
         "config = pipeline.build_config({'data': {'path': sys.argv[1], 'validation_rows': 8, 'calibration_rows': 8,"
         " 'test_rows': 8}})\n"
         "tune.search.load_space(config); pipeline.load_splits(config.data); pipeline.choose_adapters\n"
