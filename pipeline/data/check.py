@@ -9,7 +9,7 @@ from pipeline.data.encode_classifier import output_count, refuse_for_causal
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.sources import check_name, is_local, local_files, parse, sources_of
-from pipeline.data.splits import divide
+from pipeline.data.splits import EVALUATED_SPLITS, divide
 from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
@@ -45,7 +45,7 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = 
     if all(whole.values()):
         divide(files, config)
         return
-    for split in ("validation", "calibration", "test"):
+    for split in EVALUATED_SPLITS:
         if whole.get(split) and len(files[split]) < (getattr(config, f"{split}_rows") or 1):
             there = len(files[split])
             raise DataError(

@@ -20,6 +20,8 @@ from pipeline.data.sources import open_records, parse, sources_of
 from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
+EVALUATED_SPLITS = ("validation", "calibration", "test")
+"""All but train: those that members predict and a report reads."""
 TAKING_ORDER = ("test", "calibration", "validation", "train")
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, read_json_lines
 from pipeline.run_folder.comparison import Training, read_comparison
-from pipeline.run_folder.labelled import EVALUATE_AGAIN, SPLITS, ScoredSplit, join_labels
+from pipeline.run_folder.labelled import EVALUATE_AGAIN, ScoredSplit, join_labels
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import (
     ChoicePredictions,
@@ -60,7 +60,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         raise RunFolderError(str(paths.config), None, "does not exist", "Give --run-dir a folder made by a run.")
     config = load_saved(paths.config)
     members = read_members(paths.predictions)
-    predictions = {split: _read_split(paths, split, len(members)) for split in SPLITS}
+    predictions = {split: _read_split(paths, split, len(members)) for split in EVALUATED_SPLITS}
     labelled = load_splits(config.data)
     links, trainings = _read_links(paths), read_comparison(paths)
     joined = {s: join_labels(p, getattr(labelled, s), paths.predictions / f"{s}.npz") for s, p in predictions.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config import AdapterConfig, RunConfig
+from pipeline.config import AdapterConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.report.inputs import ReportInputs
@@ -62,7 +62,7 @@ def method_name(adapter: AdapterConfig) -> str:
 def build_systems(inputs: ReportInputs) -> list[System]:
     """Every system that the members allow, in the order of the summary table."""
     members, config = inputs.members, inputs.config
-    name, own, kind = method_name(config.adapter), mean_field_name(config), KIND_NAMES[config.adapter.kind]
+    name, own, kind = method_name(config.adapter), mean_field_name(config.adapter), KIND_NAMES[config.adapter.kind]
     singles: dict[Group, tuple[str, str]] = {
         "plain": (f"Plain {kind}", f"plain {kind}"),
         "mean_field": (own, "mean-field" if own != name else own),
@@ -85,10 +85,10 @@ def base_system(members: Sequence[Member]) -> list[System]:
     return [System("base", *names, ((index,),)) for index in found]
 
 
-def mean_field_name(config: RunConfig) -> str:
+def mean_field_name(adapter: AdapterConfig) -> str:
     """The run's own adapter without masks; `mean-field` where the masks were on its weights."""
-    has_draws = any(site.position in WEIGHT_POSITIONS for site in config.adapter.resolved_method().sites)
-    return method_name(config.adapter) + (", mean-field" if has_draws else "")
+    has_draws = any(site.position in WEIGHT_POSITIONS for site in adapter.resolved_method().sites)
+    return method_name(adapter) + (", mean-field" if has_draws else "")
 
 
 def mask_system(name: str, draws: Sequence[int], size: int) -> System:

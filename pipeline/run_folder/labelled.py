@@ -14,9 +14,6 @@ from pipeline.errors import RunFolderError
 from pipeline.run_folder.predictions import ChoicePredictions, Predictions, RegressionPredictions
 from pipeline.scores.bootstrap import Floats, Ints, RowMean
 
-SPLITS = ("validation", "calibration", "test")
-
-
 EVALUATE_AGAIN = "The data or their configuration changed after the predictions were made: evaluate again."
 
 

@@ -17,7 +17,7 @@ from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_ca
 from pipeline.data.encode_classifier import encode_answered, output_count, refuse_for_causal
 from pipeline.data.rows import Row
 from pipeline.data.sampler import length_sorted_chunks
-from pipeline.data.splits import Splits, load_splits
+from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.errors import EXIT_OK, DataError
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
@@ -27,7 +27,7 @@ from pipeline.plan.resolve import resolve_new, resolve_saved
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.loader import open_loader
 
-SPLITS = ("train", "validation", "calibration", "test")
+SPLITS = ("train", *EVALUATED_SPLITS)
 COUNTED_ROWS = 20_000
 """Rows of a split that are tokenized for the table."""
 UNBOUNDED = 2**31

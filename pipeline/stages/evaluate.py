@@ -16,9 +16,8 @@ from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import StoredAdapter, read_adapter
-from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped
@@ -38,8 +37,6 @@ from pipeline.run_folder.predictions import (
 from pipeline.run_folder.predictions import Member as PredictedMember
 from pipeline.terminal import Progress, say
 
-SPLITS = ("validation", "calibration", "test")
-
 
 def evaluate_run(run_dir: Path) -> None:
     """Write predictions/ of a run. Splits already predicted by the same members are kept.
@@ -50,11 +47,14 @@ def evaluate_run(run_dir: Path) -> None:
     """
     paths = RunPaths(run_dir)
     config = load_saved(paths.config)
-    entries = listed_adapters(paths, config)
+    entries = listed_adapters(
+        paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters
+    )
     stored = [read_adapter(entry.folder) for entry in entries]
-    members, described = member_list(config, entries, stored)
+    members, described = member_list(entries, stored, config.ensemble.seed)
     splits = load_splits(config.data)
-    missing = _missing_splits(paths, described, {name: [row.id for row in getattr(splits, name)] for name in SPLITS})
+    row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
+    missing = _missing_splits(paths, described, row_ids)
     if not missing:
         say("predictions are complete")
         return
@@ -111,37 +111,47 @@ class Entry:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def listed_adapters(paths: RunPaths, config: RunConfig) -> list[Entry]:
-    """Of a comparison all that were trained; else the run's own and those related.json refers to, best first."""
+def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) -> list[Entry]:
+    """Of a comparison all that were trained; else the run's own and those related.json refers to, best first.
+
+    Args:
+        kind: `adapter.kind`, which names the plain run.
+        draws: mask draws of the run's own adapter, or of each one that a comparison chose: `ensemble.size`.
+        searched: adapters of a search, at most: `search.adapters`.
+
+    Raises:
+        RunFolderError: the run has no adapter, or what it refers to is damaged.
+    """
     compared = read_comparison(paths)
     if compared is not None:
         return [
-            Entry("compared", one.name, paths.root / one.run / "adapter", config.ensemble.size if one.chosen else 0,
+            Entry("compared", one.name, paths.root / one.run / "adapter", draws if one.chosen else 0,
                   {"method": one.method, "values": one.values, "train_seed": one.seed})
             for one in compared if one.state == "done"
         ]
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
-    entries = [Entry("mean_field", "mean-field", paths.adapter, config.ensemble.size)]
+    entries = [Entry("mean_field", "mean-field", paths.adapter, draws)]
     related: dict[str, Any] = read_json(paths.related) if paths.related.exists() else {}
     if related.get("plain"):
-        name = f"plain {KIND_NAMES[config.adapter.kind]}"
+        name = f"plain {KIND_NAMES[kind]}"
         entries.append(Entry("plain", name, _resolve(paths, related["plain"]["run"]) / "adapter"))
     if related.get("search"):
         search = _resolve(paths, related["search"]["folder"])
         trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
         trials.sort(key=lambda trial: trial["validation_nll"])
-        for trial in trials[: config.search.adapters]:
+        for trial in trials[:searched]:
             entries.append(Entry("searched", trial["name"], _resolve(RunPaths(search), trial["run"]) / "adapter"))
     return entries
 
 
 def member_list(
-    config: RunConfig, entries: list[Entry], stored: list[StoredAdapter]
+    entries: list[Entry], stored: list[StoredAdapter], seed: int
 ) -> tuple[list[Member], list[PredictedMember]]:
     """The members of the pass and their descriptions: base, then every adapter mask-free and its draws.
 
-    The base of a classifier has an untrained head: its scores say what chance is.
+    The base of a classifier has an untrained head: its scores say what chance is. `seed` is that of the draws,
+    `ensemble.seed`.
     """
     members = [Member(None)]
     described = [PredictedMember("base", "base", extra={"head": "untrained"} if stored[0].head.modules else {})]
@@ -153,7 +163,7 @@ def member_list(
         described.append(own)
         group: Group = "mask_draw" if entry.group == "mean_field" else entry.group
         name = "draw {}" if group == "mask_draw" else f"{entry.name}, draw {{}}"
-        extra = {**extra, "seed": config.ensemble.seed}
+        extra = {**extra, "seed": seed}
         for draw in range(entry.draws if rates else 0):
             members.append(Member(k, draw))
             described.append(replace(own, name=name.format(draw), group=group, draw=draw, extra=extra))
@@ -163,10 +173,10 @@ def member_list(
 def _missing_splits(paths: RunPaths, described: list[PredictedMember], row_ids: dict[str, list[str]]) -> list[str]:
     try:
         if read_members(paths.predictions) != described:
-            return list(SPLITS)
+            return list(EVALUATED_SPLITS)
     except RunFolderError:
-        return list(SPLITS)
-    return [name for name in SPLITS if not _is_complete(paths, name, len(described), row_ids[name])]
+        return list(EVALUATED_SPLITS)
+    return [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, len(described), row_ids[name])]
 
 
 def _is_complete(paths: RunPaths, split: str, members: int, row_ids: list[str]) -> bool:

@@ -202,16 +202,16 @@ def test_without_plain_lora_methods_are_compared_with_the_base(
 
 
 def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path: Path) -> None:
-    config = build_config({"ensemble": {"size": 3}})
+    asked = {"kind": "lora", "draws": 3, "searched": 0}
     trainings = [training("none", 0.1, chosen=True), training("none", 0.2),
                  replace(training("dropkey", 0.1), state="failed")]
-    write_comparison(RunPaths(tmp_path), config.label, trainings)
-    entries = listed_adapters(RunPaths(tmp_path), config)
+    write_comparison(RunPaths(tmp_path), "", trainings)
+    entries = listed_adapters(RunPaths(tmp_path), **asked)
     assert [(entry.name, entry.draws) for entry in entries] == [("none-lr0.1-seed0", 3), ("none-lr0.2-seed0", 0)]
     assert entries[0].folder == tmp_path / "trainings" / "none-lr0.1-seed0" / "adapter"
     write_json(RunPaths(tmp_path).comparison, {"trainings": [{"nme": "x"}]})
     with pytest.raises(RunFolderError, match=r"compare\.json.*is damaged"):
-        listed_adapters(RunPaths(tmp_path), config)
+        listed_adapters(RunPaths(tmp_path), **asked)
 
 
 @pytest.mark.parametrize(("extra", "name"), [({}, "Base model"), ({"head": "untrained"}, "Base model, untrained head")])
