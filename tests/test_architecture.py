@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from pipeline.run_folder import predictions
+
 LINE = (
     {"errors"}, {"files", "randomness", "terminal"}, {"fetch"}, {"config"}, {"data", "model", "adapters"}, {"loss"},
     {"prediction"}, {"training"}, {"stages"}, {"cli"},
@@ -232,6 +234,45 @@ def test_a_circle_is_noticed_also_of_types() -> None:
     modules = all_modules()
     line = "if TYPE_CHECKING:\n    from pipeline.adapters.attach import Adapters\n"
     assert circles({**modules, "pipeline.adapters.members": f"{modules['pipeline.adapters.members']}\n{line}"})
+
+
+KINDS = {"ChoicePredictions", "CompletionPredictions", "RegressionPredictions"}
+"""The kinds of prediction, which answer by their own methods."""
+ASKING = {"isinstance", "issubclass", "hasattr", "getattr"}
+KIND_ARRAYS = {name for kind in KINDS for name in getattr(predictions, kind).stored}
+
+
+def questions_of_kind(source: str) -> list[str]:
+    """Calls, and cases, that ask which kind of prediction something is: by its class, or by the arrays it has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ASKING
+        inner = [part for argument in node.args for part in ast.walk(argument)] if asks else []
+        classes = {part.id for part in inner if isinstance(part, ast.Name)}
+        classes |= {part.attr for part in inner if isinstance(part, ast.Attribute)}
+        arrays = {part.value for part in inner if isinstance(part, ast.Constant)}
+        if isinstance(node, ast.MatchClass):
+            classes = {ast.unparse(node.cls).rpartition(".")[2]}
+        if classes & KINDS or arrays & KIND_ARRAYS:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_nobody_asks_which_kind_of_prediction_it_is() -> None:
+    assert {"log_probs", "token_log_probs", "offsets", "values"} == KIND_ARRAYS
+    assert not [line for source in all_modules().values() for line in questions_of_kind(source)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(found, ChoicePredictions)", "isinstance(found, (int, predictions.RegressionPredictions))",
+        "hasattr(cached[0], 'token_log_probs')", "getattr(found, 'values', None)",
+        "match found:\n    case CompletionPredictions():\n        pass",
+    ],
+)
+def test_a_question_of_kind_is_noticed(line: str) -> None:
+    assert questions_of_kind(line)
 
 
 def test_few_rooms_of_few_small_files() -> None:

@@ -1,7 +1,4 @@
-"""The adapter ensemble of a search, chosen from cached validation predictions: no training, no forward pass.
-
-K adapters, N rows, C choices.
-"""
+"""The adapter ensemble of a search, chosen from cached validation predictions: no training, no forward pass."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from pipeline import (
     RunConfig,
     RunFolderError,
     RunPaths,
-    average,
+    ScoredSplit,
     choose_adapters,
-    gaussian_nll,
+    ensemble_nll,
+    join_labels,
     load_splits,
-    nll,
     read_predictions,
 )
 from tune.ledger import TrialRecord
@@ -33,14 +30,15 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
     choice, then the best of the others.
 
     Raises:
-        RunFolderError: the trials' predictions are not of the same rows.
+        RunFolderError: a trial's predictions are damaged, or not of the validation rows in the order of the others'.
     """
-    log_probs, labels, space = _cached(config, folder, finished)
-    chosen = choose_adapters(log_probs, labels, config.search.adapters, space)
+    splits = _labelled(config, folder, finished)
+    labels, space = splits[0].labels, splits[0].averaging_space(config.ensemble.average)
+    outputs = [split.outputs[0] for split in splits]
+    chosen = choose_adapters(outputs, labels, config.search.adapters, space)
     order = [*chosen, *(k for k in range(len(finished)) if k not in chosen)][: config.search.adapters]
-    stack = np.stack([log_probs[k] for k in order])
-    score = gaussian_nll if space == "value" else nll
-    by_size = {str(size): float(score(average(stack[:size], space), labels)) for size in range(1, len(order) + 1)}
+    stack = np.stack([outputs[k] for k in order])
+    by_size = {str(size): ensemble_nll(stack[:size], labels, space) for size in range(1, len(order) + 1)}
     return {
         "adapters": [finished[k].name for k in chosen],
         "size": len(chosen),
@@ -49,22 +47,13 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
     }
 
 
-def _cached(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) -> tuple[list[Any], Any, Any]:
-    """Each trial's log-probabilities (N, C) or values (N, 1), the right answers (N,), and the space of averages."""
+def _labelled(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) -> list[ScoredSplit]:
+    """Each trial's validation predictions with their labels."""
     cached = [read_predictions(RunPaths(folder / TRIALS / r.name).predictions, "validation") for r in finished]
+    rows, splits = load_splits(config.data).validation, []
     for record, predictions in zip(finished, cached, strict=True):
+        where = f"{record.name}: predictions"
         if predictions.row_ids != cached[0].row_ids:
-            raise RunFolderError(f"{record.name}: predictions", None, "are of other rows than the other trials'")
-    if hasattr(cached[0], "token_log_probs"):
-        # Completions: a token is a row with one choice, the reference; its mixture probability needs no other.
-        tokens = [predictions.token_log_probs[0][:, None] for predictions in cached]
-        return tokens, np.zeros(len(tokens[0]), dtype=np.int64), "probability"
-    numbers = hasattr(cached[0], "values")
-    label_of = {row.id: row.score if numbers else row.label for row in load_splits(config.data).validation}
-    missing = [row_id for row_id in cached[0].row_ids if row_id not in label_of]
-    if missing:
-        raise RunFolderError("validation predictions", missing[0], "is no row of the validation split")
-    labels = np.array([label_of[row_id] for row_id in cached[0].row_ids])
-    if numbers:
-        return [predictions.values[0][:, None] for predictions in cached], labels, "value"
-    return [predictions.log_probs[0] for predictions in cached], labels, config.ensemble.average
+            raise RunFolderError(where, None, "are of other rows than the other trials'", "Search in a new folder.")
+        splits.append(join_labels(predictions, rows, where))
+    return splits

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
@@ -13,9 +11,9 @@ from pipeline.distributed import zero
 from pipeline.distributed.world import World, agree, gather_objects
 from pipeline.errors import Stopped
 from pipeline.prediction.task import OnChunk, Task
-from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
-from pipeline.scores.classification import accuracy, nll
-from pipeline.scores.regression import Correlation, gaussian_nll, row_squared_error
+from pipeline.run_folder.labelled import join_labels
+from pipeline.run_folder.predictions import Predictions
+from pipeline.scores.validation import VALIDATION_SCORES
 
 
 def predict_shared(
@@ -51,58 +49,14 @@ def predict_shared(
     if any(stopped for _, stopped in shared):
         raise Stopped("stopped between two chunks of a prediction")
     parts = [part for part, _ in shared if part is not None]
-    return merge_predictions(parts, [row.id for row in rows])
-
-
-def merge_predictions(parts: Sequence[Predictions], row_ids: Sequence[str]) -> Predictions:
-    """One set of predictions in the order of `row_ids` from parts of one kind that cover it."""
-    numbers = [part for part in parts if isinstance(part, RegressionPredictions)]
-    if numbers:
-        return _merge_values(numbers, row_ids)
-    choices = [part for part in parts if isinstance(part, ChoicePredictions)]
-    if choices:
-        return _merge_choices(choices, row_ids)
-    return _merge_completions([part for part in parts if isinstance(part, CompletionPredictions)], row_ids)
-
-
-def _merge_choices(parts: Sequence[ChoicePredictions], row_ids: Sequence[str]) -> ChoicePredictions:
-    width = max(part.log_probs.shape[-1] for part in parts)
-    table = np.full((parts[0].members, len(row_ids), width), -np.inf, dtype=np.float32)
-    place = {name: n for n, name in enumerate(row_ids)}
-    for part in parts:
-        where = [place[name] for name in part.row_ids]
-        table[:, where, : part.log_probs.shape[-1]] = part.log_probs
-    return ChoicePredictions(tuple(row_ids), table)
-
-
-def _merge_values(parts: Sequence[RegressionPredictions], row_ids: Sequence[str]) -> RegressionPredictions:
-    of_row = {name: part.values[:, n] for part in parts for n, name in enumerate(part.row_ids)}
-    return RegressionPredictions(tuple(row_ids), np.stack([of_row[name] for name in row_ids], axis=1))
-
-
-def _merge_completions(parts: Sequence[CompletionPredictions], row_ids: Sequence[str]) -> CompletionPredictions:
-    pieces = {}
-    for part in parts:
-        for name, piece in zip(part.row_ids, np.split(part.token_log_probs, part.offsets[1:-1], axis=1), strict=True):
-            pieces[name] = piece
-    ordered = [pieces[name] for name in row_ids]
-    offsets = np.concatenate([[0], np.cumsum([piece.shape[1] for piece in ordered])]).astype(np.int64)
-    return CompletionPredictions(tuple(row_ids), np.concatenate(ordered, axis=1), offsets)
+    return type(parts[0]).merged(parts, [row.id for row in rows])
 
 
 def validation_scores(predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:
-    """Scores of member 0. `nll`, in nats, is what selection goes by in every kind of rows.
+    """Scores of member 0 (see `pipeline.scores.validation`). `nll`, in nats, is what selection goes by in every kind.
 
-    Choices: NLL per row, accuracy. Completions: NLL per token. Regression: the NLL per row of a Gaussian with the
-    best variance (it orders as the mean squared error does), root mean squared error, Pearson's correlation.
+    Raises:
+        RunFolderError: the predictions are of other rows, or lack a right answer.
     """
-    if isinstance(predictions, RegressionPredictions):
-        values, right = predictions.values[0][:, None], np.array([row.score for row in rows], dtype=np.float64)
-        rmse = float(row_squared_error(values, right).mean() ** 0.5)
-        pearson = Correlation(values.T, right, "pearson").point()
-        return {"nll": float(gaussian_nll(values, right)), "rmse": rmse, "pearson": pearson}
-    if isinstance(predictions, CompletionPredictions):
-        return {"nll": float(-predictions.token_log_probs[0].mean())}
-    labels = np.array([row.label for row in rows])
-    log_probs = predictions.log_probs[0].astype(np.float64)
-    return {"nll": float(nll(log_probs, labels)), "accuracy": float(accuracy(log_probs, labels))}
+    split = join_labels(predictions, rows, "validation predictions")
+    return VALIDATION_SCORES[predictions.kind](split.outputs[0], split.labels)

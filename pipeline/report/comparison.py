@@ -13,7 +13,7 @@ from pipeline.report.sentences import interval_text, number_text, pick, write_re
 from pipeline.report.systems import METHOD_NAMES, System, base_system
 from pipeline.report.tables import HEADINGS, Cell, align
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
-from pipeline.run_folder.predictions import Member
+from pipeline.run_folder.members import PredictedMember
 
 Entries = dict[str, Any]
 
@@ -50,7 +50,9 @@ def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tup
     return {**result, "reading": _reading(result)}, scored
 
 
-def compared_systems(members: Sequence[Member], trainings: Sequence[Training]) -> list[tuple[System, list[Training]]]:
+def compared_systems(
+    members: Sequence[PredictedMember], trainings: Sequence[Training]
+) -> list[tuple[System, list[Training]]]:
     """Per method its chosen settings, their mask ensemble, its other settings; each with the trainings it stands for.
 
     Trainings that differ in nothing but the seed are candidates of one system: scores are means over them, intervals

@@ -12,16 +12,10 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, read_json_lines
 from pipeline.run_folder.comparison import Training, read_comparison
-from pipeline.run_folder.labelled import EVALUATE_AGAIN, ScoredSplit, join_labels
+from pipeline.run_folder.labelled import ScoredSplit, join_labels
+from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved
-from pipeline.run_folder.predictions import (
-    ChoicePredictions,
-    Member,
-    Predictions,
-    RegressionPredictions,
-    read_members,
-    read_predictions,
-)
+from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions, read_predictions
 
 
 @dataclass(frozen=True)
@@ -42,9 +36,8 @@ class ReportInputs:
     config: RunConfig
     config_text: str
     environment: dict[str, Any]
-    kind: str
-    """choice, completion or regression."""
-    members: list[Member]
+    kind: Kind
+    members: list[PredictedMember]
     splits: dict[str, ScoredSplit]
     curves: dict[str, TrainingCurve]
     """Of the run and of plain LoRA, by their groups; of a comparison, by the names of its trainings."""
@@ -63,7 +56,10 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     predictions = {split: _read_split(paths, split, len(members)) for split in EVALUATED_SPLITS}
     labelled = load_splits(config.data)
     links, trainings = _read_links(paths), read_comparison(paths)
-    joined = {s: join_labels(p, getattr(labelled, s), paths.predictions / f"{s}.npz") for s, p in predictions.items()}
+    joined = {
+        split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
+        for split, found in predictions.items()
+    }
     return ReportInputs(
         paths=paths,
         config=config,
@@ -101,9 +97,8 @@ def _read_split(paths: RunPaths, split: str, members: int) -> Predictions:
     return predictions
 
 
-def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> str:
-    names = {ChoicePredictions: "choice", RegressionPredictions: "regression"}
-    kinds = {names.get(type(p), "completion") for p in predictions.values()}
+def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> Kind:
+    kinds = {found.kind for found in predictions.values()}
     if len(kinds) > 1:
         raise RunFolderError(str(paths.predictions), None, f"mixes {' and '.join(sorted(kinds))} data", EVALUATE_AGAIN)
     return kinds.pop()

@@ -10,7 +10,7 @@ from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.report.inputs import ReportInputs
 from pipeline.run_folder.labelled import ScoredSplit
-from pipeline.run_folder.predictions import Group, Member
+from pipeline.run_folder.members import Group, PredictedMember
 from pipeline.scores.ensemble import Space, choose_adapters, subsets
 
 METHOD_NAMES = {
@@ -76,7 +76,7 @@ def build_systems(inputs: ReportInputs) -> list[System]:
     return systems + _searched_systems(members, inputs.splits["validation"], ensemble_space(inputs))
 
 
-def base_system(members: Sequence[Member]) -> list[System]:
+def base_system(members: Sequence[PredictedMember]) -> list[System]:
     """The base model alone, where it was predicted; a classifier's base has a head that nobody has trained."""
     found = indices(members, "base")[:1]
     untrained = any(members[index].extra.get("head") == "untrained" for index in found)
@@ -108,20 +108,17 @@ def curve_sizes(draws: int) -> list[int]:
     return sorted(set(range(1, min(draws, _ALL_SIZES_UP_TO) + 1)) | set(table_sizes(draws)))
 
 
-def indices(members: Sequence[Member], group: Group) -> list[int]:
+def indices(members: Sequence[PredictedMember], group: Group) -> list[int]:
     """Positions of a group's members."""
     return [index for index, member in enumerate(members) if member.group == group]
 
 
 def ensemble_space(inputs: ReportInputs) -> Space:
-    """The configured space; completion data know one token of the distribution, which only mixes as probability;
-    numbers are averaged as they are."""
-    if inputs.kind == "regression":
-        return "value"
-    return inputs.config.ensemble.average if inputs.kind == "choice" else "probability"
+    """The space in which this run's members are averaged."""
+    return inputs.splits["validation"].averaging_space(inputs.config.ensemble.average)
 
 
-def _searched_systems(members: Sequence[Member], validation: ScoredSplit, space: Space) -> list[System]:
+def _searched_systems(members: Sequence[PredictedMember], validation: ScoredSplit, space: Space) -> list[System]:
     """The adapters that validation chose, and all of them where it chose fewer."""
     searched = indices(members, "searched")
     if not searched:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import RunFolderError
-from pipeline.run_folder.predictions import ChoicePredictions, Predictions, RegressionPredictions
+from pipeline.run_folder.predictions import EVALUATE_AGAIN, Predictions
 from pipeline.scores.bootstrap import Floats, Ints, RowMean
-
-EVALUATE_AGAIN = "The data or their configuration changed after the predictions were made: evaluate again."
+from pipeline.scores.ensemble import Space
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,17 @@ class ScoredSplit:
     seconds: float
     units: Ints | None = None
     """(N,) index of the question each row belongs to: rows that share one are not independent. None: all differ."""
+    own_space: Space | None = None
+    """The one space in which these members can be averaged; None: any."""
 
     @property
     def rows(self) -> int:
         """N."""
         return len(self.labels) if self.offsets is None else len(self.offsets) - 1
+
+    def averaging_space(self, configured: Space) -> Space:
+        """The space in which members are averaged: `configured` (`ensemble.average`), where these have a choice."""
+        return self.own_space or configured
 
     def row_mean(self, cell_values: Floats) -> RowMean:
         """The mean per cell of (Q, L) values, as a statistic of the N independent rows."""
@@ -47,37 +51,31 @@ class ScoredSplit:
         return RowMean(np.add.reduceat(cell_values, self.offsets[:-1], axis=1), np.diff(self.offsets))
 
 
-def join_labels(predictions: Predictions, rows: Iterable[Any], path: Path) -> ScoredSplit:
-    """Labels by row id.
+def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> ScoredSplit:
+    """Predictions with the right answers of their rows, found by row id.
+
+    Args:
+        rows: of the split, in any order.
+        where: names the predictions in an error.
 
     Raises:
-        RunFolderError: rows and predictions differ, or a label is not among the predicted choices.
+        RunFolderError: rows and predictions differ, or a row's right answer was not predicted.
     """
     by_id = {row.id: row for row in rows}
     unknown = sum(row_id not in by_id for row_id in predictions.row_ids)
     missing = len(by_id) - (len(predictions.row_ids) - unknown)
     if unknown or missing:
         what = f"has {unknown} rows that the data lack, and lacks {missing} rows of the data"
-        raise RunFolderError(str(path), None, what, EVALUATE_AGAIN)
-    units = independent_units([by_id[row_id].question or row_id for row_id in predictions.row_ids])
-    if isinstance(predictions, RegressionPredictions):
-        right = np.array([by_id[row_id].score for row_id in predictions.row_ids], dtype=np.float64)
-        if not np.isfinite(right).all():
-            raise RunFolderError(str(path), None, "has predictions of rows without a score", EVALUATE_AGAIN)
-        return ScoredSplit(predictions.values[..., None], right, None, predictions.seconds, units)
-    if not isinstance(predictions, ChoicePredictions):
-        tokens = predictions.token_log_probs.shape[1]
-        no_choice = np.zeros(tokens, dtype=np.int64)
-        return ScoredSplit(
-            predictions.token_log_probs[..., None], no_choice, predictions.offsets, predictions.seconds, units
-        )
-    labels = [by_id[row_id].label for row_id in predictions.row_ids]
-    choices = predictions.log_probs.shape[2]
-    for row_id, label, logs in zip(predictions.row_ids, labels, predictions.log_probs.swapaxes(0, 1), strict=True):
-        if label is None or not 0 <= label < choices or not np.isfinite(logs[:, label]).all():
-            what = f"has no prediction for the label {label}"
-            raise RunFolderError(f"{path}, row {row_id}", None, what, EVALUATE_AGAIN)
-    return ScoredSplit(predictions.log_probs, np.array(labels), None, predictions.seconds, units)
+        raise RunFolderError(where, None, what, EVALUATE_AGAIN)
+    ordered = [by_id[row_id] for row_id in predictions.row_ids]
+    return ScoredSplit(
+        outputs=predictions.outputs,
+        labels=predictions.right_answers(ordered, where),
+        offsets=predictions.first_cells,
+        seconds=predictions.seconds,
+        units=independent_units([row.question or row.id for row in ordered]),
+        own_space=predictions.own_space,
+    )
 
 
 def independent_units(questions: Sequence[str]) -> Ints | None:

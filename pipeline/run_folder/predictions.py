@@ -1,62 +1,106 @@
-"""The cached predictions of a run: what `evaluate` writes and `report` reads. No labels in here.
+"""The cached predictions of a run: predictions/SPLIT.npz, which `evaluate` writes and `report` reads, without labels.
 
-    predictions/members.json    who predicts, in member order
-    predictions/SPLIT.npz       what they say about the rows of one split
-
-M members, N rows, C choices, T tokens of all reference answers together.
+M members, N rows, C choices, T tokens of all reference answers together. A prediction is scored in L cells: a row
+each, or a token each.
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import RunFolderError
-from pipeline.files import read_json, write_bytes, write_json
+from pipeline.files import write_bytes
 from pipeline.scores.bootstrap import Floats, Ints
+from pipeline.scores.ensemble import Space
 
-MEMBERS = "members.json"
 REMEDY = "Run the evaluate stage (again)."
+EVALUATE_AGAIN = "The data or their configuration changed after the predictions were made: search or evaluate again."
 _NORMALISATION_TOLERANCE = 1e-3
 
-Group = Literal["base", "mean_field", "mask_draw", "plain", "searched", "compared"]
+Kind = Literal["choice", "completion", "regression"]
 
 
 @dataclass(frozen=True)
-class Member:
-    """One column of the predictions: an adapter, and a mask draw of it or none."""
-
-    name: str
-    group: Group
-    """base: no adapter; mean_field: the run's adapter without masks; mask_draw: one draw of it; plain: the run
-    without dropout; searched: adapters of other runs, best first; compared: of the trainings of a comparison, and
-    their draws."""
-    adapter: str | None = None
-    """Folder of the adapter."""
-    adapter_sha256: str | None = None
-    """Hash of its weights file."""
-    draw: int | None = None
-    """Index of the mask draw."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Free fields, such as rate and rank."""
-
-
-@dataclass(frozen=True)
-class ChoicePredictions:
-    """log_probs (M, N, C) float32, normalised over a row's choices, -inf for choices it does not have."""
+class Predictions(ABC):
+    """What M members say about N rows. The kinds of prediction are its subclasses, and answer by these methods."""
 
     row_ids: tuple[str, ...]
-    log_probs: Floats
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, kw_only=True)
     """Duration of the pass over the split, all members together."""
 
+    kind: ClassVar[Kind]
+    """Its name, in files and reports."""
+    stored: ClassVar[dict[str, type[np.generic]]]
+    """The fields that are arrays, and their types in a file."""
+    own_space: ClassVar[Space | None] = None
+    """The one space in which its members can be averaged; None: any, as configured."""
+
     def __post_init__(self) -> None:
-        _check_ids(self.row_ids)
+        if not self.row_ids or len(set(self.row_ids)) != len(self.row_ids):
+            raise ValueError("row_ids must name at least one row, and none twice")
+
+    @property
+    def members(self) -> int:
+        """M."""
+        return len(self.outputs)
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Floats:
+        """(M, L, C) log-probabilities; (M, L, 1) where a cell has one number."""
+
+    @property
+    def first_cells(self) -> Ints | None:
+        """(N + 1,) first cell of each row, and L; None where a row is one cell."""
+        return None
+
+    @abstractmethod
+    def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
+        """(L,) what is right in each cell, said by `rows` in the order of `row_ids`.
+
+        Raises:
+            RunFolderError: a row whose right answer was not predicted; `where` names the predictions.
+        """
+
+    @classmethod
+    @abstractmethod
+    def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:
+        """One set of predictions in the order of `row_ids`, of parts that hold each of them once.
+
+        Raises:
+            KeyError, ValueError: a row that no part holds.
+        """
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its arrays as they stand in a file."""
+        return {name: getattr(self, name).astype(dtype) for name, dtype in self.stored.items()}
+
+    @classmethod
+    def from_arrays(cls, row_ids: tuple[str, ...], arrays: Mapping[str, NDArray[Any]], seconds: float) -> Self:
+        """The inverse of `arrays`. Raises `KeyError` or `ValueError` where they are not those of this kind."""
+        return cls(row_ids, seconds=seconds, **{name: arrays[name] for name in cls.stored})
+
+
+@dataclass(frozen=True)
+class ChoicePredictions(Predictions):
+    """log_probs (M, N, C) float32, normalised over a row's choices, -inf for choices it does not have."""
+
+    log_probs: Floats
+
+    kind = "choice"
+    stored = {"log_probs": np.float32}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.log_probs.ndim != 3 or self.log_probs.shape[1] != len(self.row_ids):
             raise ValueError(f"log_probs has the shape {self.log_probs.shape}, not (M, {len(self.row_ids)}, C)")
         with np.errstate(invalid="ignore"):
@@ -65,23 +109,46 @@ class ChoicePredictions:
             raise ValueError("log_probs is not normalised over the choices, or holds NaN")
 
     @property
-    def members(self) -> int:
-        """M."""
-        return len(self.log_probs)
+    def outputs(self) -> Floats:
+        """(M, N, C): a row is a cell."""
+        return self.log_probs
+
+    def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
+        """(N,) indices of the right choices."""
+        for row, logs in zip(rows, self.log_probs.swapaxes(0, 1), strict=True):
+            label = row.label
+            if label is None or not 0 <= label < logs.shape[-1] or not np.isfinite(logs[:, label]).all():
+                what = f"has no prediction for the label {label}"
+                raise RunFolderError(f"{where}, row {row.id}", None, what, EVALUATE_AGAIN)
+        return np.array([row.label for row in rows])
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:
+        """As wide as the widest part."""
+        width = max(part.log_probs.shape[-1] for part in parts)
+        table = np.full((parts[0].members, len(row_ids), width), -np.inf, dtype=np.float32)
+        place = {name: n for n, name in enumerate(row_ids)}
+        for part in parts:
+            table[:, [place[name] for name in part.row_ids], : part.log_probs.shape[-1]] = part.log_probs
+        return cls(tuple(row_ids), table)
 
 
 @dataclass(frozen=True)
-class CompletionPredictions:
-    """token_log_probs (M, T) of the reference answers; row i has the tokens offsets[i] : offsets[i + 1]."""
+class CompletionPredictions(Predictions):
+    """token_log_probs (M, T) of the reference answers; row i has the tokens offsets[i] : offsets[i + 1].
 
-    row_ids: tuple[str, ...]
+    A token is a choice of which only the right one is known: it can be averaged as a probability, and no other way.
+    """
+
     token_log_probs: Floats
     offsets: Ints
-    seconds: float = 0.0
-    """Duration of the pass over the split, all members together."""
+
+    kind = "completion"
+    stored = {"token_log_probs": np.float32, "offsets": np.int64}
+    own_space = "probability"
 
     def __post_init__(self) -> None:
-        _check_ids(self.row_ids)
+        super().__post_init__()
         if self.token_log_probs.ndim != 2:
             raise ValueError(f"token_log_probs has the shape {self.token_log_probs.shape}, not (M, tokens)")
         tokens = self.token_log_probs.shape[1]
@@ -93,51 +160,80 @@ class CompletionPredictions:
             raise ValueError("token_log_probs must be finite and at most 0")
 
     @property
-    def members(self) -> int:
-        """M."""
-        return len(self.token_log_probs)
+    def outputs(self) -> Floats:
+        """(M, T, 1): a token is a cell."""
+        return self.token_log_probs[..., None]
+
+    @property
+    def first_cells(self) -> Ints:
+        """(N + 1,) first token of each row."""
+        return self.offsets
+
+    def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
+        """(T,) zeros: the reference is the one choice of its cell."""
+        return np.zeros(self.token_log_probs.shape[1], dtype=np.int64)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:
+        """Row by row, each with its tokens."""
+        tokens: dict[str, Floats] = {}
+        for part in parts:
+            pieces = np.split(part.token_log_probs, part.offsets[1:-1], axis=1)
+            tokens.update(zip(part.row_ids, pieces, strict=True))
+        ordered = [tokens[name] for name in row_ids]
+        offsets = np.concatenate([[0], np.cumsum([piece.shape[1] for piece in ordered])]).astype(np.int64)
+        return cls(tuple(row_ids), np.concatenate(ordered, axis=1), offsets)
 
 
 @dataclass(frozen=True)
-class RegressionPredictions:
+class RegressionPredictions(Predictions):
     """values (M, N) float32: the number that each member gives for each row."""
 
-    row_ids: tuple[str, ...]
     values: Floats
-    seconds: float = 0.0
-    """Duration of the pass over the split, all members together."""
+
+    kind = "regression"
+    stored = {"values": np.float32}
+    own_space = "value"
 
     def __post_init__(self) -> None:
-        _check_ids(self.row_ids)
+        super().__post_init__()
         if self.values.ndim != 2 or self.values.shape[1] != len(self.row_ids):
             raise ValueError(f"values has the shape {self.values.shape}, not (M, {len(self.row_ids)})")
         if not np.all(np.isfinite(self.values)):
             raise ValueError("values must be finite")
 
     @property
-    def members(self) -> int:
-        """M."""
-        return len(self.values)
+    def outputs(self) -> Floats:
+        """(M, N, 1): a row is a cell."""
+        return self.values[..., None]
+
+    def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
+        """(N,) the right numbers."""
+        scores = np.array([row.score for row in rows], dtype=np.float64)  # None becomes NaN
+        if not np.isfinite(scores).all():
+            raise RunFolderError(where, None, "has predictions of rows without a score", EVALUATE_AGAIN)
+        return scores
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:
+        """Row by row."""
+        of_row = {name: part.values[:, n] for part in parts for n, name in enumerate(part.row_ids)}
+        return cls(tuple(row_ids), np.stack([of_row[name] for name in row_ids], axis=1))
 
 
-Predictions = ChoicePredictions | CompletionPredictions | RegressionPredictions
+_KINDS: dict[str, type[Predictions]] = {
+    one.kind: one for one in (ChoicePredictions, CompletionPredictions, RegressionPredictions)
+}
 
 
 def write_predictions(folder: Path, split: str, predictions: Predictions) -> None:
     """Write folder/SPLIT.npz; never half-written."""
-    arrays: dict[str, Any] = {"row_ids": np.array(predictions.row_ids, dtype=np.str_), "seconds": predictions.seconds}
-    if isinstance(predictions, ChoicePredictions):
-        arrays |= {"kind": "choice", "log_probs": predictions.log_probs.astype(np.float32)}
-    elif isinstance(predictions, RegressionPredictions):
-        arrays |= {"kind": "regression", "values": predictions.values.astype(np.float32)}
-    else:
-        arrays |= {
-            "kind": "completion",
-            "token_log_probs": predictions.token_log_probs.astype(np.float32),
-            "offsets": predictions.offsets.astype(np.int64),
-        }
+    named: dict[str, Any] = {
+        "row_ids": np.array(predictions.row_ids, dtype=np.str_), "seconds": predictions.seconds,
+        "kind": predictions.kind, **predictions.arrays(),
+    }
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **named)
     write_bytes(_path(folder, split), content.getvalue())
 
 
@@ -145,7 +241,7 @@ def read_predictions(folder: Path, split: str) -> Predictions:
     """Read folder/SPLIT.npz. Nothing is unpickled.
 
     Raises:
-        RunFolderError: the file is missing, damaged, or its shapes do not fit together.
+        RunFolderError: the file is missing, damaged, of an unknown kind, or its shapes do not fit together.
     """
     path = _path(folder, split)
     if not path.is_file():
@@ -153,50 +249,9 @@ def read_predictions(folder: Path, split: str) -> Predictions:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             row_ids, seconds = tuple(arrays["row_ids"].tolist()), float(arrays["seconds"])
-            if str(arrays["kind"]) == "choice":
-                return ChoicePredictions(row_ids, arrays["log_probs"], seconds)
-            if str(arrays["kind"]) == "regression":
-                return RegressionPredictions(row_ids, arrays["values"], seconds)
-            return CompletionPredictions(row_ids, arrays["token_log_probs"], arrays["offsets"], seconds)
+            return _KINDS[str(arrays["kind"])].from_arrays(row_ids, arrays, seconds)
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise RunFolderError(str(path), None, f"is damaged ({' '.join(str(error).split())})", REMEDY) from error
-
-
-def write_members(folder: Path, members: list[Member]) -> None:
-    """Write folder/members.json, in member order."""
-    write_json(folder / MEMBERS, [{**m.extra, **{k: v for k, v in asdict(m).items() if k != "extra"}} for m in members])
-
-
-def read_members(folder: Path) -> list[Member]:
-    """Read folder/members.json.
-
-    Raises:
-        RunFolderError: the file is missing or damaged, or holds an unknown group.
-    """
-    path = folder / MEMBERS
-    entries = read_json(path, REMEDY)
-    try:
-        members = [_to_member(entry) for entry in entries]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RunFolderError(str(path), None, f"is damaged ({error})", REMEDY) from error
-    if not members:
-        raise RunFolderError(str(path), None, "names no member", REMEDY)
-    return members
-
-
-def _to_member(entry: dict[str, Any]) -> Member:
-    known = {f.name for f in fields(Member)} - {"extra"}
-    member = Member(
-        **{k: v for k, v in entry.items() if k in known}, extra={k: v for k, v in entry.items() if k not in known}
-    )
-    if member.group not in get_args(Group):
-        raise ValueError(f"group = {member.group!r} is none of {', '.join(get_args(Group))}")
-    return member
-
-
-def _check_ids(row_ids: tuple[str, ...]) -> None:
-    if not row_ids or len(set(row_ids)) != len(row_ids):
-        raise ValueError("row_ids must name at least one row, and none twice")
 
 
 def _path(folder: Path, split: str) -> Path:

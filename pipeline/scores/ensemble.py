@@ -115,22 +115,27 @@ def choose_size(curve: EnsembleCurve) -> int:
     return min(size for size, d in differences if d.mean() <= d.std() / math.sqrt(len(d)) + _ROUNDING)
 
 
+def ensemble_nll(log_probs: Floats, labels: NDArray[Any], space: Space = "probability") -> float:
+    """NLL of the average of all members (M, N, C), in nats; in the space `value` it is `gaussian_nll`."""
+    score = gaussian_nll if space == "value" else nll
+    return float(score(average(log_probs, space), labels))
+
+
 def choose_adapters(
     log_probs: Sequence[Floats], labels: NDArray[Any], k_max: int, space: Space = "probability"
 ) -> tuple[int, ...]:
     """Greedy forward selection without replacement (Caruana et al. 2004, doi 10.1145/1015330.1015432).
 
-    Starts from the adapter with the lowest NLL (in the space `value`: `gaussian_nll`), adds the one that lowers the
-    ensemble's NLL most (or raises it least) up to `k_max`, and returns the prefix of that order with the lowest NLL.
+    Starts from the adapter with the lowest `ensemble_nll`, adds the one that lowers that of the ensemble most (or
+    raises it least) up to `k_max`, and returns the prefix of that order with the lowest one.
 
     Args:
         log_probs: One (N, C) per adapter, of the validation split.
     """
-    score = gaussian_nll if space == "value" else nll
     stack, order, losses = np.stack(log_probs), list[int](), list[float]()
     while len(order) < min(k_max, len(stack)):
         rest = [k for k in range(len(stack)) if k not in order]
-        trials = [float(score(average(stack[[*order, k]], space), labels)) for k in rest]
+        trials = [ensemble_nll(stack[[*order, k]], labels, space) for k in rest]
         best = int(np.argmin(trials))
         order.append(rest[best])
         losses.append(trials[best])

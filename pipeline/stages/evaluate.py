@@ -25,16 +25,9 @@ from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.comparison import read_comparison
+from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
-from pipeline.run_folder.predictions import (
-    Group,
-    Predictions,
-    read_members,
-    read_predictions,
-    write_members,
-    write_predictions,
-)
-from pipeline.run_folder.predictions import Member as PredictedMember
+from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
 from pipeline.terminal import Progress, say
 
 

@@ -22,7 +22,8 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_folder.predictions import Member, Predictions, write_members, write_predictions
+from pipeline.run_folder.members import PredictedMember, write_members
+from pipeline.run_folder.predictions import Predictions, write_predictions
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def publish_adapter(adapters: Adapters, base: str, found: Validation, paths: Run
         (paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before
         publish_folder(paths.adapter, fill)
         sha256 = sha256_file(paths.adapter / ADAPTER_WEIGHTS)
-        write_members(paths.predictions, [Member("mean-field", "mean_field", str(paths.adapter), sha256)])
+        write_members(paths.predictions, [PredictedMember("mean-field", "mean_field", str(paths.adapter), sha256)])
         write_predictions(paths.predictions, "validation", found.predictions)
 
     main_writes(world, publish)

@@ -33,7 +33,7 @@ from pipeline.data.template import check_template, to_row
 from pipeline.errors import DataError, RunFolderError
 from pipeline.loss.objective import SupervisedClassifier, SupervisedRegressor
 from pipeline.prediction.passes import PassSettings, predict_classes, predict_values
-from pipeline.prediction.predict import merge_predictions, validation_scores
+from pipeline.prediction.predict import validation_scores
 from pipeline.report.tables import format_table
 from pipeline.run_folder.predictions import RegressionPredictions, read_predictions, write_predictions
 from pipeline.scores.bootstrap import bootstrap
@@ -314,7 +314,7 @@ def test_ensembles_average_the_numbers(numbers: tuple[np.ndarray, np.ndarray]) -
 def test_predicted_numbers_are_cached_and_merged(tmp_path: Path) -> None:
     parts = [RegressionPredictions(("c", "a"), np.array([[3.0, 1.0], [6.0, 4.0]])),
              RegressionPredictions(("b",), np.array([[2.0], [5.0]]))]
-    whole = merge_predictions(parts, ["a", "b", "c"])
+    whole = RegressionPredictions.merged(parts, ["a", "b", "c"])
     write_predictions(tmp_path, "test", whole)
     stored = read_predictions(tmp_path, "test")
     assert isinstance(stored, RegressionPredictions) and stored.row_ids == ("a", "b", "c") and stored.members == 2

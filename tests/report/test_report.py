@@ -19,13 +19,12 @@ from pipeline.report.result import build_result
 from pipeline.report.sentences import write_reading
 from pipeline.report.tables import format_table
 from pipeline.run_folder.labelled import independent_units
+from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import (
     ChoicePredictions,
     CompletionPredictions,
-    Member,
     read_predictions,
-    write_members,
     write_predictions,
 )
 from pipeline.scores.bootstrap import RowMean, bootstrap, percentile_interval
@@ -41,11 +40,11 @@ def log_softmax(logits):
 
 def make_members(draws=DRAWS):
     return [
-        Member("base", "base"),
-        Member("plain", "plain", "../plain/adapter", "ab"),
-        Member("mean_field", "mean_field", "adapter", "cd", extra={"rate": 0.5, "rank": 8}),
-        *(Member(f"draw_{d}", "mask_draw", "adapter", "cd", d) for d in range(draws)),
-        *(Member(f"trial_{k}", "searched", f"../search/{k}/adapter", "ef") for k in range(3)),
+        PredictedMember("base", "base"),
+        PredictedMember("plain", "plain", "../plain/adapter", "ab"),
+        PredictedMember("mean_field", "mean_field", "adapter", "cd", extra={"rate": 0.5, "rank": 8}),
+        *(PredictedMember(f"draw_{d}", "mask_draw", "adapter", "cd", d) for d in range(draws)),
+        *(PredictedMember(f"trial_{k}", "searched", f"../search/{k}/adapter", "ef") for k in range(3)),
     ]
 
 
@@ -73,7 +72,7 @@ def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
         ids = [f"{split}-{i}" for i in range(rows)]
         logits = make_logits(members, truth, random)
         log_probs = log_softmax(np.stack([np.zeros_like(logits), logits], axis=-1)).astype(np.float32)
-        write_predictions(paths.predictions, split, ChoicePredictions(tuple(ids), log_probs, 12.5))
+        write_predictions(paths.predictions, split, ChoicePredictions(tuple(ids), log_probs, seconds=12.5))
         answers = ("bad", "good")
         splits[split] = [Row(id=i, choices=answers, label=int(y)) for i, y in zip(ids, labels, strict=True)][::-1]
     write_training(paths, 0.5)

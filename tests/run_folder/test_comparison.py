@@ -28,8 +28,9 @@ from pipeline.run_folder.comparison import (
     shared_part,
     write_comparison,
 )
+from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, refuse_other
-from pipeline.run_folder.predictions import ChoicePredictions, Member, write_members, write_predictions
+from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
 from pipeline.stages.evaluate import listed_adapters
 from pipeline.stages.report import write_report
 
@@ -125,7 +126,9 @@ def test_without_a_recipe_a_comparison_has_its_own() -> None:
     assert len(plan_trainings(resolve_new(Request(quick=True), "compare", "compare"))) == 6
 
 
-def write_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Member], dict[str, np.ndarray], Any]:
+def write_compared(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[PredictedMember], dict[str, np.ndarray], Any]:
     """A comparison's folder as training and evaluation leave it: two seeds, draws of what was chosen."""
     trainings = choose([
         *(training("none", rate, seed, 0.5 + rate) for rate in (0.1, 0.2) for seed in (0, 1)),
@@ -137,11 +140,11 @@ def write_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Me
     config = build_config({"evaluate": {"bootstrap_samples": 400}})
     write_text(paths.config, dump_config(config))
     write_comparison(paths, config.label, trainings)
-    members = [Member("base", "base", extra={"head": "untrained"})]
+    members = [PredictedMember("base", "base", extra={"head": "untrained"})]
     for one in trainings:
         about = {"method": one.method, "values": one.values, "train_seed": one.seed}
         draws = [None, 0, 1] if one.chosen and one.method == "dropkey" else [None]
-        members += [Member(one.name, "compared", "a", "b", d, about) for d in draws if one.state == "done"]
+        members += [PredictedMember(one.name, "compared", "a", "b", d, about) for d in draws if one.state == "done"]
     write_members(paths.predictions, members)
     splits, scores = {}, {}
     for split, rows in ROWS.items():
@@ -216,14 +219,14 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
 
 @pytest.mark.parametrize(("extra", "name"), [({}, "Base model"), ({"head": "untrained"}, "Base model, untrained head")])
 def test_a_base_with_an_untrained_head_is_called_so(extra: dict[str, Any], name: str) -> None:
-    assert [system.name for system in base_system([Member("base", "base", extra=extra)])] == [name]
+    assert [system.name for system in base_system([PredictedMember("base", "base", extra=extra)])] == [name]
 
 
 def test_what_is_compared_does_not_depend_on_the_order_of_the_methods(tmp_path: Path) -> None:
     config = build_config({"compare": {"methods": ["lora_dropout", "none"]}})
     planned = [one for one, _ in plan_trainings(config)]
     done = [replace(one, state="done", chosen=one.values == planned[0].values) for one in planned]
-    members = [Member(one.name, "compared", extra={"train_seed": one.seed, "values": one.values, "method": one.method})
-               for one in done]
+    about = [{"train_seed": one.seed, "values": one.values, "method": one.method} for one in done]
+    members = [PredictedMember(one.name, "compared", extra=extra) for one, extra in zip(done, about, strict=True)]
     keys = [system.key for system, _ in compared_systems(members, done)]
     assert keys.index("plain") == 0 and "method_1" in keys

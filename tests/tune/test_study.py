@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -27,7 +28,13 @@ from pipeline import (
     load_splits,
     write_text,
 )
-from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
+from pipeline.data.rows import Row
+from pipeline.run_folder.predictions import (
+    ChoicePredictions,
+    CompletionPredictions,
+    RegressionPredictions,
+    write_predictions,
+)
 from tune import progress as progress_module
 from tune.cluster import plan
 from tune.ensemble import choose_ensemble
@@ -219,17 +226,43 @@ def test_the_ensemble_is_the_greedy_choice_from_cached_predictions(tmp_path: Pat
         assert list(chosen["by_size"]) == ["1", "2", "3"]
 
 
-def test_an_ensemble_of_completions_averages_token_probabilities(tmp_path: Path, validation: Any) -> None:
-    config, _, _ = validation
+def answered_rows(folder: Path, answers: list[dict[str, Any]]) -> tuple[RunConfig, list[Row]]:
+    """A search over rows with these answers, two of which validate it."""
+    lines = [json.dumps({"prompt": f"row {i}", **answer}) + "\n" for i, answer in enumerate(answers)]
+    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    data = {"path": str(folder / "rows.jsonl"), "validation_rows": 2, "calibration_rows": 2, "test_rows": 2}
+    config = build_config({"data": data, "search": {"adapters": 3}})
+    return config, load_splits(config.data).validation
+
+
+def test_an_ensemble_of_completions_averages_token_probabilities(tmp_path: Path) -> None:
+    config, rows = answered_rows(tmp_path, [{"completion": f" {i}"} for i in range(8)])
+    row_ids = tuple(row.id for row in rows)
     tokens = np.log(np.array([[0.5, 0.1, 0.4], [0.1, 0.5, 0.5], [0.01, 0.01, 0.01]], dtype=np.float32))
     records = []
     for index in range(3):
-        predictions = CompletionPredictions(("r", "s"), tokens[index : index + 1], np.array([0, 2, 3]))
+        predictions = CompletionPredictions(row_ids, tokens[index : index + 1], np.array([0, 2, 3]))
         write_predictions(RunPaths(tmp_path / "trials" / f"t{index}").predictions, "validation", predictions)
         records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
     chosen = choose_ensemble(config, tmp_path, records)
     assert sorted(chosen["adapters"]) == ["t0", "t1"]
     assert chosen["validation_nll"] == pytest.approx(-np.log([0.3, 0.3, 0.45]).mean(), abs=1e-6)
+
+
+def test_an_ensemble_of_numbers_averages_them(tmp_path: Path) -> None:
+    """Two trials whose errors cancel beat the better of them; the third is left out."""
+    config, rows = answered_rows(tmp_path, [{"score": float(i)} for i in range(8)])
+    row_ids, scores = tuple(row.id for row in rows), np.array([row.score for row in rows])
+    records = []
+    for index, error in enumerate(([1.0, -1.0], [-0.5, 0.75], [9.0, 9.0])):
+        values = (scores + error).astype(np.float32)[None]
+        place = RunPaths(tmp_path / "trials" / f"t{index}").predictions
+        write_predictions(place, "validation", RegressionPredictions(row_ids, values))
+        records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
+    chosen = choose_ensemble(config, tmp_path, records)
+    assert chosen["adapters"] == ["t1", "t0"]
+    mean_square = (0.25**2 + 0.125**2) / 2
+    assert chosen["validation_nll"] == pytest.approx(0.5 * np.log(2 * np.pi * np.e * mean_square))
 
 
 def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) -> None:
@@ -241,6 +274,9 @@ def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) 
         ChoicePredictions(row_ids[::-1], table[None]),
     )  # fmt: skip
     with pytest.raises(RunFolderError, match="trial_001"):
+        choose_ensemble(config, tmp_path, records)
+    records = finished_trials(tmp_path, random_tables(2, labels[:-1], 0), row_ids[:-1])
+    with pytest.raises(RunFolderError, match="trial_000: predictions: has 0 rows that the data lack, and lacks 1 rows"):
         choose_ensemble(config, tmp_path, records)
 
 

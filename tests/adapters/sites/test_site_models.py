@@ -407,8 +407,9 @@ def test_presets_train_and_evaluate(
     from pipeline.adapters.peft_format import read_adapter
     from pipeline.config import load_config
     from pipeline.files import read_json_lines
+    from pipeline.run_folder.members import read_members
     from pipeline.run_folder.paths import RunPaths
-    from pipeline.run_folder.predictions import read_members, read_predictions
+    from pipeline.run_folder.predictions import read_predictions
     from pipeline.stages.evaluate import evaluate_run
     from pipeline.stages.train import train_run
 
