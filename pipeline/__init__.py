@@ -11,7 +11,9 @@ from typing import Any
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
-    "config": ("AdapterConfig", "RunConfig", "SearchConfig", "build_config", "dump_config", "load_config"),
+    "config": (
+        "AdapterConfig", "DataConfig", "RunConfig", "SearchConfig", "build_config", "dump_config", "load_config",
+    ),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
     "data.splits": ("load_splits",),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import (
-    RunConfig,
+    DataConfig,
     RunFolderError,
     RunPaths,
     ScoredSplit,
@@ -23,8 +23,10 @@ from tune.ledger import TrialRecord
 from tune.trial import TRIALS
 
 
-def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) -> dict[str, Any]:
-    """Greedy forward selection among the finished trials (best first), at most `search.adapters` of them.
+def choose_ensemble(
+    data: DataConfig, average: Literal["probability", "logit"], most: int, folder: Path, finished: Sequence[TrialRecord]
+) -> dict[str, Any]:
+    """Greedy forward selection among the finished trials (best first), at most `most` of them.
 
     `by_size` holds the validation NLL of ensembles of growing size: the chosen adapters in the order of their
     choice, then the best of the others.
@@ -32,11 +34,11 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
     Raises:
         RunFolderError: a trial's predictions are damaged, or not of the validation rows in the order of the others'.
     """
-    splits = _labelled(config, folder, finished)
-    labels, space = splits[0].labels, splits[0].averaging_space(config.ensemble.average)
+    splits = _labelled(data, folder, finished)
+    labels, space = splits[0].labels, splits[0].averaging_space(average)
     outputs = [split.outputs[0] for split in splits]
-    chosen = choose_adapters(outputs, labels, config.search.adapters, space)
-    order = [*chosen, *(k for k in range(len(finished)) if k not in chosen)][: config.search.adapters]
+    chosen = choose_adapters(outputs, labels, most, space)
+    order = [*chosen, *(k for k in range(len(finished)) if k not in chosen)][:most]
     stack = np.stack([outputs[k] for k in order])
     by_size = {str(size): ensemble_nll(stack[:size], labels, space) for size in range(1, len(order) + 1)}
     return {
@@ -47,10 +49,10 @@ def choose_ensemble(config: RunConfig, folder: Path, finished: Sequence[TrialRec
     }
 
 
-def _labelled(config: RunConfig, folder: Path, finished: Sequence[TrialRecord]) -> list[ScoredSplit]:
+def _labelled(data: DataConfig, folder: Path, finished: Sequence[TrialRecord]) -> list[ScoredSplit]:
     """Each trial's validation predictions with their labels."""
     cached = [read_predictions(RunPaths(folder / TRIALS / r.name).predictions, "validation") for r in finished]
-    rows, splits = load_splits(config.data).validation, []
+    rows, splits = load_splits(data).validation, []
     for record, predictions in zip(finished, cached, strict=True):
         where = f"{record.name}: predictions"
         if predictions.row_ids != cached[0].row_ids:

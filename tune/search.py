@@ -94,7 +94,9 @@ def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> d
         "trials": [_entry(record) for record in records],
         "best": best.name,
         "best_config": best.values,
-        "ensemble": choose_ensemble(config, folder, finished),
+        "ensemble": choose_ensemble(
+            config.data, config.ensemble.average, config.search.adapters, folder, finished
+        ),
         "warnings": _warnings(finished),
     }
 

@@ -21,8 +21,8 @@ from pipeline.files import (
     sha256_file,
     write_json,
 )
-from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.members import PredictedMember, write_members
+from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import Predictions, write_predictions
 
 

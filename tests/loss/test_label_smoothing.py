@@ -71,7 +71,7 @@ def test_objectives_smooth(tmp_path: Path) -> None:
 
 
 def test_numbers_cannot_be_smoothed(tmp_path: Path) -> None:
-    passes = PassSettings(pad_id=0, budget_tokens=512, seed=0)
+    passes = PassSettings(pad_id=0, budget_tokens=512, key=MaskKey(0, "test"))
     task = RegressionTask(load_encoder(tmp_path, classes=1), 64, 0.1, passes)
     with pytest.raises(ConfigError, match=r"train.label_smoothing = 0.1: has no meaning for rows with a score"):
         task.objective()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.encoders import POSITIONS, write_encoder
 
+from pipeline.adapters.members import MaskKey
 from pipeline.config import DataConfig, RunConfig, TrainConfig, build_config
 from pipeline.data.encode import Encoded
 from pipeline.data.splits import load_splits
@@ -23,6 +23,7 @@ from pipeline.prediction.task import (
     training_examples,
     training_stream,
 )
+from pipeline.support.tiny import POSITIONS, write_encoder
 
 ANSWERS = {
     CausalLMTask: {"completion": " x"}, ClassificationTask: {"choices": ["a", "b"], "label": 1},
@@ -54,7 +55,7 @@ def test_a_task_holds_the_values_that_it_reads(tmp_path: Path, model: dict[type[
     config = configured(tmp_path, kind, model[kind])
     task = open_task(config, load_splits(config.data), torch.device("cpu"))
     assert type(task) is kind and task.max_tokens == (POSITIONS + 6 if kind is CausalLMTask else POSITIONS)
-    assert (task.label_smoothing, task.passes.budget_tokens, task.passes.seed) == (0.25, 99, 5)
+    assert (task.label_smoothing, task.passes.budget_tokens, task.passes.key) == (0.25, 99, MaskKey(5, "test"))
     assert task.passes.pad_id == task.base.tokenizer.pad_token_id and task.passes.on_chunk is None
 
 

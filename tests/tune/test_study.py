@@ -178,6 +178,11 @@ def test_a_trial_that_diverges_fails(tmp_path: Path) -> None:
         train_and_collect(tmp_path, [(1, 0.6), (2, float("nan"))])
 
 
+def asked(config: RunConfig) -> tuple[Any, ...]:
+    """What of the configuration decides an ensemble."""
+    return config.data, config.ensemble.average, config.search.adapters
+
+
 def finished_trials(folder: Path, tables: list[np.ndarray], row_ids: tuple[str, ...]) -> list[TrialRecord]:
     records = []
     for index, table in enumerate(tables):
@@ -212,7 +217,7 @@ def test_the_ensemble_is_the_greedy_choice_from_cached_predictions(tmp_path: Pat
     config, row_ids, labels = validation
     for seed in range(5):
         tables = random_tables(4, labels, seed)
-        chosen = choose_ensemble(config, tmp_path, finished_trials(tmp_path, tables, row_ids))
+        chosen = choose_ensemble(*asked(config), tmp_path, finished_trials(tmp_path, tables, row_ids))
         indices = [int(name[-3:]) for name in chosen["adapters"]]
         singles = [mixture_nll([table], labels) for table in tables]
         assert indices[0] == int(np.argmin(singles))
@@ -244,7 +249,7 @@ def test_an_ensemble_of_completions_averages_token_probabilities(tmp_path: Path)
         predictions = CompletionPredictions(row_ids, tokens[index : index + 1], np.array([0, 2, 3]))
         write_predictions(RunPaths(tmp_path / "trials" / f"t{index}").predictions, "validation", predictions)
         records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
-    chosen = choose_ensemble(config, tmp_path, records)
+    chosen = choose_ensemble(*asked(config), tmp_path, records)
     assert sorted(chosen["adapters"]) == ["t0", "t1"]
     assert chosen["validation_nll"] == pytest.approx(-np.log([0.3, 0.3, 0.45]).mean(), abs=1e-6)
 
@@ -259,7 +264,7 @@ def test_an_ensemble_of_numbers_averages_them(tmp_path: Path) -> None:
         place = RunPaths(tmp_path / "trials" / f"t{index}").predictions
         write_predictions(place, "validation", RegressionPredictions(row_ids, values))
         records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
-    chosen = choose_ensemble(config, tmp_path, records)
+    chosen = choose_ensemble(*asked(config), tmp_path, records)
     assert chosen["adapters"] == ["t1", "t0"]
     mean_square = (0.25**2 + 0.125**2) / 2
     assert chosen["validation_nll"] == pytest.approx(0.5 * np.log(2 * np.pi * np.e * mean_square))
@@ -274,10 +279,10 @@ def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) 
         ChoicePredictions(row_ids[::-1], table[None]),
     )  # fmt: skip
     with pytest.raises(RunFolderError, match="trial_001"):
-        choose_ensemble(config, tmp_path, records)
+        choose_ensemble(*asked(config), tmp_path, records)
     records = finished_trials(tmp_path, random_tables(2, labels[:-1], 0), row_ids[:-1])
     with pytest.raises(RunFolderError, match="trial_000: predictions: has 0 rows that the data lack, and lacks 1 rows"):
-        choose_ensemble(config, tmp_path, records)
+        choose_ensemble(*asked(config), tmp_path, records)
 
 
 def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
