@@ -176,13 +176,6 @@ def _is_used(key: str, entries: Mapping[str, DimensionFile], adapter: AdapterCon
 
 
 def _read_dimension(key: str, entry: DimensionFile, path: Path, present: object) -> Dimension:
-    try:
-        return _resolve(key, entry, present)
-    except UserError as error:
-        raise ConfigError(f"{path}: {key}", None, str(error)) from error
-
-
-def _resolve(key: str, entry: DimensionFile, present: object) -> Dimension:
     """`present`: the value in force, whose type says whether the dimension is of whole numbers."""
     options = entry.choice or entry.grid
     if options is not None:
@@ -190,12 +183,12 @@ def _resolve(key: str, entry: DimensionFile, present: object) -> Dimension:
     low, high = entry.uniform or entry.loguniform or []
     whole = isinstance(present, int) and not isinstance(present, bool)
     if whole and (low != int(low) or high != int(high)):
-        raise ConfigError(key, [low, high], "must be whole numbers")
+        raise ConfigError(f"{path}: {key}", [low, high], "must be whole numbers")
     if key == "adapter.rank":
         ranks = tuple(rank for rank in SERVED_RANKS if low <= rank <= high)
         if not ranks:
             remedy = f"Served: {', '.join(map(str, SERVED_RANKS))}; or list a choice."
-            raise ConfigError(key, [low, high], "holds no rank that vLLM serves", remedy)
+            raise ConfigError(f"{path}: {key}", [low, high], "holds no rank that vLLM serves", remedy)
         return Options(ranks)
     return Range(low, high, log=entry.loguniform is not None, whole=whole)
 

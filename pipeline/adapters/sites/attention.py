@@ -119,7 +119,9 @@ def _dropped(keys: RowKeys, sites: Sequence[tuple[KeyedSite, ...]], rows: int, h
         stop = start + rows * len(list(members))
         part = torch.zeros(stop - start, 1, 1, 1, dtype=torch.bool, device=keys.position.device)
         for site, key in of_member:
-            part = _joined(part, _mask(keys, slice(start, stop), key, site, heads))
+            mask = _mask(keys, slice(start, stop), key, site, heads)
+            width = max(part.shape[1], mask.shape[1])  # per key-value head, repeated where the other is per query head
+            part = _to_heads(part, width) | _to_heads(mask, width)
         parts.append(part)
         start = stop
     wide = [max(part.shape[dim] for part in parts) for dim in (1, 2)]
@@ -132,12 +134,6 @@ def _mask(keys: RowKeys, rows: slice, key: int, site: Site, heads: tuple[int, in
     if site.pattern == "column":
         return dropped_keys(keys, rows, key, count, site).unsqueeze(2)
     return _to_heads(dropped_pairs(keys, rows, key, count, site), heads[0])
-
-
-def _joined(a: Tensor, b: Tensor) -> Tensor:
-    """Dropped in either; masks per key-value head are repeated where the other has one per query head."""
-    width = max(a.shape[1], b.shape[1])
-    return _to_heads(a, width) | _to_heads(b, width)
 
 
 def _to_heads(mask: Tensor, heads: int) -> Tensor:
@@ -160,7 +156,9 @@ def member_attention(
         )
     for term, what in UNKNOWN_TERMS.items():
         if kwargs.get(term) is not None:
-            raise _refusal(installed, f"its attention has {what}")
+            name = None if installed is None else installed.name
+            remedy = "Use sites on the LoRA matrices."
+            raise ConfigError("adapter.method", name, f"cannot be masked here: its attention has {what}", remedy)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     heads = Heads(
         query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -180,8 +178,3 @@ def _attend(heads: Heads, drops: Drops, plain: bool) -> Tensor:
     if drops.logits.shape[2] == 1:
         return column_attention(heads, drops.logits.squeeze(2))
     return pair_attention(heads, drops.logits)
-
-
-def _refusal(installed: AttentionSites | None, reason: str) -> ConfigError:
-    name = installed.name if installed is not None else None
-    return ConfigError("adapter.method", name, f"cannot be masked here: {reason}", "Use sites on the LoRA matrices.")
