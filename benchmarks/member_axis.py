@@ -77,7 +77,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config("default", [f"model.path={arguments.model}"])
     base = load_base(config.model, device)
-    adapters = attach(base.model, [AdapterSpec.from_config(config.adapter)], "all-linear", seed=0)
+    spec = AdapterSpec.from_config(config.adapter, config.train.max_steps)
+    adapters = attach(base.model, [spec], "all-linear", seed=0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, (arguments.rows, arguments.tokens), generator=generator).tolist()
     examples = [Encoded(str(i), tuple(r), (*[IGNORE_INDEX] * (len(r) - 1), r[-1])) for i, r in enumerate(ids)]

@@ -23,7 +23,7 @@ _MODULES = {
         "RunFolderError", "StageFailed", "UserError",
     ),
     "files": ("publish_folder", "read_json", "read_json_lines", "sha256_file", "write_json", "write_text"),
-    "run_folder.labelled": ("ScoredSplit", "join_labels"),
+    "run_folder.labelled": ("LabelledSplit", "join_labels"),
     "run_folder.paths": ("RunPaths",),
     "run_folder.predictions": ("read_predictions",),
     "scores.classification": ("nll",),

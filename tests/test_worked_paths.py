@@ -24,14 +24,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.files import write_text
-from pipeline.run_folder.paths import RunPaths, load_saved, update_status
+from pipeline.run_folder.paths import RunPaths, load_saved
 
 
 def say_hello(run_dir: Path) -> None:
     """Write hello.txt."""
     config = load_saved(RunPaths(run_dir).config)
     write_text(run_dir / "hello.txt", f"hello, rank {config.adapter.rank}")
-    update_status(RunPaths(run_dir), "hello", "done")
 '''
 ROW = '        Stage("hello", "says hello", "one", "saved", "pipeline.stages.hello:say_hello"),\n'
 COLUMN_MASK = '''

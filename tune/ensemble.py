@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline import (
     DataConfig,
+    LabelledSplit,
     RunFolderError,
     RunPaths,
-    ScoredSplit,
     choose_adapters,
     ensemble_nll,
     join_labels,
@@ -49,7 +49,7 @@ def choose_ensemble(
     }
 
 
-def _labelled(data: DataConfig, folder: Path, finished: Sequence[TrialRecord]) -> list[ScoredSplit]:
+def _labelled(data: DataConfig, folder: Path, finished: Sequence[TrialRecord]) -> list[LabelledSplit]:
     """Each trial's validation predictions with their labels."""
     cached = [read_predictions(RunPaths(folder / TRIALS / r.name).predictions, "validation") for r in finished]
     rows, splits = load_splits(data).validation, []

@@ -1,4 +1,4 @@
-"""Assembly: put adapters onto a base model, and make plans for its passes."""
+"""Put adapters onto a base model, and make plans for its passes."""
 
 from __future__ import annotations
 
@@ -173,9 +173,9 @@ def _wrap(
         if spec.adapts(name):
             alike.setdefault((spec.kind, spec.rank_of(name)), []).append(k)
     buckets = []
-    for (kind, rank), members in alike.items():
-        bucket = BUCKETS[kind](members, rank, inputs, outputs, [specs[k].scaling_of(name) for k in members])
-        bucket.reset([torch.Generator().manual_seed(key64(seed, "init", k, name) >> 1) for k in members])
+    for (kind, rank), own in alike.items():
+        bucket = BUCKETS[kind](own, rank, inputs, outputs, [specs[k].scaling_of(name) for k in own])
+        bucket.reset([torch.Generator().manual_seed(key64(seed, "init", k, name) >> 1) for k in own])  # >> 1: 63 bits
         buckets.append(bucket.to(base.weight.device))  # type: ignore[arg-type]
     layer = LoRALinear(base, name, axis, buckets)
     for k, spec in enumerate(specs):

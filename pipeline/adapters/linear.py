@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
     weight, after which training forwards silently pass no gradient to their input.
     """
 
-    def __init__(self, base: nn.Module, name: str, axis: MemberAxis, buckets: Sequence[RankBucket]) -> None:
+    def __init__(self, base: nn.Module, name: str, axis: MemberAxis, buckets: Sequence[Bucket]) -> None:
         super().__init__()
         self.base = base
         self.name = name

@@ -20,7 +20,7 @@ from pipeline.adapters.heads import HeadState
 from pipeline.adapters.linear import LoRALinear
 from pipeline.adapters.peft_adalora import peft_adalora, plain_lora, with_peft_schedule
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config.method import Consistency, Site
+from pipeline.config.method import WEIGHT_POSITIONS, Consistency, Site
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_file, write_json
 
@@ -196,7 +196,7 @@ def in_inverse_convention(spec: AdapterSpec, layers: list[str], layer_count: int
         return spec
     sites = tuple(
         site.model_copy(update={"compensation": "inverse"})
-        if site.compensation == "none" and site.position.startswith("lora_")
+        if site.compensation == "none" and site.position in WEIGHT_POSITIONS
         else site
         for site in spec.sites
     )

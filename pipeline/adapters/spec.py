@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.config.adapter import AdaLoRAConfig, AdapterConfig
-from pipeline.config.method import Consistency, Method, Site
+from pipeline.config.method import WEIGHT_POSITIONS, Consistency, Method, Site
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
@@ -30,7 +30,7 @@ class AdapterSpec:
     """AdaLoRA's rank budget; its `rank` is then that of the start, and `rank_pattern` holds the pruned ones."""
 
     @classmethod
-    def from_config(cls, config: AdapterConfig, max_steps: int = 0) -> AdapterSpec:
+    def from_config(cls, config: AdapterConfig, max_steps: int) -> AdapterSpec:
         """The spec that an `adapter:` section describes; AdaLoRA's depends on the length of the run, too."""
         method: Method = config.resolved_method()
         adaptive = config.kind == "adalora"
@@ -86,7 +86,7 @@ class AdapterSpec:
         """E[mask product] of a weight entry: Π (1-rate) over weight sites without rescale, else 1."""
         factor = 1.0
         for position, site in self.sites_of(layer, layer_count).items():
-            if position in ("lora_A", "lora_B", "lora_rank") and site.compensation == "none":
+            if position in WEIGHT_POSITIONS and site.compensation == "none":
                 factor *= 1.0 - site.rate
         return factor
 

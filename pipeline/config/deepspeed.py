@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.model import ModelConfig
+from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
 
@@ -29,6 +30,22 @@ def find_ds_config(name: str) -> Path:
     raise ConfigError(
         "train.deepspeed", name, "is neither a file nor in ds_configs/", f"There are: {', '.join(known)}."
     )
+
+
+def decided_by(train: TrainConfig, micro_steps: int | None, bf16: bool | None) -> dict[str, Any]:
+    """What the run decides of a DeepSpeed file: dotted key -> value; None = known later.
+
+    Args:
+        micro_steps: accumulation steps, which follow from the number of processes.
+        bf16: whether ZeRO-3 holds parameters in bfloat16, which follows from the device.
+    """
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": train.max_gradient_norm,
+        "bf16.enabled": bf16,
+    }
 
 
 def fill_ds_config(source: dict[str, Any], decided: dict[str, Any], where: str) -> dict[str, Any]:

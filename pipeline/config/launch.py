@@ -30,7 +30,7 @@ class LoggingConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Processes of the training stage."""
+    """Processes of the stages that work in several: training and evaluation."""
 
     processes: NonNegative = 0
     """Per node; 0 = one per accelerator, or one per core up to 2 on a CPU-only machine."""

@@ -119,4 +119,4 @@ def batch_keys(batch: Batch) -> Tensor:
 
 def example_keys(example_ids: list[str]) -> Tensor:
     """(B,) int64 identities of examples, the same in every layout and process."""
-    return torch.tensor([key64("example", name) >> 1 for name in example_ids], dtype=torch.int64)
+    return torch.tensor([key64("example", name) >> 1 for name in example_ids], dtype=torch.int64)  # 63 bits fit

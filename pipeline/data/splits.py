@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from pipeline.config import DataConfig
 from pipeline.data.rows import Row
-from pipeline.data.sources import open_records, parse, sources_of
+from pipeline.data.sources import SPLITS, open_records, parse, sources_of
 from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
-EVALUATED_SPLITS = ("validation", "calibration", "test")
+EVALUATED_SPLITS = SPLITS[1:]
 """All but train: those that members predict and a report reads."""
 TAKING_ORDER = ("test", "calibration", "validation", "train")
 

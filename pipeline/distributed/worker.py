@@ -29,6 +29,8 @@ def stage_main(name: str, work: Callable[[Path], object], run_dir: Path, in_worl
     try:
         with lifeline(name, run_dir, in_world):
             work(run_dir)
+        if not in_world:  # where several work, the main one says so before they part
+            update_status(RunPaths(run_dir), name, "done")
         return EXIT_OK
     except LoradropError as error:
         say(str(error), rank == 0)

@@ -32,7 +32,7 @@ class SupervisedLM(nn.Module):
     ) -> Tensor:
         """Σ weight(row) · nll over supervised tokens, in nats. All arguments (M·B, T) but row_weights (M·B,).
 
-        Packed rows come without attention mask: see `Rows.model_tensors`.
+        Packed rows come without attention mask: see `MemberBatch.model_tensors`.
         """
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         return weighted_nll(hidden, labels, head_of(self.model), row_weights, self.smoothing)[0]

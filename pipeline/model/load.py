@@ -1,4 +1,4 @@
-"""Load the frozen base: quantized, in training mode for good, with its tokenizer. Only importer of bitsandbytes."""
+"""Load the frozen base: quantized, in training mode for good, with its tokenizer."""
 
 from __future__ import annotations
 

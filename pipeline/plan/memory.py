@@ -141,7 +141,7 @@ def plan_memory(
     folder, description = base_description(base)
     dtype = dtype or torch.bfloat16  # a GPU that this torch cannot reach: a usual one
     model = empty_model(description, dtype, base.attention)
-    adapters = attach(model, [AdapterSpec.from_config(adapter)], adapter.target_modules, 0)
+    adapters = attach(model, [AdapterSpec.from_config(adapter, train.max_steps)], adapter.target_modules, 0)
     weights = weigh(adapters, base, dtype, folder)
     try:
         passes = trace_pass(adapter, train, base.attention, description, dtype, batch)

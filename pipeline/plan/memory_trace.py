@@ -108,7 +108,7 @@ def shortened(description: Any, layers: int) -> Any:
 
 
 def _trace(adapter: AdapterConfig, train: TrainConfig, model: nn.Module, batch: Batch) -> Peaks:
-    adapters = attach(model, [AdapterSpec.from_config(adapter)], adapter.target_modules, 0)
+    adapters = attach(model, [AdapterSpec.from_config(adapter, train.max_steps)], adapter.target_modules, 0)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()

@@ -11,14 +11,13 @@ from pipeline.files import write_json
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_skeleton
 from pipeline.run_folder.comparison import REFUSALS, plan_trainings
-from pipeline.run_folder.paths import RunPaths, load_saved, update_status
+from pipeline.run_folder.paths import RunPaths, load_saved
 
 
 def check_methods(run_dir: Path) -> None:
     """Write refused.json: method -> why the model cannot honour it; empty where all can be trained."""
     paths = RunPaths(run_dir)
     write_json(run_dir / REFUSALS, refused_methods(load_saved(paths.config)))
-    update_status(paths, "method_check", "done")
 
 
 def refused_methods(config: RunConfig) -> dict[str, str]:

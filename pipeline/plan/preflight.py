@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import DataConfig, RunConfig, TrainConfig
-from pipeline.config.deepspeed import combination_fault, fill_ds_config, find_ds_config, zero_stage
+from pipeline.config.deepspeed import combination_fault, decided_by, fill_ds_config, find_ds_config, zero_stage
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG, read_json
 from pipeline.run_folder.metrics import check_loggers
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Model path, stored adapter, DeepSpeed file, hostfile, and the first local data rows.
+    """Model path, stored adapter, hostfile, loggers, DeepSpeed file, the first local data rows, how batches are formed.
 
     Raises:
         UserError: the first fault, with the way out.
@@ -29,13 +29,7 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
     check_loggers(config.logging)
     ds_file = find_ds_config(config.train.deepspeed)
-    decided = {
-        "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": None,  # by the number of processes
-        "gradient_clipping": config.train.max_gradient_norm,
-        "bf16.enabled": None,  # by the device
-    }
+    decided = decided_by(config.train, micro_steps=None, bf16=None)
     ds_config = fill_ds_config(read_json(ds_file), decided, ds_file.name)
     if fault := combination_fault(ds_config, config.model):
         raise fault

@@ -20,7 +20,7 @@ def predict_shared(
     task: Task, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], world: World,
     on_chunk: OnChunk | None = None, stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predictions:
-    """Log-probabilities of every answer of `rows` under every member.
+    """What every member says about `rows`: log-probabilities of their answers, or numbers.
 
     Rows are divided among all processes; every process returns the whole.
 

@@ -12,7 +12,7 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, read_json_lines
 from pipeline.run_folder.comparison import Training, read_comparison
-from pipeline.run_folder.labelled import ScoredSplit, join_labels
+from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions, read_predictions
@@ -38,7 +38,7 @@ class ReportInputs:
     environment: dict[str, Any]
     kind: Kind
     members: list[PredictedMember]
-    splits: dict[str, ScoredSplit]
+    splits: dict[str, LabelledSplit]
     curves: dict[str, TrainingCurve]
     """Of the run and of plain LoRA, by their groups; of a comparison, by the names of its trainings."""
     trainings: list[Training] | None

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.systems import System, ensemble_space
-from pipeline.run_folder.labelled import ScoredSplit
+from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import Floats, RowMean, Statistic, bootstrap
 from pipeline.scores.classification import ROW_SCORES, BinaryScore, CalibrationError
@@ -89,12 +89,12 @@ def size_curve(scored: Sequence[ScoredSystem], split: str, scaling: str, score: 
     return EnsembleCurve.of([one.system.passes for one in scored], values)
 
 
-def _predict(split: ScoredSplit, system: System, space: Space) -> Floats:
+def _predict(split: LabelledSplit, system: System, space: Space) -> Floats:
     """(Q, L, C), one average per candidate."""
     return np.stack([average(split.outputs[list(candidate)], space) for candidate in system.candidates])
 
 
-def _statistics(inputs: ReportInputs, split: ScoredSplit, predictions: Floats) -> dict[str, Statistic]:
+def _statistics(inputs: ReportInputs, split: LabelledSplit, predictions: Floats) -> dict[str, Statistic]:
     if inputs.kind == "regression":
         squares, values = row_squared_error(predictions, split.labels), predictions[..., 0]
         return {

@@ -9,7 +9,7 @@ from pipeline.config import AdapterConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.report.inputs import ReportInputs
-from pipeline.run_folder.labelled import ScoredSplit
+from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.run_folder.members import Group, PredictedMember
 from pipeline.scores.ensemble import Space, choose_adapters, subsets
 
@@ -118,7 +118,7 @@ def ensemble_space(inputs: ReportInputs) -> Space:
     return inputs.splits["validation"].averaging_space(inputs.config.ensemble.average)
 
 
-def _searched_systems(members: Sequence[PredictedMember], validation: ScoredSplit, space: Space) -> list[System]:
+def _searched_systems(members: Sequence[PredictedMember], validation: LabelledSplit, space: Space) -> list[System]:
     """The adapters that validation chose, and all of them where it chose fewer."""
     searched = indices(members, "searched")
     if not searched:

@@ -16,7 +16,7 @@ from pipeline.scores.ensemble import Space
 
 
 @dataclass(frozen=True)
-class ScoredSplit:
+class LabelledSplit:
     """Predictions of one split with their labels, in L cells.
 
     A cell is a row of choice data; for completion data it is a token of a reference answer, taken as a choice
@@ -51,7 +51,7 @@ class ScoredSplit:
         return RowMean(np.add.reduceat(cell_values, self.offsets[:-1], axis=1), np.diff(self.offsets))
 
 
-def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> ScoredSplit:
+def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> LabelledSplit:
     """Predictions with the right answers of their rows, found by row id.
 
     Args:
@@ -68,7 +68,7 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> Sc
         what = f"has {unknown} rows that the data lack, and lacks {missing} rows of the data"
         raise RunFolderError(where, None, what, EVALUATE_AGAIN)
     ordered = [by_id[row_id] for row_id in predictions.row_ids]
-    return ScoredSplit(
+    return LabelledSplit(
         outputs=predictions.outputs,
         labels=predictions.right_answers(ordered, where),
         offsets=predictions.first_cells,

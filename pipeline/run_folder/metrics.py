@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases behind the call that writes metrics.jsonl. Opened on the main process only."""
+"""metrics.jsonl, and TensorBoard and Weights & Biases behind the call that writes it. Main process only."""
 
 from __future__ import annotations
 

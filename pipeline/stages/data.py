@@ -13,12 +13,13 @@ from rich.text import Text
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
-from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates
+from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates, supervised_share
 from pipeline.data.encode_classifier import encode_answered, output_count, refuse_for_causal
 from pipeline.data.rows import Row
 from pipeline.data.sampler import length_sorted_chunks
-from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
-from pipeline.errors import EXIT_OK, DataError
+from pipeline.data.sources import SPLITS
+from pipeline.data.splits import Splits, load_splits
+from pipeline.errors import EXIT_OK
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
 from pipeline.plan.preflight import check_inputs
@@ -27,7 +28,6 @@ from pipeline.plan.resolve import resolve_new, resolve_saved
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.loader import open_loader
 
-SPLITS = ("train", *EVALUATED_SPLITS)
 COUNTED_ROWS = 20_000
 """Rows of a split that are tokenized for the table."""
 UNBOUNDED = 2**31
@@ -193,7 +193,7 @@ def training_padding(
     """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
     if not encoded:
         return 0.0
-    loader = open_loader(train, max_tokens, encoded, AdapterSpec.from_config(adapter))
+    loader = open_loader(train, max_tokens, encoded, AdapterSpec.from_config(adapter, train.max_steps))
     steps = range(-(-(loader.rows or 0) // train.global_batch))
     micros = [micro for step in steps for micro in loader.of_step(step).micros]
     return 1.0 - sum(micro.tokens for micro in micros) / sum(micro.places for micro in micros)
@@ -214,11 +214,8 @@ def remarks(looks: dict[str, list[Look]], max_tokens: int) -> list[str]:
         DataError: no training token is supervised.
     """
     train = [look.encoded for look in looks["train"] if look.encoded is not None]
-    if train and not any(row.supervised for row in train):
-        raise DataError(
-            "data.path", None, f"no token of its {len(train)} training rows is supervised",
-            "Check the answers that data.template makes.",
-        )
+    if train:
+        supervised_share(train)
     lines = []
     needed = max((look.needed for seen in looks.values() for look in seen), default=0)
     if any(look.encoded is None for seen in looks.values() for look in seen):

@@ -69,6 +69,5 @@ def export_run(run_dir: Path) -> None:
         write_json(folder / MANIFEST, manifest)
 
     publish_folder(paths.export, fill)
-    update_status(paths, "export", "done")
     leave_world()
     say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")

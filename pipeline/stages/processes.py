@@ -1,4 +1,4 @@
-"""Start a stage of a run folder in processes of its own, unless it is done."""
+"""Start a stage of a run folder in processes of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pipeline.stages.table import STAGES
 def start(name: str, config: RunConfig, folders: Folders) -> int:
     """Start a stage and wait for it; its exit code.
 
-    One with a new configuration makes the run folder and continues from its newest checkpoint.
+    One with a new configuration, as training, makes the run folder, is not started again once it is done, and gets its
+    headline from the line that it is part of: several trainings have different ones.
 
     Raises:
         RunFolderError: the folder belongs to another configuration.

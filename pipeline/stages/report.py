@@ -13,7 +13,6 @@ from pipeline.report.comparison import build_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
-from pipeline.run_folder.paths import update_status
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
@@ -31,5 +30,4 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)
-    update_status(inputs.paths, "report", "done")
     return result

@@ -121,7 +121,8 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
             with adapters.axis.active(rows.plan):  # recomputation in the backward pass reads the plan too
                 nll, divergence = engine(**rows.inputs)
                 loss = nll + consistency.weight * divergence
-                penalty = run.budget.penalty() * (micro_steps / len(batch.micros))  # once a step
+                # Once a step: of each of its passes a part, and the engine divides every pass by micro_steps.
+                penalty = run.budget.penalty() * (micro_steps / len(batch.micros))
                 engine.backward(mean.for_engine(loss) + penalty)
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
@@ -129,7 +130,7 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
             if last:  # what is not finite is never applied
                 numbers = guards.check(step, losses, mean, rows_of, divergences)
                 run.budget.observe(step + 1)  # the whole gradients, before the step clears them
-            engine.step()
+            engine.step()  # updates at the boundary alone
 
         run.budget.apply(step + 1, numbers.gradient_norm)  # AdaLoRA prunes
         run.counters = replace(run.counters, step=step + 1)

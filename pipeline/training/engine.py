@@ -9,10 +9,9 @@ from torch import nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
-from pipeline.config.deepspeed import fill_ds_config, find_ds_config, zero_stage
+from pipeline.config.deepspeed import decided_by, fill_ds_config, find_ds_config, zero_stage
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
-from pipeline.distributed.zero import leave_head_outside, require_one_dtype
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
 
@@ -35,19 +34,12 @@ def build_engine(
         ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
     """
     path = find_ds_config(train.deepspeed)
-    decided = {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": train.max_gradient_norm,
-    }
     source = read_json(path)
-    if zero_stage(source) == 3:
-        decided["bf16.enabled"] = compute_dtype == torch.bfloat16
+    decided = decided_by(train, micro_steps, compute_dtype == torch.bfloat16)
     ds_config = fill_ds_config(source, decided, path.name)
     if zero_stage(source) == 3:
-        require_one_dtype(adapters.model, compute_dtype)
-        leave_head_outside(adapters.model)
+        zero.require_one_dtype(adapters.model, compute_dtype)
+        zero.leave_head_outside(adapters.model)
     if train.activation_checkpointing:
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()

@@ -1,7 +1,7 @@
 """Attention and FFN sites again, from the equations alone: integer hashes in loops, dense float64, nothing fused.
 
 Nothing here imports the package. Masks are functions of (seed, layer key, branch, example, positions, head); see
-`pipeline/adapters/activation.py` for what they are meant to be.
+`pipeline/adapters/masks.py` for what they are meant to be.
 
     DropKey         w = softmax of the logits that are visible and kept
     DropAttention   w = softmax of the visible logits; kept weights ÷ NoGrad(their sum)      (arXiv 2403.00812)

@@ -445,7 +445,7 @@ def test_the_term_of_a_preset_is_changed_without_writing_the_method() -> None:
     ])  # fmt: skip
     wanted = Consistency(kind="kl", weight=0.05, branches="both")
     assert config.adapter.resolved_method().consistency == wanted
-    assert AdapterSpec.from_config(config.adapter).consistency == wanted
+    assert AdapterSpec.from_config(config.adapter, config.train.max_steps).consistency == wanted
     assert len(config.adapter.resolved_method().sites) == 4
     added = AdapterConfig.model_validate({"method": "lora_dropout", "consistency": {"kind": "js"}}).resolved_method()
     assert added.consistency == Consistency(kind="js")

@@ -30,7 +30,7 @@ def tiny_config(tiny_settings: list[str], *extra: str) -> Any:
 
 def test_weights_are_those_of_the_shapes(tiny_settings: list[str], tiny_folder: Path) -> None:
     config = tiny_config(tiny_settings, "adapter.rank=4")
-    adapters = attach(tiny_llama(), [AdapterSpec.from_config(config.adapter)], "all-linear", 0)
+    adapters = attach(tiny_llama(), [AdapterSpec.from_config(config.adapter, config.train.max_steps)], "all-linear", 0)
     weights = weigh(adapters, config.model, torch.float32, tiny_folder / "model")
     numbers = 2 * sum(i * o for i, o in LINEAR_SHAPES)  # two layers
     assert weights.quantized == numbers // 2
@@ -50,7 +50,7 @@ def test_weights_are_those_of_a_loaded_base(tiny_settings: list[str]) -> None:
     scales = sum(
         s.absmax.nbytes + s.code.nbytes + s.state2.absmax.nbytes + s.state2.code.nbytes for s in held
     )
-    adapters = attach(tiny_llama(), [AdapterSpec.from_config(config.adapter)], "all-linear", 0)
+    adapters = attach(tiny_llama(), [AdapterSpec.from_config(config.adapter, config.train.max_steps)], "all-linear", 0)
     weights = weigh(adapters, config.model, torch.float32, None)
     assert weights.quantized == sum(p.nbytes for p in base.model.parameters() if hasattr(p, "quant_state"))
     assert weights.scales == scales
@@ -164,3 +164,13 @@ def test_what_cannot_be_planned_says_why(tiny_settings: list[str], tmp_path: Pat
         sharded = tiny_config(tiny_settings, "train.deepspeed=zero3")
         plan_memory(sharded.model, sharded.adapter, sharded.train, 1, Batch(8, 1))
     assert memory_table(tiny_config(tiny_settings, f"model.path={tmp_path}"), 1).startswith("memory: no plan (")
+
+
+def test_adalora_is_planned_with_the_rank_of_its_start(tiny_settings: list[str]) -> None:
+    """Its schedule depends on the length of the run, which the plan has to be told."""
+    adalora = tiny_config(tiny_settings, "adapter.kind=adalora")
+    plain = tiny_config(tiny_settings, "adapter.rank=6")  # 1.5 × 4
+    found, wanted = (plan_memory(c.model, c.adapter, c.train, 1, Batch(16, 2)) for c in (adalora, plain))
+    layers = 2 * 7
+    assert found.weights.trained == wanted.weights.trained + 6 * layers  # Λ beside P and Q
+    assert "memory of one process" in memory_table(adalora, 1)

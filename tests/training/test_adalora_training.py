@@ -87,8 +87,8 @@ def test_evaluate_report_and_export_take_an_adalora_run(
     from pipeline.stages.report import write_report
     from pipeline.stages.train import train_run
 
-    for leave in ("pipeline.stages.evaluate.leave_world", "pipeline.export.leave_world"):  # it serves the next test
-        monkeypatch.setattr(leave, lambda: None)
+    for stage in ("evaluate", "export"):  # the process group serves the next test, too
+        monkeypatch.setattr(f"pipeline.stages.{stage}.leave_world", lambda: None)
     run = tmp_path / "run"
     train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2"]), run)
     evaluate_run(run)

@@ -38,7 +38,8 @@ from pathlib import Path
 from pipeline.config import load_config
 from pipeline.distributed.launcher import run_world_stage
 folder = Path(sys.argv[1])
-sys.exit(run_world_stage("train", folder, load_config(folder / "config.yaml").launch))
+launch = load_config(folder / "config.yaml").launch
+sys.exit(run_world_stage("train", ["pipeline.stages", "train"], folder, launch))
 """
 
 

@@ -20,7 +20,7 @@ from pipeline.adapters.masks import dropped_keys, dropped_pairs
 from pipeline.adapters.members import MemberAxis, MemberAxisError, RowKeys
 from pipeline.adapters.sites.anatomy import UNKNOWN_TERMS, attention_modules
 from pipeline.adapters.sites.attention_kernels import (
-    Heads,
+    AttentionInputs,
     column_attention,
     pair_attention,
     plain_attention,
@@ -160,14 +160,14 @@ def member_attention(
             remedy = "Use sites on the LoRA matrices."
             raise ConfigError("adapter.method", name, f"cannot be masked here: its attention has {what}", remedy)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    heads = Heads(
+    heads = AttentionInputs(
         query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling,
         bool(causal) and query.shape[2] > 1 and attention_mask is None, dropout,
     )
     return _attend(heads, drops or Drops(), plain).transpose(1, 2).contiguous(), None
 
 
-def _attend(heads: Heads, drops: Drops, plain: bool) -> Tensor:
+def _attend(heads: AttentionInputs, drops: Drops, plain: bool) -> Tensor:
     """The cheapest form that can express what is dropped."""
     if plain or drops.weights is not None:
         count = heads.query.shape[1]

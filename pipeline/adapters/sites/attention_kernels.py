@@ -13,7 +13,7 @@ padding, other examples of a packed row) have weight 0 exactly, whatever is drop
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _FLASH_MAX_WIDTH = 256
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionInputs:
     """What an attention module hands to its kernel."""
 
     query: Tensor
@@ -46,7 +46,7 @@ class Heads:
     """The model's own dropout on attention weights."""
 
 
-def scaled_dot_product(heads: Heads) -> Tensor:
+def scaled_dot_product(heads: AttentionInputs) -> Tensor:
     """PyTorch's fused attention, (B, H, T, D). Keys and values are repeated only where no kernel groups queries."""
     q, k, v = heads.query, heads.key, heads.value
     groups = q.shape[1] // k.shape[1]
@@ -59,7 +59,7 @@ def scaled_dot_product(heads: Heads) -> Tensor:
     )
 
 
-def column_attention(heads: Heads, dropped: Tensor) -> Tensor:
+def column_attention(heads: AttentionInputs, dropped: Tensor) -> Tensor:
     """DropKey on whole keys, in one extra dimension of the heads: no mask is built and every fused kernel fits.
 
     q' = [q, c], k' = [k, C · dropped] with scale · c · C ≈ -1e4, padded to a multiple of 8. c is a power of two
@@ -78,25 +78,25 @@ def column_attention(heads: Heads, dropped: Tensor) -> Tensor:
     q_extra, k_extra = q.new_zeros(*q.shape[:-1], extra), k.new_zeros(*k.shape[:-1], extra)
     q_extra[..., 0] = 2.0 ** round(-math.log2(heads.scale))
     k_extra[..., 0] = dropped.to(k.dtype) * _DROPPED
-    wide = Heads(
+    wide = AttentionInputs(
         torch.cat([q, q_extra], -1), torch.cat([k, k_extra], -1), F.pad(v, (0, extra)), as_model_mask(heads.mask),
         heads.scale, heads.causal, heads.dropout,
     )
     return scaled_dot_product(wide)[..., :size]
 
 
-def pair_attention(heads: Heads, dropped: Tensor) -> Tensor:
+def pair_attention(heads: AttentionInputs, dropped: Tensor) -> Tensor:
     """DropKey on any (query, key) pairs: the fused kernels that take a mask. `dropped`: bool (B, H, T, T)."""
     keep = kept_pairs(visible_pairs(heads), dropped)
     if heads.mask is None or heads.mask.dtype == torch.bool:
         mask = keep
     else:
         mask = heads.mask.masked_fill(~keep, torch.finfo(heads.mask.dtype).min)
-    return scaled_dot_product(Heads(heads.query, heads.key, heads.value, mask, heads.scale, False, heads.dropout))
+    return scaled_dot_product(replace(heads, mask=mask, causal=False))
 
 
 def plain_attention(
-    heads: Heads, dropped_logits: Tensor | None = None, dropped_weights: Tensor | None = None
+    heads: AttentionInputs, dropped_logits: Tensor | None = None, dropped_weights: Tensor | None = None
 ) -> Tensor:
     """Written out in fp32 (float64 stays), T² memory: DropAttention with its stop-gradient, and model.attention=eager.
 
@@ -127,7 +127,7 @@ def plain_attention(
     return weights.to(v.dtype) @ v
 
 
-def visible_pairs(heads: Heads) -> Tensor:
+def visible_pairs(heads: AttentionInputs) -> Tensor:
     """bool, broadcastable to (B, H, T, T): the (query, key) pairs that the model's own mask lets through."""
     if heads.mask is not None:
         return heads.mask if heads.mask.dtype == torch.bool else heads.mask > HIDDEN_BELOW

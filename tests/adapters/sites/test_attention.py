@@ -18,7 +18,7 @@ from pipeline.adapters.masks import dropped_keys, dropped_pairs
 from pipeline.adapters.members import Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
 from pipeline.adapters.sites.attention import AttentionSites, member_attention
 from pipeline.adapters.sites.attention_kernels import (
-    Heads,
+    AttentionInputs,
     column_attention,
     pair_attention,
     plain_attention,
@@ -48,13 +48,13 @@ def pair_mask(keys: RowKeys, layer: int, heads: int, site: Site) -> Tensor:
 def heads_of(
     tokens: int = 7, size: int = 8, groups: int = 2, mask: Tensor | None = None, causal: bool = True,
     dtype: torch.dtype = torch.float32, seed: int = 0, scale: float | None = None, rows: int = 2,
-) -> Heads:
+) -> AttentionInputs:
     random = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(rows, h, tokens, size, generator=random).to(dtype) for h in (4, 4 // groups, 4 // groups))
-    return Heads(q, k, v, mask, size**-0.5 if scale is None else scale, causal)
+    return AttentionInputs(q, k, v, mask, size**-0.5 if scale is None else scale, causal)
 
 
-def some_drops(heads: Heads, rate: float = 0.5, columns: bool = False) -> Tensor:
+def some_drops(heads: AttentionInputs, rate: float = 0.5, columns: bool = False) -> Tensor:
     """bool (B, H, T, T); with `columns` equal for all queries. The first key of head 0 is always dropped."""
     rows, count, tokens = heads.query.shape[:3]
     dropped = (
@@ -64,7 +64,7 @@ def some_drops(heads: Heads, rate: float = 0.5, columns: bool = False) -> Tensor
     return dropped.expand(-1, -1, tokens, -1)
 
 
-def visible_to(heads: Heads) -> Tensor:
+def visible_to(heads: AttentionInputs) -> Tensor:
     """What the model's own mask shows, from its definition."""
     rows, count, tokens = heads.query.shape[:3]
     if heads.mask is not None:
@@ -133,7 +133,7 @@ def test_dropkey_is_dropattention_without_stop_gradient_and_differs_with_it_as_t
         1, 1, tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
     )
     v = torch.randn(1, 1, tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    heads = Heads(q, torch.eye(tokens, dtype=torch.float64)[None, None], v, None, 1.0, False)
+    heads = AttentionInputs(q, torch.eye(tokens, dtype=torch.float64)[None, None], v, None, 1.0, False)
     dropped = torch.rand(1, 1, tokens, tokens, generator=torch.Generator().manual_seed(2)) < 0.5
     assert bool((~dropped).any(-1).all())
     direction = torch.randn(1, 1, tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -159,7 +159,7 @@ def test_dropattention_survives_kept_weights_that_underflow() -> None:
     heads = heads_of(tokens=4, size=4, groups=1, causal=False, scale=1.0)
     key = torch.zeros_like(heads.key)
     key[:, :, 0] = 300.0
-    heads = Heads(torch.ones_like(heads.query).requires_grad_(), key, heads.value, None, 1.0, False)
+    heads = AttentionInputs(torch.ones_like(heads.query).requires_grad_(), key, heads.value, None, 1.0, False)
     dropped = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
     dropped[..., 0] = True
     out = plain_attention(heads, dropped_weights=dropped)
@@ -194,7 +194,7 @@ def test_column_masks_run_on_the_flash_kernel_alone(heads_per_group: int, dtype:
         pytest.skip("needs an accelerator, whose flash kernels are 16-bit")
     heads = heads_of(tokens=40, size=64, groups=heads_per_group, dtype=dtype)
     leaves = [x.to(device).detach().requires_grad_() for x in (heads.query, heads.key, heads.value)]
-    on_device = Heads(*leaves, None, heads.scale, True)
+    on_device = AttentionInputs(*leaves, None, heads.scale, True)
     dropped, seen = some_drops(heads, columns=True), visible_to(heads)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         ours = column_attention(on_device, dropped[:, :, 0].to(device))
@@ -225,7 +225,7 @@ def test_hidden_keys_have_no_weight_and_no_gradient(form: str, mask: str, rate: 
         key[:, :, hidden] = 30 * heads.query[:, :, query, None, :]  # the most attractive keys there could be
         value[:, :, hidden] = 1e30
         value.requires_grad_()
-        changed = FORMS[form](Heads(heads.query, key, value, heads.mask, heads.scale, heads.causal), dropped)
+        changed = FORMS[form](AttentionInputs(heads.query, key, value, heads.mask, heads.scale, heads.causal), dropped)
         assert torch.equal(changed[:, :, query], out[:, :, query]), f"query {query}"
         changed[:, :, query].sum().backward()
         assert value.grad is not None and bool((value.grad[:, :, hidden] == 0).all())
@@ -253,7 +253,7 @@ def test_a_dropped_column_is_dropped_for_all_queries_of_its_head_alone() -> None
     out = column_attention(heads, dropped)
     key, value = heads.key.clone(), heads.value.clone()
     key[:, :, 3], value[:, :, 3] = 9.0, 1e6
-    changed = column_attention(Heads(heads.query, key, value, None, heads.scale, False), dropped)
+    changed = column_attention(AttentionInputs(heads.query, key, value, None, heads.scale, False), dropped)
     same = (changed == out).all(-1).all(-1)
     assert bool(same[0, 1]) and int(same.sum()) == 1
     assert bool((changed != out).any(-1)[~same].all())

@@ -248,7 +248,7 @@ def test_padding_has_no_weight(family: str, pattern: str) -> None:
 
 def test_hiddenkey_is_in_the_latter_half_of_a_decoder_and_in_all_of_an_encoder() -> None:
     """`layers: auto` of the presets is resolved where the model is known, and stored as a range."""
-    spec = AdapterSpec.from_config(AdapterConfig(method="hiddenkey_minus"))
+    spec = AdapterSpec.from_config(AdapterConfig(method="hiddenkey_minus"), 1)
     for family, layers in (("llama", (0.5, 1.0)), ("gpt2", (0.5, 1.0)), ("bert", (0.0, 1.0)), ("roberta", (0.0, 1.0))):
         model = tiny_model(family)
         assert is_causal(model) is (layers[0] == 0.5)
