@@ -105,7 +105,8 @@ def execute(stage: Stage, request: Request) -> int:
     else:
         config = resolve_new(request, stage.name, stage.recipe, stage.unread)
     check_inputs(config)
-    check_nodes(config.launch, stage.name, stage.processes)
+    shared = [other.name for other in OFFERED if other.processes == "all"]
+    check_nodes(config.launch, stage.name, stage.processes, shared)
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:

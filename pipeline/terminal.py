@@ -49,8 +49,8 @@ def say(text: str, enabled: bool = True, stream: TextIO | None = None) -> None:
 
 
 def duration(seconds: float) -> str:
-    """40 s, 3 min, 1 h 20 min."""
+    """40 s, 3 min, 1 h 20 min; 0 s only where there is nothing."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return f"{max(1, round(seconds)) if seconds else 0} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -9,7 +9,7 @@ import pytest
 from pipeline.terminal import Progress, duration, say
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.0, "0 s"), (0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")])
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -29,3 +29,4 @@ def test_without_a_terminal_progress_has_a_first_and_a_last_line() -> None:
         progress.show(done, ["loss 1.0"])
     lines = stream.getvalue().splitlines()
     assert [line.split(" · ")[0] for line in lines] == ["step 1/3", "step 3/3"] and "loss 1.0" in lines[0]
+    assert lines[-1].endswith("0 s left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +39,13 @@ def node_rank(launch: LaunchConfig, environment: Mapping[str, str] = os.environ)
     return int(value)
 
 
-def check_nodes(launch: LaunchConfig, stage: str, processes: Literal["all", "one", "none"]) -> None:
+def check_nodes(
+    launch: LaunchConfig, stage: str, processes: Literal["all", "one", "none"], shared: Sequence[str]
+) -> None:
     """Refuse a stage that starts others, which several nodes cannot share; one process works on any one node.
+
+    Args:
+        shared: the stages that all processes share.
 
     Raises:
         ConfigError, SetupError: where several nodes share a stage, also one that does not know which of them it is.
@@ -49,7 +54,7 @@ def check_nodes(launch: LaunchConfig, stage: str, processes: Literal["all", "one
         return
     if processes == "none":
         raise ConfigError(
-            "launch.nodes", launch.nodes, f"is for stages that all processes share, not for {stage}",
+            "launch.nodes", launch.nodes, f"is for {' and '.join(shared)}, not for {stage}",
             f"Run {stage} with launch.nodes=1 (search spreads over a Ray cluster: set RAY_ADDRESS).",
         )
     node_rank(launch)

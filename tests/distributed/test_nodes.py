@@ -51,10 +51,10 @@ def test_the_node_rank_comes_from_the_environment() -> None:
 def test_stages_of_one_process_are_not_for_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
     for name in ("run", "search", "compare"):
-        with pytest.raises(ConfigError, match=f"not for {name}"):
-            check_nodes(TWO, name, STAGES[name].processes)
+        with pytest.raises(ConfigError, match=f"is for train and evaluate, not for {name}"):
+            check_nodes(TWO, name, STAGES[name].processes, ["train", "evaluate"])
     for name in ("train", "evaluate", "report", "export"):
-        check_nodes(TWO, name, STAGES[name].processes)
+        check_nodes(TWO, name, STAGES[name].processes, [])
     assert log_name("train", TWO) == "train.node1.log"
 
 

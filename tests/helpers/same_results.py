@@ -51,7 +51,8 @@ def content(path: Path, root: Path) -> Any:
             return {name: arrays[name].tobytes() for name in arrays.files if name not in TIMES}
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        return [comparable(json.loads(line), root) for line in text.splitlines()]
+        rows = [comparable(json.loads(line), root) for line in text.splitlines()]
+        return sorted(rows, key=lambda row: row.get("trial", ""))  # trials at once report in any order
     return comparable(json.loads(text), root)
 
 
