@@ -9,7 +9,9 @@ import pytest
 from pipeline.terminal import Progress, duration, say
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.0, "0 s"), (0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0 s"), (0.2, "1 s"), (75, "75 s"), (350, "6 min"), (4800, "1 h 20 min")]
+)
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
