@@ -1,4 +1,4 @@
-"""The run folder: nothing half-written, damage is found."""
+"""Files and folders that are never half-written: damage is found."""
 
 from __future__ import annotations
 
