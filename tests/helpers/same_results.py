@@ -17,7 +17,7 @@ import numpy as np
 
 TIMES = {
     "seconds", "tokens_per_second", "evaluate_seconds", "step_seconds", "memory_gib", "mfu", "hfu", "started", "ended",
-    "time", "at", "minutes", "train_seconds",
+    "time", "at", "minutes", "train_seconds", "cost",
 }
 HASHES = {"config_sha256", "files", "space_sha256", "identity"}
 """Of configurations (whose keys have other names), and of files that are compared themselves."""
