@@ -6,6 +6,7 @@ Rooms are the folders of `pipeline/` and the files at its top. Rule numbers are 
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,3 +289,13 @@ def test_few_rooms_of_few_small_files() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= 80, f"{module}.{node.name} has {length} lines"
+
+
+def test_the_tree_in_the_document_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.split("```")[1]
+    rooms = re.split(r"\n(?=\s{0,4}[\w]+/ )", tree)  # each with its continuation lines
+    words = {room.split("/")[0].strip(): set(re.findall(r"[\w.]+", room)) for room in rooms}
+    for path in (path for package in ("pipeline", "tune") for path in (ROOT / package).rglob("*.py")):
+        if path.stem not in ("__init__", "__main__"):
+            assert path.stem in words[path.parent.name], f"{path.relative_to(ROOT)} is missing in the tree"
