@@ -1,7 +1,8 @@
 """The stages, once: what the command offers, what each needs, and where its work is written.
 
-A new stage is a file in this folder and a row here. Nothing else lists them: --help, the checks, the launcher, the
-processes that are started (`python -m pipeline.stages`) and `--dry-run` all read this table.
+A new stage is a file in this folder and a row here. Nothing else has to list it: --help, the checks, the launcher, the
+processes that are started (`python -m pipeline.stages`) and `--dry-run` read this table. (`pipeline.plan.steps` has
+words of its own for those of which --dry-run can tell more than the folder.)
 """
 
 from __future__ import annotations
