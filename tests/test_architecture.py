@@ -6,10 +6,10 @@ Rooms are the folders of `pipeline/` and the files at its top. Rule numbers are 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -64,12 +64,12 @@ NO_TORCH = (
 """Rules 4 and 6: modules that import no torch, nor a module of ours that does, where the interpreter runs them."""
 
 
-def all_modules(root: Path = ROOT) -> dict[str, str]:
+def all_modules() -> dict[str, str]:
     """Dotted name -> source of every module of both packages."""
     found = {}
     for package in ("pipeline", "tune"):
-        for path in (root / package).rglob("*.py"):
-            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             found[name] = path.read_text(encoding="utf-8")
     return found
 
@@ -82,6 +82,18 @@ def room_of(module: str) -> str:
 
 def imports_of(source: str, modules: set[str], types: bool = False, top: bool = False) -> set[str]:
     """Dotted names a module imports: at any depth, or only where it is loaded (`top`); with type-only ones or not."""
+    found: set[str] = set()
+    for module, aliases in statements_of(source, types, top):
+        names = {f"{module}.{alias}" for alias in aliases}
+        found |= {name for name in names if name in modules}
+        if not aliases or not names <= modules:  # `from package import module` is an import of the module alone
+            found.add(module)
+    return found
+
+
+@functools.cache
+def statements_of(source: str, types: bool, top: bool) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(module, names taken from it) of every import; no names for `import module`."""
     tree = ast.parse(source)
     hidden: set[int] = set()
     for node in ast.walk(tree):
@@ -89,16 +101,13 @@ def imports_of(source: str, modules: set[str], types: bool = False, top: bool = 
         inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if (type_only and not types) or (inner and top):
             hidden |= {id(one) for one in ast.walk(node)}
-    found: set[str] = set()
+    found: list[tuple[str, tuple[str, ...]]] = []
     for node in (one for one in ast.walk(tree) if id(one) not in hidden):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in names if name in modules}
-            if not names <= modules:  # `from package import module` is an import of the module alone
-                found.add(node.module)
-    return found
+            found.append((node.module, tuple(alias.name for alias in node.names)))
+    return tuple(found)
 
 
 def faults_of(module: str, source: str, modules: set[str]) -> Iterator[str]:
