@@ -94,5 +94,3 @@ class DataConfig(Section):
         if self.splits is not None and "train" not in self.splits:
             raise ValueError("data.splits must name train: what is not named is drawn from it")
         return self
-
-

@@ -120,5 +120,3 @@ def require_shared_folder(folder: Path) -> None:
             "--run-dir", str(folder), f"is not the same folder on {', '.join(blind)}",
             "Give a folder on a file system that all nodes share.",
         )
-
-

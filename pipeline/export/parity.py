@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.adapters.attach import Adapters
-from pipeline.adapters.members import MaskKey, Member
+from pipeline.adapters.members import Member
 from pipeline.data.rows import Row
 from pipeline.errors import LoradropError
 from pipeline.export.peft import Exported
@@ -32,7 +32,7 @@ class ParityError(LoradropError):
 
 
 def measure_parity(
-    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, key: MaskKey, rows: list[Row]
+    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, rows: list[Row]
 ) -> list[dict[str, float]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
 
@@ -41,7 +41,7 @@ def measure_parity(
     """
     prompts = [task.probe(row) for row in rows]
     members = [Member(None), *(e.member for e in exported)]
-    ours = np.stack([_our_logits(task, adapters, ids, members, key) for ids in prompts], 1)
+    ours = np.stack([_our_logits(task, adapters, ids, members) for ids in prompts], 1)
     folders = [folder / e.folder for e in exported]
     stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device))
     # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.
@@ -63,11 +63,11 @@ def measure_parity(
     return parity
 
 
-def _our_logits(task: Task, adapters: Adapters, ids: list[int], members: list[Member], key: MaskKey) -> np.ndarray:
+def _our_logits(task: Task, adapters: Adapters, ids: list[int], members: list[Member]) -> np.ndarray:
     """(M, V) logits behind one prompt; (M, C) of a classifier."""
     adapters.model.eval()
     rows = torch.tensor([ids] * len(members), device=adapters.device)
-    with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, key)):
+    with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, task.passes.key)):
         return task.probe_logits(rows).float().cpu().numpy()
 
 

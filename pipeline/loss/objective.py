@@ -115,5 +115,3 @@ class SupervisedRegressor(nn.Module):
     def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each row's output, and its representation as a distribution."""
         return (features[:, 0] - targets).square(), representation_log_probs(features[:, 1:])
-
-

@@ -251,4 +251,3 @@ def states_of(train: TrainConfig, trained: int, processes: int, device: str) -> 
 def first_line(error: BaseException) -> str:
     """The beginning of a library's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-

@@ -65,6 +65,10 @@ class Task(Protocol):
     def can_stream(self) -> bool:
         """Whether rows can be read without having seen all of them."""
 
+    @property
+    def passes(self) -> PassSettings:
+        """How rows go through the model in predictions, and what their mask draws are keyed by."""
+
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
         """Training rows as tokens. Raises `DataError` on rows that the model cannot learn from."""
 

@@ -184,4 +184,3 @@ def _folder_name(method: str, values: Mapping[str, Any], seed: int | None) -> st
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-

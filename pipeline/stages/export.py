@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.adapters.build import attach_stored
-from pipeline.adapters.members import MaskKey
 from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import as_plain_lora, read_adapter
 from pipeline.data.splits import load_splits
@@ -46,15 +45,13 @@ def export_run(run_dir: Path) -> None:
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
 
-    key = MaskKey(config.ensemble.seed, "test")
-
     def fill(folder: Path) -> None:
         plain = as_plain_lora(stored)
         if stored.spec.kind != plain.spec.kind:
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
-        write_exports(folder, exported, adapters, plain, identity.resolved, key)
+        write_exports(folder, exported, adapters, plain, identity.resolved, task.passes.key)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, task, adapters, key, splits.calibration[:PROBE_PROMPTS])
+        parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS])
         manifest = {
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,

@@ -23,7 +23,6 @@ from pipeline.distributed.world import (
     start_world,
     sum_over_processes,
 )
-from pipeline.distributed.zero import sharding_text
 from pipeline.errors import Stopped
 from pipeline.files import read_json_lines, write_json, write_text
 from pipeline.loss.consistency import TrainingObjective
@@ -202,7 +201,7 @@ def describe(run: Run, loader: BatchLoader, micro_steps: int) -> None:
         f" {identity.quantization.upper()} modules, compute {identity.compute_dtype}"
     )
     if stage == 3:
-        say(f"sharding     {sharding_text(run.adapters.model, run.world.world_size)}")
+        say(f"sharding     {zero.sharding_text(run.adapters.model, run.world.world_size)}")
     head = f" and {', '.join(run.adapters.heads)}" if run.adapters.heads else ""
     held = {torch.float32: "fp32"}.get(next(iter(run.trained.values())).dtype, "bf16 with fp32 masters")
     say(f"adapter      {len(run.adapters.layers)} layers{head}, {trained:,} trainable parameters ({held})")

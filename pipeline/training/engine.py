@@ -71,5 +71,3 @@ def micro_steps_of(train: TrainConfig, world: World) -> int:
             "Change train.micro_batch or launch.processes.",
         )
     return train.global_batch // per_pass
-
-
