@@ -23,6 +23,8 @@ from pipeline.errors import DiskFull, RunFolderError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
+MOST_JSON_BYTES = 2**28
+"""Of a JSON file of ours: more than any run has written."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,13 +77,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "") -> Any:
-    """Parsed JSON. Raises `RunFolderError` where the file is missing or broken."""
+    """Parsed JSON. Raises `RunFolderError` where the file is missing, broken, too large or no regular file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path, MOST_JSON_BYTES))
     except FileNotFoundError as error:
         raise RunFolderError(str(path), None, "does not exist", remedy) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunFolderError(str(path), None, f"cannot be read ({error.strerror or error})", remedy) from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
         raise RunFolderError(str(path), None, f"is damaged ({error})", remedy) from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; a pipe or a device would be waited for without end.
+
+    Raises:
+        OSError: it is not there, cannot be read, is no regular file, or is larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
+        return file.read()
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -74,7 +74,8 @@ def require_mark(folder: Path, *expected: What) -> What:
             raise RunFolderError("--run-dir", str(folder), "holds no run", "Train first, or give its folder.")
         raise _foreign(folder)
     mark = read_json(folder / MARK, OTHER)
-    if not isinstance(mark, dict) or mark.get("made_by") != "loradrop" or not isinstance(mark.get("layout"), int):
+    known = isinstance(mark, dict) and mark.get("made_by") == "loradrop" and isinstance(mark.get("layout"), int)
+    if not known or mark.get("what") not in list(FOLDERS.values()):
         raise RunFolderError(str(folder / MARK), None, "is damaged", OTHER)
     if mark["layout"] > LAYOUT:
         remedy = "Use that version, or give another --run-dir."
