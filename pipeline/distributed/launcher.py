@@ -40,6 +40,8 @@ _NOISE = re.compile(
     r"|^Emitting ninja|^ninja"
 )
 _TAIL_LINES = 25
+_LEAVING_SECONDS = 5.0
+"""Beyond the time of grace: processes of a killed command, on a busy machine, until they are gone."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A stage starts a world of its own: what an outer launcher, or this process, left in the environment is not its."""
 
@@ -138,6 +140,7 @@ def run_stage(
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
     if in_world:
+        ranks.wait_for_orphans(run_dir, float((environment or {}).get(GRACE, 0)) + _LEAVING_SECONDS)
         ranks.clear(run_dir)
         update_status(paths, stage, "starting")
     paths.stop_request.unlink(missing_ok=True)

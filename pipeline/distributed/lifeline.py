@@ -40,6 +40,12 @@ def stop_signals(warning: str | None) -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([signal.Signals[warning]] if warning else [])]
 
 
+def parent_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the command that started this process has ended; no where there is none."""
+    command = int(environment.get(PARENT, 0))
+    return bool(command) and not ranks.alive(command)
+
+
 class Lifeline:
     """The watching thread of one process."""
 

@@ -138,6 +138,13 @@ def clear(run_dir: Path) -> None:
         _failure_file(run_dir, rank).unlink(missing_ok=True)
 
 
+def wait_for_orphans(run_dir: Path, seconds: float) -> None:
+    """Wait for processes whose command was killed: they leave by themselves once they have noticed (lifeline)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(e.host == _host() and _lives(e) for e in _registered(run_dir)):
+        time.sleep(0.1)
+
+
 def alive(pid: int) -> bool:
     """Whether a process of this machine exists and is no zombie."""
     return _start_of(pid) is not None

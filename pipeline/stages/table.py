@@ -30,6 +30,8 @@ class Stage:
     -> exit code; with `own` settings (request) -> exit code."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
+    folders: tuple[str, ...] = ("run",)
+    """What it writes into, of `run_folder.paths: Folders`: one command at a time owns them."""
     plan: tuple[str, ...] = ()
     """Steps that --dry-run tells of (`pipeline.plan.steps`); the stage itself where none is named."""
     recipe: str = "default"
@@ -50,9 +52,10 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("run", "all of the following, in order (the default)", "none", "new", "pipeline.stages.run:run_line",
-              trains=True, plan=("search", "train", "plain", "evaluate", "report", "export", "memory")),
+              trains=True, folders=("run", "plain", "search"),
+              plan=("search", "train", "plain", "evaluate", "report", "export", "memory")),
         Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
-              "pipeline.stages.search:run_search"),
+              "pipeline.stages.search:run_search", folders=("search",)),
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
               trains=True, plan=("train", "memory")),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
@@ -65,7 +68,7 @@ STAGES = {
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
               "none", "new", "pipeline.stages.compare:run_comparison", trains=True,
-              plan=("trainings",), recipe="compare",
+              folders=("comparison",), plan=("trainings",), recipe="compare",
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
