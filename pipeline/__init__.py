@@ -32,7 +32,7 @@ _MODULES = {
     "scores.ensemble": ("choose_adapters", "ensemble_nll"),
     "scores.temperature": ("apply_temperature", "fit_temperature"),
     "stages.train": ("train_run",),
-    "terminal": ("duration", "say"),
+    "terminal": ("duration", "one_line", "printable", "say"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

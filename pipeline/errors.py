@@ -6,6 +6,8 @@ the way out, and is raised before a model is loaded wherever that is possible.
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -13,10 +15,36 @@ EXIT_STOPPED = 75
 """A stop was requested, everything was saved: the same command continues (EX_TEMPFAIL)."""
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+"""What rules a terminal or its reader's eye instead of being seen: C0 and C1 controls but tab and line break, line and
+paragraph separators, what turns the direction of text, lone surrogates."""
+
+
+def printable(text: str) -> str:
+    r"""`text` as it may be printed, whoever wrote it: control characters are shown, as \x1b or \u202e, not obeyed.
+
+    Line breaks and tabs stay; where a text must not begin a line of its own, `one_line` shows them, too.
+    """
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    r"""`printable`, with \n and \t for line breaks and tabs."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
 class LoradropError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; its text is `printable`."""
 
     exit_code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UserError(LoradropError):
@@ -28,7 +56,7 @@ class UserError(LoradropError):
         self.field, self.value, self.constraint, self.remedy = field, value, constraint, remedy
         shown = "" if value is None else f" = {_shorten(value)}"
         tail = f" {remedy}" if remedy else ""
-        super().__init__(f"{field}{shown}: {constraint.rstrip('.')}.{tail}")
+        super().__init__(f"{one_line(field)}{shown}: {constraint.rstrip('.')}.{tail}")
 
 
 class ConfigError(UserError):

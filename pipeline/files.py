@@ -11,11 +11,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import DiskFull, RunFolderError
 
@@ -91,6 +92,31 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def open_append(path: Path) -> IO[bytes]:
+    """Open a file of ours to append to, unbuffered; made where it is not there, and never through a link.
+
+    Raises:
+        RunFolderError: a symbolic link, a folder, a pipe or a device has its name: whoever made the run folder would
+            choose what is written to.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO) and not path.is_symlink():
+            raise
+        raise _no_file_of_ours(path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file_of_ours(path)
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def _no_file_of_ours(path: Path) -> RunFolderError:
+    what = f"is a symbolic link to {os.readlink(path)}" if path.is_symlink() else "is no regular file"
+    return RunFolderError(str(path), None, f"{what}: nothing is appended to it", "Remove it, or use another folder.")
 
 
 def publish_folder(target: Path, fill: Callable[[Path], None], needed: int = 0) -> None:

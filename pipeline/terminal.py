@@ -7,6 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import TextIO
 
+from pipeline.errors import one_line, printable
+
+__all__ = ["Progress", "duration", "one_line", "printable", "say"]
+
 
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a line every `every_seconds`."""
@@ -32,7 +36,7 @@ class Progress:
         self._last = now
         rate = (now - self._start) / max(done - self._start_done, 1)
         left = duration(rate * (self._total - done))
-        text = " · ".join([f"{self._unit} {done}/{self._total}", *parts, f"{left} left"])
+        text = one_line(" · ".join([f"{self._unit} {done}/{self._total}", *parts, f"{left} left"]))
         self._stream.write(f"\r\033[K{text}" if terminal else f"{text}\n")
         self._stream.flush()
 
@@ -45,7 +49,7 @@ class Progress:
 def say(text: str, enabled: bool = True, stream: TextIO | None = None) -> None:
     """One line for the user, seen at once also through a pipe; on stderr, because stdout belongs to results."""
     if enabled:
-        print(text, file=stream or sys.stderr, flush=True)
+        print(printable(text), file=stream or sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

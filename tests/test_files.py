@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import RunFolderError
-from pipeline.files import MANIFEST, manifest_faults, publish_folder, read_json, read_json_lines, write_json, write_text
+from pipeline.files import (
+    MANIFEST,
+    manifest_faults,
+    open_append,
+    publish_folder,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -62,3 +72,24 @@ def test_a_line_cut_by_a_crash_is_passed_over(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="Train first"):
         read_json(tmp_path / "x.json", "Train first.")
+
+
+def test_what_is_appended_to_is_a_file_of_ours_and_no_link(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    for text in (b"one\n", b"two\n"):
+        with open_append(log) as file:
+            file.write(text)
+    assert log.read_bytes() == b"one\ntwo\n"
+    link, dangling, pipe, folder = (tmp_path / name for name in ("link", "dangling", "pipe", "folder"))
+    link.symlink_to(log)
+    dangling.symlink_to(tmp_path / "made")
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path, what in ((link, f"link to {log}"), (dangling, "made"), (pipe, "no regular"), (folder, "no regular")):
+        with pytest.raises(RunFolderError, match=what):
+            open_append(path)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a pipe somebody listens to can be opened
+    with pytest.raises(RunFolderError, match="no regular"):
+        open_append(pipe)
+    os.close(reader)
+    assert not (tmp_path / "made").exists() and log.read_bytes() == b"one\ntwo\n"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
-from pipeline.terminal import Progress, duration, say
+from pipeline.errors import DataError, ErrorList, StageFailed
+from pipeline.terminal import Progress, duration, one_line, printable, say
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,29 @@ def test_without_a_terminal_progress_has_a_first_and_a_last_line() -> None:
     lines = stream.getvalue().splitlines()
     assert [line.split(" · ")[0] for line in lines] == ["step 1/3", "step 3/3"] and "loss 1.0" in lines[0]
     assert lines[-1].endswith("0 s left")
+
+
+HOSTILE = "a\x1b[2Jb\x07\x9b1m\r\u202egnp.exe\u2066\ud83d\x7f\u2028é中👍🏽"
+SHOWN = r"a\x1b[2Jb\x07\x9b1m\x0d\u202egnp.exe\u2066\ud83d\x7f\u2028" + "é中👍🏽"
+
+
+def test_what_rules_a_terminal_is_shown_instead() -> None:
+    assert printable(f"{HOSTILE}\n\tx") == f"{SHOWN}\n\tx"
+    assert one_line("a\n\tb\x1b") == r"a\n\tb\x1b"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", printable("".join(map(chr, range(0x300)))))
+
+
+def test_nothing_that_is_said_or_shown_as_progress_reaches_the_terminal_raw() -> None:
+    stream = io.StringIO()
+    say(HOSTILE, stream=stream)
+    Progress(1, 0, enabled=True, stream=stream).show(1, [f"{HOSTILE}\nforged"])
+    said, progress = stream.getvalue().splitlines()
+    assert said == SHOWN and rf"{SHOWN}\nforged" in progress
+
+
+def test_errors_show_control_characters_of_names_values_and_texts() -> None:
+    error = DataError(f"{HOSTILE}\nforged: 3", HOSTILE, f"is wrong ({HOSTILE})", "Mend it.")
+    assert str(error).startswith(SHOWN + r"\nforged: 3 = ") and len(str(error).splitlines()) == 1
+    for text in (str(error), str(ErrorList([error, error])), str(StageFailed(HOSTILE))):
+        assert text == printable(text) and r"\x1b[2J" in text
+    assert len(str(ErrorList([error, error])).splitlines()) == 2  # a line each
