@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.errors import EXIT_FAILED, RunFolderError
+from pipeline.errors import EXIT_FAILED, RunFolderError, one_line
 from pipeline.files import full_disk_named
 
 OWNER = ".owner"
@@ -223,7 +223,7 @@ def _in_use(path: Path, owner: Owner | None) -> RunFolderError:
 
 
 def _described(owner: Owner) -> str:
-    command, host, since = (ascii(part)[1:-1] for part in (owner.command, owner.host, owner.since))
+    command, host, since = map(one_line, (owner.command, owner.host, owner.since))
     return f"{command} (pid {owner.pid} on {host}, since {since})"
 
 
