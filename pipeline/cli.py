@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipeline import __version__
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE-or-NAME", help="a YAML file, or a recipe of pipeline/recipes")
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/ + the recipe's name)"
+        "--run-dir", metavar="DIR", help="the run folder (default: runs/ + the recipe's name)"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
@@ -96,13 +95,17 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.plan.preflight import check_inputs
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs, resolve_new, resolve_saved
     from pipeline.plan.steps import step_lines
+    from pipeline.run_folder.mark import FOLDERS, claim, refuse_foreign, require_mark
     from pipeline.run_folder.paths import Folders
     from pipeline.stages.processes import start
 
     folders = Folders(request.run)
     if stage.settings == "saved":
+        require_mark(folders.run, "run", "comparison")
         config = resolve_saved(request, stage.name)
     else:
+        for name in stage.writes:
+            refuse_foreign(getattr(folders, name), FOLDERS[name])
         config = resolve_new(request, stage.name, stage.recipe, stage.unread)
     check_inputs(config)
     common = [other.name for other in OFFERED if other.processes == "all"]
@@ -116,7 +119,10 @@ def execute(stage: Stage, request: Request) -> int:
         return EXIT_OK
     config = resolve_epochs(config)
     shared = config.launch if stage.processes == "all" else None
-    with owned_folders([getattr(folders, name) for name in stage.folders], stage.name, shared):
+    with owned_folders([getattr(folders, name) for name in stage.writes], stage.name, shared):
+        if stage.settings == "new":
+            for name in stage.writes:
+                claim(getattr(folders, name), FOLDERS[name])
         if stage.processes == "none":
             code: int = stage.load()(config, folders)
             return code

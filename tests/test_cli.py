@@ -17,6 +17,7 @@ from pipeline.config import dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import fit_micro_batch, resolve_new, resolve_saved
+from pipeline.run_folder.mark import claim
 from pipeline.stages.table import STAGES
 
 
@@ -116,6 +117,7 @@ def test_a_folder_of_another_configuration_is_refused(
 ) -> None:
     from pipeline.config import dump_config, load_config
 
+    claim(tmp_path, "run")
     (tmp_path / "config.yaml").write_text(dump_config(load_config("default", [*tiny_settings, "train.seed=5"])))
     assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 2
     assert "another configuration" in capsys.readouterr().err
@@ -157,5 +159,5 @@ def test_own_data_are_not_cut_to_the_sizes_of_the_embedded_rows(tmp_path: Path) 
 def test_later_stages_refuse_keys_that_they_do_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None)))
     with pytest.raises(ConfigError, match="not read by evaluate"):
-        resolve_saved(Request(run_dir=tmp_path, overrides=("ensemble.size=16",)), "evaluate")
-    resolve_saved(Request(run_dir=tmp_path, overrides=("launch.processes=1",)), "evaluate")
+        resolve_saved(Request(run_dir=str(tmp_path), overrides=("ensemble.size=16",)), "evaluate")
+    resolve_saved(Request(run_dir=str(tmp_path), overrides=("launch.processes=1",)), "evaluate")

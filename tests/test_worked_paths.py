@@ -16,6 +16,7 @@ from helpers import ROOT
 from pipeline.config import dump_config, load_config
 from pipeline.config.method import LEGAL
 from pipeline.files import write_text
+from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths
 
 HELLO = '''"""Says hello."""
@@ -25,6 +26,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.files import write_text
+from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths, load_saved
 
 
@@ -95,13 +97,14 @@ def test_a_stage_is_one_file_and_one_row(house: Path, tiny_settings: list[str]) 
     folder = house / "run"
     missing = run(house, "-m", "pipeline.cli", "hello", "--run-dir", str(folder))
     assert missing.returncode == 2 and "holds no run" in missing.stderr
+    claim(folder, "run")
     write_text(RunPaths(folder).config, dump_config(load_config(None, tiny_settings)))
     planned = run(house, "-m", "pipeline.cli", "hello", "--dry-run", "--run-dir", str(folder))
     assert planned.returncode == 0 and f"hello     -> {folder}" in planned.stdout
     done = run(house, "-m", "pipeline.cli", "hello", "--run-dir", str(folder))
     assert done.returncode == 0, done.stderr
     assert (folder / "hello.txt").read_text(encoding="utf-8") == "hello, rank 4"
-    assert json.loads((folder / "status.json").read_text(encoding="utf-8"))["hello"] == {"state": "done"}
+    assert json.loads((folder / "status.json").read_text(encoding="utf-8"))["hello"]["state"] == "done"
     assert "python" in (folder / "logs" / "hello.log").read_text(encoding="utf-8")  # in a process of its own
     refused = run(house, "-m", "pipeline.cli", "hello", "--run-dir", str(folder), "adapter.rank=8")
     assert refused.returncode == 2 and "is not read by hello" in refused.stderr

@@ -17,7 +17,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline import EXIT_STOPPED, LoradropError, RunConfig, RunPaths, StageFailed, held, load_config, write_json
+from pipeline import (
+    ADAPTER_WEIGHTS,
+    EXIT_STOPPED,
+    LoradropError,
+    RunConfig,
+    RunPaths,
+    StageFailed,
+    held,
+    is_validated,
+    load_config,
+    manifest_faults,
+    sha256_file,
+    write_json,
+)
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
 from tune.ensemble import choose_ensemble
@@ -133,17 +146,19 @@ def _run_trials(
 
 
 def _forget_lost(ledger: Ledger, folder: Path) -> None:
-    """A finished trial whose run folder is gone has to run again."""
+    """A finished trial whose run folder is gone, or whose adapter is damaged or another one, has to run again."""
     for record in ledger.in_order():
         if record.state == "done" and not _holds(folder, record):
-            ledger.append("end", trial=record.name, state="failed", error="its run folder is gone")
+            ledger.append("end", trial=record.name, state="failed", error="its run folder is gone or damaged")
 
 
 def _holds(folder: Path, record: TrialRecord) -> bool:
     paths = RunPaths(folder / TRIALS / record.name)
-    if not (paths.config.is_file() and paths.adapter.is_dir()):
+    if not paths.config.is_file() or manifest_faults(paths.adapter):
         return False
-    return load_config(paths.config).sha256() == record.config_sha256
+    config, sha256 = load_config(paths.config), sha256_file(paths.adapter / ADAPTER_WEIGHTS)
+    same = config.sha256() == record.config_sha256 and sha256 == record.adapter_sha256
+    return same and is_validated(paths, config, sha256)
 
 
 def _require_different(records: list[TrialRecord], folder: Path) -> None:

@@ -31,6 +31,7 @@ from pipeline import (
     RunPaths,
     StageFailed,
     build_config,
+    claim,
     load_config,
 )
 from tune.cluster import CONTROLLER_CPUS
@@ -191,7 +192,7 @@ def _alone(run: Path, process_rank: int) -> Iterator[None]:
     with run.with_name(f".{run.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back when the holder dies
         shutil.rmtree(run, ignore_errors=True)
-        run.mkdir()
+        claim(run, "run")
         yield
 
 

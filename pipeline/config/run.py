@@ -60,14 +60,28 @@ class RunConfig(Section):
         """Hash of what decides the result: a run continues on other nodes, processes or ZeRO stages, where only the
         order of sums differs.
         """
+        values = self._deciding()
+        del values["evaluate"]["batch_tokens"]
+        for section in ("logging", "export", "label"):
+            del values[section]
+        return _sha256(values)
+
+    def training_sha256(self) -> str:
+        """Hash of what decides the trained adapter and what it says of a row: model, data, adapter and training.
+
+        Every artefact of a run carries it; ensembles, evaluation and export may change and leave an adapter as it is.
+        """
+        values = self._deciding()
+        return _sha256({section: values[section] for section in ("model", "data", "adapter", "train")})
+
+    def _deciding(self) -> dict[str, Any]:
+        """The values without those that only say where, how fast and whose code a run works with."""
         values = self.model_dump(mode="json")
         del values["launch"]
         for name in PLACEMENT:
             del values["train"][name]
-        del values["data"]["cache"], values["evaluate"]["batch_tokens"]
-        for section in ("logging", "export", "label"):
-            del values[section]
-        return _sha256(values)
+        del values["data"]["cache"], values["model"]["trust_remote_code"]
+        return values
 
 
 def _sha256(values: dict[str, Any]) -> str:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+from pipeline.errors import ConfigError, RunFolderError
+
+LONGEST_NAME = 255 - len(".-compare.12345678")
+"""Bytes of a run folder's name: siblings and files written aside have longer ones."""
+_REMEDY = "Give the name of a new or an empty folder."
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class Request:
 
     source: str | None = None
     """--config: a YAML file or the name of a recipe; None: the stage's own recipe."""
-    run_dir: Path | None = None
+    run_dir: str | None = None
     """--run-dir; None: runs/ and the recipe's name."""
     overrides: tuple[str, ...] = ()
     """key.path=value."""
@@ -23,8 +31,42 @@ class Request:
     fast: bool = False
     """`test`: without the slow tier."""
 
-    @property
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` where --config is empty."""
+        if self.source is not None and not self.source.strip():
+            raise ConfigError("--config", self.source, "is empty", "Give a file or a recipe, or leave --config out.")
+
+    @cached_property
     def run(self) -> Path:
-        """The run folder."""
+        """The run folder.
+
+        Raises:
+            RunFolderError: the name that was given can be none.
+        """
         name = (Path(self.source).stem if self.source else "default") + ("-quick" if self.quick else "")
-        return (self.run_dir or Path("runs") / name).resolve()
+        return usable_place(f"runs/{name}" if self.run_dir is None else self.run_dir)
+
+
+def usable_place(given: str) -> Path:
+    """The absolute path of the folder that a user names; it need not exist.
+
+    Raises:
+        RunFolderError: an empty name, a file or below one, a loop of symbolic links, a name that no file system takes.
+    """
+    if not given.strip():
+        raise RunFolderError("--run-dir", given, "is empty", "Give a folder's name, or leave --run-dir out.")
+    if not given.isprintable():
+        raise RunFolderError("--run-dir", given, "holds characters that cannot be shown", _REMEDY)
+    try:
+        path = Path(given).expanduser().resolve()
+        if path.exists() and not path.is_dir():
+            raise RunFolderError("--run-dir", given, "is no folder", _REMEDY)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop is one or another, by the Python
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunFolderError("--run-dir", given, f"cannot be used ({reason})", _REMEDY) from error
+    if path.name == "":
+        raise RunFolderError("--run-dir", given, "is the root of the file system", _REMEDY)
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        remedy = f"Give one of at most {LONGEST_NAME} bytes."
+        raise RunFolderError("--run-dir", given, "has too long a name", remedy)
+    return path

@@ -71,7 +71,7 @@ def resolve_saved(request: Request, stage: str) -> RunConfig:
     """
     saved = RunPaths(request.run).config
     if not saved.exists():
-        raise RunFolderError("--run-dir", str(request.run), "holds no run", "Train first, or give its folder.")
+        raise RunFolderError(str(saved), None, "does not exist", "Train first, or give the folder of a run.")
     for word in request.overrides:
         if not word.startswith("launch."):
             remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."

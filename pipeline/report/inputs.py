@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
-from pipeline.files import read_json, read_json_lines
+from pipeline.files import read_json, read_json_lines, sha256_file
+from pipeline.run_folder.chain import Origin, require_predictions, require_same_adapter
 from pipeline.run_folder.comparison import Training, read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
@@ -35,6 +36,8 @@ class ReportInputs:
     paths: RunPaths
     config: RunConfig
     config_text: str
+    made_from: dict[str, Any]
+    """Origin; hashes of the run's adapter and of the predictions files."""
     environment: dict[str, Any]
     kind: Kind
     members: list[PredictedMember]
@@ -53,9 +56,14 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         raise RunFolderError(str(paths.config), None, "does not exist", "Give --run-dir a folder made by a run.")
     config = load_saved(paths.config)
     members = read_members(paths.predictions)
-    predictions = {split: _read_split(paths, split, len(members)) for split in EVALUATED_SPLITS}
     labelled = load_splits(config.data)
+    origin = Origin(config.training_sha256(), labelled.fingerprint)
+    predictions = {split: _read_split(paths, split, origin, members) for split in EVALUATED_SPLITS}
+    own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
+    if own is not None:
+        require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
     links, trainings = _read_links(paths), read_comparison(paths)
+    _require_same_trainings(paths, trainings or [], members)
     joined = {
         split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
         for split, found in predictions.items()
@@ -64,6 +72,9 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         paths=paths,
         config=config,
         config_text=paths.config.read_text(encoding="utf-8"),
+        made_from=origin.as_dict()
+        | {"adapter_sha256": own}
+        | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in predictions}},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         kind=_common_kind(paths, predictions),
         members=members,
@@ -89,12 +100,22 @@ def read_training(metrics: Path) -> TrainingCurve:
     return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())))
 
 
-def _read_split(paths: RunPaths, split: str, members: int) -> Predictions:
+def _read_split(paths: RunPaths, split: str, origin: Origin, members: list[PredictedMember]) -> Predictions:
     predictions = read_predictions(paths.predictions, split)
-    if predictions.members != members:
-        what = f"holds {predictions.members} members, members.json names {members}"
+    require_predictions(paths, split, predictions, origin, members)
+    if predictions.members != len(members):
+        what = f"holds {predictions.members} members, members.json names {len(members)}"
         raise RunFolderError(str(paths.predictions / f"{split}.npz"), None, what, "Evaluate again.")
     return predictions
+
+
+def _require_same_trainings(paths: RunPaths, trainings: list[Training], members: list[PredictedMember]) -> None:
+    """Raises `RunFolderError` where a training of a comparison has another adapter than the one that predicted."""
+    predicted = {member.name: member.adapter_sha256 for member in members if member.group == "compared"}
+    for one in trainings:
+        if one.state == "done" and predicted.get(one.name) != one.adapter_sha256:
+            what = f"names another adapter of {one.name} than the one that predicted"
+            raise RunFolderError(str(paths.comparison), None, what, "Compare again.")
 
 
 def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> Kind:

@@ -57,6 +57,7 @@ def score_entries(
     return {
         "label": config.label,
         "config_sha256": config.sha256(),
+        "made_from": inputs.made_from,
         "method": method_name(config.adapter),
         "train_seed": config.train.seed,
         "kind": inputs.kind,

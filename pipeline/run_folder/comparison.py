@@ -91,7 +91,7 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
             own = with_values(shared_part(config), changed)
         except UserError as error:
             raise ConfigError(f"compare.methods: {name}, {values_text(values)}", None, str(error)) from error
-        planned[folder] = (Training(folder, name, values, seed, own.result_sha256()), own)
+        planned[folder] = (Training(folder, name, values, seed, own.training_sha256()), own)
     return list(planned.values())
 
 

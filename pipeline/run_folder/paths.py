@@ -1,6 +1,7 @@
 """What lies where in a run folder, which folders belong together, and how far each stage has come.
 
 runs/NAME/
+  made_by.json                the mark by which the folder is known as ours (mark.py)
   config.yaml  environment.json  status.json  metrics.jsonl
   checkpoints/step_000123/    resumable; published by rename, with a manifest of sizes and hashes
   checkpoints/latest.json     and best.json: which one, its step, metric and hash
@@ -112,14 +113,25 @@ def read_status(paths: RunPaths) -> dict[str, Any]:
     """Stage -> entry of status.json; empty where it is missing or damaged: it tells, nothing is decided by it alone."""
     with contextlib.suppress(RunFolderError):
         status = read_json(paths.status)
-        return status if isinstance(status, dict) else {}
+        if isinstance(status, dict):
+            return {stage: entry for stage, entry in status.items() if isinstance(entry, dict)}
     return {}
 
 
-def update_status(paths: RunPaths, stage: str, state: str, detail: str = "") -> None:
-    """Record `state` (starting, running, done, stopped, failed) of a stage in status.json."""
+def update_status(
+    paths: RunPaths, stage: str, state: str, detail: str = "", config_sha256: str | None = None
+) -> None:
+    """Record `state` (starting, running, done, stopped, failed) of a stage in status.json.
+
+    Args:
+        config_sha256: of the training that the stage works for (`RunConfig.training_sha256`); None: as recorded.
+    """
     status = read_status(paths)
-    status[stage] = {"state": state, **({"detail": detail} if detail else {})}
+    before = status.get(stage)
+    if config_sha256 is None and isinstance(before, dict):
+        config_sha256 = before.get("config_sha256")
+    entry = {"state": state, "detail": detail, "config_sha256": config_sha256}
+    status[stage] = {name: value for name, value in entry.items() if value}
     write_json(paths.status, status)
 
 
@@ -174,8 +186,3 @@ def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], Run
             "belongs to another configuration",
             "Give another --run-dir, or remove the folder.",
         )
-
-
-def is_done(paths: RunPaths, stage: str) -> bool:
-    """Whether the stage has ended well."""
-    return read_status(paths).get(stage, {}).get("state") == "done"

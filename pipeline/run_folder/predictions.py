@@ -7,10 +7,11 @@ each, or a token each.
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,6 +37,8 @@ class Predictions(ABC):
     row_ids: tuple[str, ...]
     seconds: float = field(default=0.0, kw_only=True)
     """Duration of the pass over the split, all members together."""
+    made_from: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Hashes of what decides them: `chain.PREDICTIONS_FROM`."""
 
     kind: ClassVar[Kind]
     """Its name, in files and reports."""
@@ -87,7 +90,8 @@ class Predictions(ABC):
     @classmethod
     def from_arrays(cls, row_ids: tuple[str, ...], arrays: Mapping[str, NDArray[Any]], seconds: float) -> Self:
         """The inverse of `arrays`. Raises `KeyError` or `ValueError` where they are not those of this kind."""
-        return cls(row_ids, seconds=seconds, **{name: arrays[name] for name in cls.stored})
+        own: dict[str, Any] = {name: arrays[name] for name in cls.stored}
+        return cls(row_ids, seconds=seconds, **own)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,8 @@ def write_predictions(folder: Path, split: str, predictions: Predictions) -> Non
     """Write folder/SPLIT.npz; never half-written."""
     named: dict[str, Any] = {
         "row_ids": np.array(predictions.row_ids, dtype=np.str_), "seconds": predictions.seconds,
-        "kind": predictions.kind, **predictions.arrays(),
+        "kind": predictions.kind, "made_from": json.dumps(dict(predictions.made_from), sort_keys=True),
+        **predictions.arrays(),
     }
     content = io.BytesIO()
     np.savez(content, **named)
@@ -249,7 +254,8 @@ def read_predictions(folder: Path, split: str) -> Predictions:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             row_ids, seconds = tuple(arrays["row_ids"].tolist()), float(arrays["seconds"])
-            return _KINDS[str(arrays["kind"])].from_arrays(row_ids, arrays, seconds)
+            found = _KINDS[str(arrays["kind"])].from_arrays(row_ids, arrays, seconds)
+            return replace(found, made_from=dict(json.loads(str(arrays["made_from"]))))
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise RunFolderError(str(path), None, f"is damaged ({' '.join(str(error).split())})", REMEDY) from error
 

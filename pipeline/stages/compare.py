@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.config import RunConfig, dump_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
 from pipeline.files import read_json, write_text
+from pipeline.run_folder.chain import is_trained
 from pipeline.run_folder.comparison import (
     REFUSALS,
     Training,
@@ -26,7 +27,7 @@ from pipeline.run_folder.comparison import (
     values_text,
     write_comparison,
 )
-from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
+from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
 from pipeline.stages.processes import headline, start
 from pipeline.terminal import duration
 
@@ -46,7 +47,7 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
     refuse_other(paths.config, config, shared_part)
     write_text(paths.config, dump_config(config))
     trainings = [training for training, _ in planned]
-    if not all(is_done(RunPaths(here.run / one.run), "train") for one in trainings):
+    if not all(is_trained(RunPaths(here.run / one.run), own) for one, own in planned):
         if code := start(CHECK, config, here):
             return code
         trainings = mark_refused(trainings, read_json(here.run / REFUSALS))
@@ -71,9 +72,12 @@ def train_all(
     for i, (training, own) in enumerate(zip(trainings, configs, strict=True)):
         if training.state == "refused":
             continue
-        waiting = sum(not is_done(RunPaths(folder / one.run), "train") for one in found[i:] if one.state == "waiting")
+        waiting = sum(
+            not is_trained(RunPaths(folder / one.run), its)
+            for one, its in zip(found[i:], configs[i:], strict=True) if one.state == "waiting"
+        )
         headline(f"{i + 1}/{len(found)} {training.method}, {values_text(training.values)}{clock.left(waiting)}")
-        started, was_done = time.monotonic(), is_done(RunPaths(folder / training.run), "train")
+        started, was_done = time.monotonic(), is_trained(RunPaths(folder / training.run), own)
         code = start("train", own, Folders(folder / training.run))
         if code == EXIT_STOPPED:
             return found, code

@@ -24,6 +24,7 @@ from pipeline.errors import RunFolderError, Stopped
 from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
+from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -35,7 +36,8 @@ def evaluate_run(run_dir: Path) -> None:
     """Write predictions/ of a run. Splits already predicted by the same members are kept.
 
     Raises:
-        RunFolderError: the run has no adapter, or a run it refers to is gone.
+        RunFolderError: an adapter is missing, damaged or not the one that was referred to; the run's own was trained
+            from another configuration or other data.
         Stopped: a stop was requested.
     """
     paths = RunPaths(run_dir)
@@ -43,11 +45,15 @@ def evaluate_run(run_dir: Path) -> None:
     entries = listed_adapters(
         paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters
     )
-    stored = [read_adapter(entry.folder) for entry in entries]
+    stored = [read_entry(entry) for entry in entries]
     members, described = member_list(entries, stored, config.ensemble.seed)
     splits = load_splits(config.data)
+    origin = Origin(config.training_sha256(), splits.fingerprint)
+    if read_comparison(paths) is None:
+        require_adapter(paths, origin)
     row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
-    missing = _missing_splits(paths, described, row_ids)
+    made_from = predictions_from(origin, described)
+    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name])]
     if not missing:
         say("predictions are complete")
         return
@@ -77,7 +83,8 @@ def evaluate_run(run_dir: Path) -> None:
             _stop(paths, world)
         done += len(chosen)
         if world.is_main:
-            write_predictions(paths.predictions, name, replace(predictions, seconds=time.monotonic() - started))
+            seconds = time.monotonic() - started
+            write_predictions(paths.predictions, name, replace(predictions, seconds=seconds, made_from=made_from))
     progress.close()
     if world.is_main:
         update_status(paths, "evaluate", "done")
@@ -99,6 +106,8 @@ class Entry:
     group: Group
     name: str
     folder: Path
+    sha256: str | None = None
+    """Hash of its weights, where who refers to it has noted that."""
     draws: int = 0
     """Mask draws beside its mask-free read-out, if it has masks at all."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -118,24 +127,41 @@ def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) ->
     compared = read_comparison(paths)
     if compared is not None:
         return [
-            Entry("compared", one.name, paths.root / one.run / "adapter", draws if one.chosen else 0,
+            Entry("compared", one.name, paths.root / one.run / "adapter", one.adapter_sha256,
+                  draws if one.chosen else 0,
                   {"method": one.method, "values": one.values, "train_seed": one.seed})
             for one in compared if one.state == "done"
         ]
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
-    entries = [Entry("mean_field", "mean-field", paths.adapter, draws)]
+    entries = [Entry("mean_field", "mean-field", paths.adapter, draws=draws)]
     related: dict[str, Any] = read_json(paths.related) if paths.related.exists() else {}
     if related.get("plain"):
         name = f"plain {KIND_NAMES[kind]}"
-        entries.append(Entry("plain", name, _resolve(paths, related["plain"]["run"]) / "adapter"))
+        folder = _resolve(paths, related["plain"]["run"]) / "adapter"
+        entries.append(Entry("plain", name, folder, related["plain"]["adapter_sha256"]))
     if related.get("search"):
         search = _resolve(paths, related["search"]["folder"])
         trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
         trials.sort(key=lambda trial: trial["validation_nll"])
         for trial in trials[:searched]:
-            entries.append(Entry("searched", trial["name"], _resolve(RunPaths(search), trial["run"]) / "adapter"))
+            folder = _resolve(RunPaths(search), trial["run"]) / "adapter"
+            entries.append(Entry("searched", trial["name"], folder, trial["adapter_sha256"]))
     return entries
+
+
+def read_entry(entry: Entry) -> StoredAdapter:
+    """The adapter of an entry.
+
+    Raises:
+        RunFolderError: it is damaged, or not the one that was referred to.
+    """
+    require_whole(entry.folder)
+    stored = read_adapter(entry.folder)
+    if entry.sha256 not in (None, stored.sha256):
+        what = f"is another adapter than the one that this run refers to as {entry.name}"
+        raise RunFolderError(str(entry.folder), None, what, "Put that one back, or run the whole line again.")
+    return stored
 
 
 def member_list(
@@ -163,21 +189,14 @@ def member_list(
     return members, described
 
 
-def _missing_splits(paths: RunPaths, described: list[PredictedMember], row_ids: dict[str, list[str]]) -> list[str]:
-    try:
-        if read_members(paths.predictions) != described:
-            return list(EVALUATED_SPLITS)
-    except RunFolderError:
-        return list(EVALUATED_SPLITS)
-    return [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, len(described), row_ids[name])]
-
-
-def _is_complete(paths: RunPaths, split: str, members: int, row_ids: list[str]) -> bool:
+def _is_complete(paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str]) -> bool:
     try:
         predictions: Predictions = read_predictions(paths.predictions, split)
+        named = len(read_members(paths.predictions))
     except RunFolderError:
         return False
-    return list(predictions.row_ids) == row_ids and predictions.members == members
+    same = predictions.made_from == made_from and predictions.members == named
+    return same and list(predictions.row_ids) == row_ids
 
 
 def _counter(

@@ -7,6 +7,7 @@ the LoRA that it is then: one rank, padded with zeros to one that serving engine
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.adapters.build import attach_stored
 from pipeline.adapters.peft_adalora import shown_rank
@@ -16,31 +17,35 @@ from pipeline.distributed.world import leave_world, start_world
 from pipeline.errors import RunFolderError
 from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
 from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
-from pipeline.files import MANIFEST, publish_folder, read_json, write_json
+from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file, write_json
 from pipeline.prediction.task import open_task
+from pipeline.run_folder.chain import Origin, require_adapter
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.terminal import say
+
+REPORT_AGAIN = "Evaluate and report again."
 
 
 def export_run(run_dir: Path) -> None:
     """Write export/: adapter/, draws/draw_NNN/, manifest.json with measured parity.
 
     Raises:
-        RunFolderError: no adapter, or a method whose members are no plain LoRA.
+        RunFolderError: the adapter is missing, damaged, of another configuration or other data; result.json was made
+            from another one; a method whose members are no plain LoRA.
         ParityError: parity is outside the tolerance, or an export equals the base.
     """
     paths = RunPaths(run_dir)
     config = load_saved(paths.config)
-    if not paths.adapter.is_dir():
-        raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
-    stored = read_adapter(paths.adapter)
-    update_status(paths, "export", "running")
     splits = load_splits(config.data)
+    origin = Origin(config.training_sha256(), splits.fingerprint)
+    require_adapter(paths, origin)
+    stored = read_adapter(paths.adapter)
+    result = read_result(paths, origin, stored.sha256)
+    update_status(paths, "export", "running")
     world = start_world()
     task = open_task(config, splits, world.device)
     identity = task.base.identity
     adapters = attach_stored(task.base, [stored], config.train.seed)
-    result = read_json(paths.result) if paths.result.exists() else {}
     exported = planned_exports(config.export, config.ensemble.size, result, stored)
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
@@ -53,8 +58,10 @@ def export_run(run_dir: Path) -> None:
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
         parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS])
         manifest = {
+            "origin": origin.as_dict(),
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
+            "result_sha256": sha256_file(paths.result) if result else None,
             "adapter": {"kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank},
             "exports": [
                 {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
@@ -68,3 +75,21 @@ def export_run(run_dir: Path) -> None:
     publish_folder(paths.export, fill)
     leave_world()
     say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
+
+
+def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[str, Any]:
+    """What the report found for this adapter, of which the export takes ensemble size and temperature; {} without one.
+
+    Raises:
+        RunFolderError: it was made from another configuration, other data or another adapter.
+    """
+    if not paths.result.exists():
+        return {}
+    result = read_json(paths.result, REPORT_AGAIN)
+    made_from: dict[str, Any] = (result.get("made_from") if isinstance(result, dict) else None) or {}
+    what = origin.difference(made_from)
+    if not what and made_from.get("adapter_sha256") != adapter_sha256:
+        what = "was made from another adapter"
+    if what:
+        raise RunFolderError(str(paths.result), None, what, REPORT_AGAIN)
+    return dict(result)

@@ -9,7 +9,9 @@ from pipeline.distributed.launcher import run_stage, run_world_stage
 from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import EXIT_OK
 from pipeline.files import write_text
-from pipeline.run_folder.paths import Folders, RunPaths, is_done, refuse_other
+from pipeline.run_folder.chain import is_trained
+from pipeline.run_folder.mark import claim
+from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
 from pipeline.stages.table import STAGES
 
 
@@ -20,7 +22,7 @@ def start(name: str, config: RunConfig, folders: Folders) -> int:
     headline from the line that it is part of: several trainings have different ones.
 
     Raises:
-        RunFolderError: the folder belongs to another configuration.
+        RunFolderError: the folder belongs to another configuration, or is not ours.
     """
     shared = config.launch if STAGES[name].processes == "all" else None
     with owned_folders([folders.run], name, shared):  # the command has its own folders already, not all trainings
@@ -30,13 +32,15 @@ def start(name: str, config: RunConfig, folders: Folders) -> int:
 def _start(name: str, config: RunConfig, folders: Folders) -> int:
     stage, paths = STAGES[name], RunPaths(folders.run)
     if stage.settings == "new":
+        claim(folders.run, "run")
         refuse_other(paths.config, config)
-        if is_done(paths, name) and paths.adapter.is_dir():
+        if is_trained(paths, config):
             print(f"{folders.run.name}: already trained", file=sys.stderr)
             return EXIT_OK
         write_text(paths.config, dump_config(config))
     else:
         headline(name)
+    update_status(paths, name, "starting", config_sha256=config.training_sha256())
     program = ["pipeline.stages", name]
     if stage.processes == "all":
         return run_world_stage(name, program, folders.run, config.launch)

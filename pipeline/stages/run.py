@@ -8,7 +8,7 @@ import time
 from pipeline.config import RunConfig, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import with_values
-from pipeline.errors import EXIT_OK
+from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, read_json, sha256_file, write_json, write_text
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
 from pipeline.stages.processes import headline, start
@@ -23,16 +23,19 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export.
 
     Raises:
-        RunFolderError: the folder holds another request.
+        RunFolderError: the folder holds another request, a training that was not searched for, or one of
+            values that the search does not choose.
     """
     started, paths, plain = time.monotonic(), RunPaths(folders.run), Folders(folders.plain)
+    if paths.config.exists() and not (folders.run / REQUESTED).exists():
+        remedy = "Give another --run-dir: the search decides what is trained in it."
+        raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
     refuse_other(folders.run / REQUESTED, config)
     write_text(folders.run / REQUESTED, dump_config(config))
     if code := run_search(config, folders):
         return code
     found = read_json(folders.search / "search.json", "Run the search stage first.")
     chosen = with_values(config, found["best_config"])
-    write_text(paths.config, dump_config(chosen))
     headline("train")
     if code := start("train", chosen, folders):
         return code

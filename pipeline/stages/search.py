@@ -14,7 +14,6 @@ from pipeline.stages.processes import headline
 def run_search(config: RunConfig, folders: Folders) -> int:
     """Ray Tune in a process of its own."""
     headline("search")
-    folders.search.mkdir(parents=True, exist_ok=True)
     settings = folders.search / "config.yaml"
     refuse_other(settings, config)
     write_text(settings, dump_config(config))

@@ -28,10 +28,11 @@ class Stage:
     function: str
     """The work, as `module:function`, imported when it is needed. `all`, `one`: (run folder). `none`: (config, folders)
     -> exit code; with `own` settings (request) -> exit code."""
+    writes: tuple[Literal["run", "plain", "search", "comparison"], ...] = ()
+    """What it writes into, of `run_folder.paths.Folders`: refused where it is not ours, made and marked else; one
+    command at a time owns it."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
-    folders: tuple[str, ...] = ("run",)
-    """What it writes into, of `run_folder.paths: Folders`: one command at a time owns them."""
     plan: tuple[str, ...] = ()
     """Steps that --dry-run tells of (`pipeline.plan.steps`); the stage itself where none is named."""
     recipe: str = "default"
@@ -52,23 +53,24 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("run", "all of the following, in order (the default)", "none", "new", "pipeline.stages.run:run_line",
-              trains=True, folders=("run", "plain", "search"),
+              writes=("run", "plain", "search"), trains=True,
               plan=("search", "train", "plain", "evaluate", "report", "export", "memory")),
         Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
-              "pipeline.stages.search:run_search", folders=("search",)),
+              "pipeline.stages.search:run_search", writes=("search",)),
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
-              trains=True, plan=("train", "memory")),
+              writes=("run",), trains=True, plan=("train", "memory")),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
-              "pipeline.stages.evaluate:evaluate_run"),
+              "pipeline.stages.evaluate:evaluate_run", writes=("run",)),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
-              "pipeline.stages.report:write_report"),
+              "pipeline.stages.report:write_report", writes=("run",)),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
-              "pipeline.stages.export:export_run"),
+              "pipeline.stages.export:export_run", writes=("run",)),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
-              "none", "new", "pipeline.stages.compare:run_comparison", trains=True,
-              folders=("comparison",), plan=("trainings",), recipe="compare",
+              "none", "new", "pipeline.stages.compare:run_comparison",
+              writes=("comparison",), trains=True,
+              plan=("trainings",), recipe="compare",
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),

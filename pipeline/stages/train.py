@@ -29,6 +29,7 @@ from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.terms import GlobalMean
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
+from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
@@ -66,7 +67,8 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     examples = training_examples(task, splits.train, config.data)
     adapters = attach_adapter(config.adapter, task.base, config.train.max_steps, config.train.seed)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
-    run = Run(config, paths, world, task, adapters, examples, splits.validation, on_validation)
+    origin = Origin(config.training_sha256(), splits.fingerprint)
+    run = Run(config, origin, paths, world, task, adapters, examples, splits.validation, on_validation)
     if config.train.packing:
         check_packing(task.base.model, config.model.attention)
     stream = training_stream(task, splits, config.data, config.train)
@@ -80,7 +82,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
             write_text(paths.config, dump_config(config))
         identity = task.base.identity.as_dict()
         write_json(paths.environment, describe_environment(identity, splits.fingerprint, world.world_size))
-        update_status(paths, "train", "running")
+        update_status(paths, "train", "running", config_sha256=origin.config_sha256)
         describe(run, loader, micro_steps)
     run.resume()
     try:

@@ -2,7 +2,7 @@
 
 checkpoints/step_000123/
   state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq; budget/…: AdaLoRA's importance
-  counters.json         step, seed, configuration hash, best validation so far
+  counters.json         step, seed, hashes of configuration and data, best validation so far
   manifest.json         sizes and hashes
 checkpoints/latest.json, best.json
                         for people and tools: which checkpoint, its step, its validation NLL, the hash of its state.
@@ -47,6 +47,9 @@ class Counters:
     step: int
     seed: int
     config_sha256: str
+    """`RunConfig.training_sha256`."""
+    data_sha256: str
+    """`Splits.fingerprint`."""
     best_step: int | None = None
     best_validation_nll: float | None = None
     validated_step: int | None = None

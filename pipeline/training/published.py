@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.adapters.attach import Adapters
@@ -21,7 +21,8 @@ from pipeline.files import (
     sha256_file,
     write_json,
 )
-from pipeline.run_folder.members import PredictedMember, write_members
+from pipeline.run_folder.chain import Origin, own_member, predictions_from
+from pipeline.run_folder.members import write_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import Predictions, write_predictions
 
@@ -36,27 +37,33 @@ class Validation:
     predictions: Predictions
 
 
-def publish_adapter(adapters: Adapters, base: str, found: Validation, paths: RunPaths, world: World) -> None:
+def publish_adapter(
+    adapters: Adapters, base: str, origin: Origin, found: Validation, paths: RunPaths, world: World
+) -> None:
     """adapter/ in PEFT format as it stands in the engine now, and the validation predictions that go with it.
 
     A collective. Raises `DiskFull`.
 
     Args:
         base: name or path of the base model.
+        origin: of the run.
     """
     matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
     head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
 
     def fill(folder: Path) -> None:
         write_adapter(folder, matrices, adapters.specs[0], adapters.layer_count, base, adapters.suffixes, head)
-        write_json(folder / MANIFEST, {"step": found.step, "validation_nll": found.scores["nll"]})
+        entry = {"step": found.step, "validation_nll": found.scores["nll"], "origin": origin.as_dict()}
+        write_json(folder / MANIFEST, entry)
 
     def publish() -> None:
         (paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before
         publish_folder(paths.adapter, fill)
         sha256 = sha256_file(paths.adapter / ADAPTER_WEIGHTS)
-        write_members(paths.predictions, [PredictedMember("mean-field", "mean_field", str(paths.adapter), sha256)])
-        write_predictions(paths.predictions, "validation", found.predictions)
+        members = [own_member(paths.adapter, sha256)]
+        write_members(paths.predictions, members)
+        predictions = replace(found.predictions, made_from=predictions_from(origin, members))
+        write_predictions(paths.predictions, "validation", predictions)
 
     main_writes(world, publish)
 

@@ -8,7 +8,7 @@ from pipeline.errors import RunFolderError
 from pipeline.files import manifest_faults
 from pipeline.run_folder.paths import step_name
 from pipeline.training.checkpoint import load_checkpoint
-from pipeline.training.published import publish_adapter, published_step
+from pipeline.training.published import published_step
 from pipeline.training.run import Run
 
 
@@ -43,4 +43,4 @@ def restore_best(run: Run) -> None:
             "Remove the run folder and train again.",
         )
     load_checkpoint(folder, run.engine, run.trained)
-    publish_adapter(run.adapters, run.task.base.identity.resolved, run.validation_of(best), run.paths, run.world)
+    run.publish(run.validation_of(best))

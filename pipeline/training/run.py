@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 from pipeline.adapters.attach import Adapters
@@ -17,6 +17,7 @@ from pipeline.errors import RunFolderError, Stopped
 from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, remove_asides, sha256_file
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
+from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.metrics import Metrics, open_loggers
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
@@ -42,6 +43,7 @@ class Run:
     """One run in progress: what the loop needs at hand, and where it stands."""
 
     config: RunConfig
+    origin: Origin
     paths: RunPaths
     world: World
     task: Task
@@ -54,7 +56,7 @@ class Run:
     """The last validation."""
 
     def __post_init__(self) -> None:
-        self.counters = Counters(0, self.config.train.seed, self.config.result_sha256())
+        self.counters = Counters(0, self.config.train.seed, self.origin.config_sha256, self.origin.data_sha256)
         self.saved = self.counters
         self.metrics = Metrics(self.paths.metrics, self.world.is_main)
         self.trained = trained_parameters(self.adapters)
@@ -95,9 +97,14 @@ class Run:
         if published:
             self.counters = replace(self.counters, best_step=step, best_validation_nll=found.scores["nll"])
             self.save()  # first: what is published is then never ahead of what a resume knows
-            publish_adapter(self.adapters, self.task.base.identity.resolved, found, self.paths, self.world)
+            self.publish(found)
         if self.on_validation is not None:
             self.on_validation({"step": float(step), **found.scores, "published": float(published)})
+
+    def publish(self, found: Validation) -> None:
+        """adapter/ as the engine holds it, with the validation that goes with it. A collective."""
+        base = self.task.base.identity.resolved
+        publish_adapter(self.adapters, base, self.origin, found, self.paths, self.world)
 
     def save(self) -> None:
         """Publish a checkpoint, unless this very state is saved."""
@@ -120,7 +127,7 @@ class Run:
         """Put the newest whole checkpoint into the engine, if there is one.
 
         Raises:
-            RunFolderError: it is another run's.
+            RunFolderError: it is another run's, or the data have changed since.
         """
         found, faults = gather_objects(find_checkpoint(self.paths.checkpoints))[0]
         for fault in faults:
@@ -128,9 +135,9 @@ class Run:
         if found is not None:
             self.counters = load_checkpoint(found, self.engine, self.trained)
             self.budget.load_state(load_extra(found, "budget"))
-            if self.counters.config_sha256 != self.config.result_sha256():
-                remedy = "Give another --run-dir, or remove the folder."
-                raise RunFolderError(str(found), None, "belongs to another configuration", remedy)
+            if different := self.origin.difference(asdict(self.counters)):
+                remedy = "Put back what the run was started with, or give another --run-dir."
+                raise RunFolderError(str(found), None, different, remedy)
             say(f"continuing from {found.name}", self.world.is_main)
         self.saved = self.counters
         if self.world.is_main:
@@ -175,7 +182,8 @@ class Run:
             if row["kind"] == "validation" and row["step"] == self.counters.best_step
         ]
         if self.world.is_main:
-            update_status(self.paths, "train", "done", f"{self.counters.step} steps, best at {self.counters.best_step}")
+            detail = f"{self.counters.step} steps, best at {self.counters.best_step}"
+            update_status(self.paths, "train", "done", detail, self.origin.config_sha256)
         return {
             "steps": self.counters.step,
             "best_step": self.counters.best_step,

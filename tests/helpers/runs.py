@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,12 +11,17 @@ from safetensors.torch import load_file
 from pipeline.config import dump_config, load_config
 from pipeline.distributed.launcher import launcher_command, launcher_environment, run_stage
 from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file, write_text
+from pipeline.run_folder.chain import Origin, predictions_from
+from pipeline.run_folder.mark import claim
+from pipeline.run_folder.members import read_members
 from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import Predictions, write_predictions
 
 
 def launch(folder: Path, settings: list[str]) -> int:
     """Train in processes of their own, through the DeepSpeed launcher."""
     config = load_config(None, settings)
+    claim(folder, "run")
     write_text(RunPaths(folder).config, dump_config(config))
     return run_stage(
         launcher_command(["pipeline.stages", "train"], folder, config.launch),
@@ -25,6 +31,14 @@ def launch(folder: Path, settings: list[str]) -> int:
         launcher_environment(config.launch),
         in_world=True,
     )
+
+
+def write_predicted(folder: Path, split: str, predictions: Predictions, data_sha256: str = "rows") -> None:
+    """predictions/SPLIT.npz as evaluate leaves it, made from the folder's own config.yaml and members.json."""
+    paths = RunPaths(folder)
+    origin = Origin(load_config(paths.config).training_sha256(), data_sha256)
+    made_from = predictions_from(origin, read_members(paths.predictions))
+    write_predictions(paths.predictions, split, replace(predictions, made_from=made_from))
 
 
 def losses(folder: Path) -> list[float]:

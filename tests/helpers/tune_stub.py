@@ -6,7 +6,6 @@ Environment: STUB_SECONDS per step; STUB_FAIL, STUB_DIE, STUB_NAN: a trial's nam
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -20,7 +19,8 @@ import numpy as np
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.data.splits import load_splits
 from pipeline.errors import EXIT_STOPPED, DataError, LoradropError
-from pipeline.files import publish_folder, write_json, write_text
+from pipeline.files import ADAPTER_WEIGHTS, publish_folder, sha256_file, write_json, write_text
+from pipeline.run_folder.chain import Origin, own_member, predictions_from
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
 
@@ -76,7 +76,7 @@ def train(config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, A
             raise Stopped(f"stopped at step {step}")
     return {
         "validation_nll": scores["nll"], "validation_accuracy": scores["accuracy"], "steps": config.train.max_steps,
-        "adapter_sha256": hashlib.sha256(config.sha256().encode()).hexdigest(),
+        "adapter_sha256": sha256_file(paths.adapter / ADAPTER_WEIGHTS),
     }  # fmt: skip
 
 
@@ -90,8 +90,15 @@ def misbehave(name: str) -> None:
 
 def publish(paths: RunPaths, config: RunConfig, predicted: np.ndarray, row_ids: tuple[str, ...]) -> None:
     """adapter/ and predictions/, as the trainer leaves them."""
-    publish_folder(paths.adapter, lambda folder: write_json(folder / "adapter_config.json", {"r": config.adapter.rank}))
-    write_predictions(paths.predictions, "validation", ChoicePredictions(row_ids, predicted[None]))
+    def fill(folder: Path) -> None:
+        write_json(folder / "adapter_config.json", {"r": config.adapter.rank})
+        write_text(folder / ADAPTER_WEIGHTS, config.sha256())
+
+    publish_folder(paths.adapter, fill)
+    origin = Origin(config.training_sha256(), "rows")
+    made_from = predictions_from(origin, [own_member(paths.adapter, sha256_file(paths.adapter / ADAPTER_WEIGHTS))])
+    predictions = ChoicePredictions(row_ids, predicted[None], made_from=made_from)
+    write_predictions(paths.predictions, "validation", predictions)
 
 
 def main() -> int:

@@ -320,10 +320,11 @@ def test_predicted_numbers_are_cached_and_merged(tmp_path: Path) -> None:
     assert isinstance(stored, RegressionPredictions) and stored.row_ids == ("a", "b", "c") and stored.members == 2
     assert stored.values.tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
     with np.load(tmp_path / "test.npz") as arrays:
-        assert set(arrays) == {"row_ids", "seconds", "kind", "values"}, "no labels in here"
+        assert set(arrays) == {"row_ids", "seconds", "kind", "values", "made_from"}, "no labels in here"
     with pytest.raises(ValueError, match="finite"):
         RegressionPredictions(("a",), np.array([[np.nan]]))
-    np.savez(tmp_path / "broken.npz", row_ids=np.array(["a"]), seconds=0.0, kind="regression", values=np.ones((1, 2)))
+    np.savez(tmp_path / "broken.npz", row_ids=np.array(["a"]), seconds=0.0, kind="regression", made_from="{}",
+             values=np.ones((1, 2)))
     with pytest.raises(RunFolderError, match="is damaged"):
         read_predictions(tmp_path, "broken")
 

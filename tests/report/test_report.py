@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.runs import write_predicted
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -25,7 +26,6 @@ from pipeline.run_folder.predictions import (
     ChoicePredictions,
     CompletionPredictions,
     read_predictions,
-    write_predictions,
 )
 from pipeline.scores.bootstrap import RowMean, bootstrap, percentile_interval
 from pipeline.stages.report import write_report
@@ -72,7 +72,7 @@ def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
         ids = [f"{split}-{i}" for i in range(rows)]
         logits = make_logits(members, truth, random)
         log_probs = log_softmax(np.stack([np.zeros_like(logits), logits], axis=-1)).astype(np.float32)
-        write_predictions(paths.predictions, split, ChoicePredictions(tuple(ids), log_probs, seconds=12.5))
+        write_predicted(root, split, ChoicePredictions(tuple(ids), log_probs, seconds=12.5))
         answers = ("bad", "good")
         splits[split] = [Row(id=i, choices=answers, label=int(y)) for i, y in zip(ids, labels, strict=True)][::-1]
     write_training(paths, 0.5)
@@ -114,7 +114,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished") / "run"
     splits = write_run(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+        patch.setattr("pipeline.report.inputs.load_splits", lambda _: SimpleNamespace(**splits, fingerprint="rows"))
         result = write_report(root)
     return SimpleNamespace(root=root, paths=RunPaths(root), splits=splits, result=result)
 
@@ -123,7 +123,7 @@ def finished(tmp_path_factory):
 def run(tmp_path, monkeypatch):
     """A finished run folder whose data configuration leads to the rows it was predicted for."""
     splits = write_run(tmp_path / "run")
-    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda _: SimpleNamespace(**splits, fingerprint="rows"))
     return SimpleNamespace(root=tmp_path / "run", paths=RunPaths(tmp_path / "run"), splits=splits)
 
 
@@ -269,7 +269,7 @@ def test_absent_parts_are_left_out_in_words(run):
     write_members(run.paths.predictions, [members[i] for i in keep])
     for split in ROWS:
         old = read_predictions(run.paths.predictions, split)
-        write_predictions(run.paths.predictions, split, ChoicePredictions(old.row_ids, old.log_probs[keep]))
+        write_predicted(run.root, split, ChoicePredictions(old.row_ids, old.log_probs[keep]))
     result = write_report(run.root)
     assert [s["key"] for s in result["systems"]] == ["base", "mean_field"] and result["ensemble"] is None
     assert len(result["left_out"]) == 5
@@ -285,7 +285,7 @@ def test_completion_data(run):
         offsets = np.concatenate([[0], random.integers(1, 9, rows).cumsum()])
         tokens[split] = -random.exponential(size=(len(members), offsets[-1])).astype(np.float32)
         ids = tuple(row.id for row in run.splits[split])
-        write_predictions(run.paths.predictions, split, CompletionPredictions(ids, tokens[split], offsets))
+        write_predicted(run.root, split, CompletionPredictions(ids, tokens[split], offsets))
         run.splits[split][:] = [Row(id=row_id, completion="x") for row_id in ids]
     result = write_report(run.root)
     entry = system(result, "masks_4")["test"]
@@ -299,7 +299,12 @@ def test_completion_data(run):
 
 def test_other_methods_keep_their_names(run):
     config = build_config({"adapter": {"method": "hiddenkey"}, "evaluate": {"bootstrap_samples": 50}})
+    predictions = {split: read_predictions(run.paths.predictions, split) for split in ROWS}
     write_text(run.paths.config, dump_config(config))
+    with pytest.raises(RunFolderError, match="was made from another configuration"):
+        score(run.root)
+    for split, found in predictions.items():
+        write_predicted(run.root, split, found)
     result = score(run.root)
     assert system(result, "mean_field")["name"] == "HiddenKey" and result["label"] == ""
 
@@ -330,7 +335,7 @@ def test_labels_outside_the_predicted_choices_are_refused(run):
 
 def test_member_count_must_fit(run):
     write_members(run.paths.predictions, make_members()[:-1])
-    with pytest.raises(RunFolderError, match="holds 14 members, members.json names 13"):
+    with pytest.raises(RunFolderError, match="made by other members than members.json names"):
         score(run.root)
 
 

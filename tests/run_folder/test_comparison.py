@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.runs import write_predicted
 
 from pipeline.config import build_config, dump_config, load_config
 from pipeline.data.rows import Row
@@ -30,7 +31,7 @@ from pipeline.run_folder.comparison import (
 )
 from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, refuse_other
-from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
+from pipeline.run_folder.predictions import ChoicePredictions
 from pipeline.stages.evaluate import listed_adapters
 from pipeline.stages.report import write_report
 
@@ -40,7 +41,8 @@ ROWS = {"validation": 40, "calibration": 60, "test": 80}
 
 def training(method: str, rate: float, seed: int = 0, nll: float | None = 0.5, **changed: Any) -> Training:
     found = Training(f"{method}-lr{rate:g}-seed{seed}", method, {"train.learning_rate": rate}, seed, "ab", "done")
-    return replace(found, validation_nll=nll, steps=4, seconds=8.0, step_seconds=2.0, **changed)
+    found = replace(found, adapter_sha256=found.name, validation_nll=nll)
+    return replace(found, steps=4, seconds=8.0, step_seconds=2.0, **changed)
 
 
 def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
@@ -52,7 +54,7 @@ def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
     planned = plan_trainings(config)
     assert len(planned) == len({one.name for one, _ in planned}) == 3 * 2 * 2 * 2
     one, own = planned[-1]
-    assert one.name == "one_side-lr0.002-rank16-seed5" and one.config_sha256 == own.result_sha256()
+    assert one.name == "one_side-lr0.002-rank16-seed5" and one.config_sha256 == own.training_sha256()
     assert (own.train.learning_rate, own.adapter.rank, own.train.seed) == (0.002, 16, 5)
     assert own.label == "small: one side" and own.adapter.rate is None
     rates = {site.position: site.rate for site in own.adapter.resolved_method().sites}
@@ -144,7 +146,8 @@ def write_compared(
     for one in trainings:
         about = {"method": one.method, "values": one.values, "train_seed": one.seed}
         draws = [None, 0, 1] if one.chosen and one.method == "dropkey" else [None]
-        members += [PredictedMember(one.name, "compared", "a", "b", d, about) for d in draws if one.state == "done"]
+        if one.state == "done":
+            members += [PredictedMember(one.name, "compared", "a", one.adapter_sha256, d, about) for d in draws]
     write_members(paths.predictions, members)
     splits, scores = {}, {}
     for split, rows in ROWS.items():
@@ -152,9 +155,9 @@ def write_compared(
         logits = random.normal(size=(len(members), rows, 2)) + 2.0 * np.eye(2)[labels]
         scores[split] = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         ids = tuple(f"{split}-{i}" for i in range(rows))
-        write_predictions(paths.predictions, split, ChoicePredictions(ids, scores[split].astype(np.float32)))
+        write_predicted(root, split, ChoicePredictions(ids, scores[split].astype(np.float32)))
         splits[split] = [Row(id=i, choices=("bad", "good"), label=int(y)) for i, y in zip(ids, labels, strict=True)]
-    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**splits))
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda _: SimpleNamespace(**splits, fingerprint="rows"))
     return members, scores, np.array([row.label for row in splits["test"]])
 
 

@@ -25,6 +25,7 @@ from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import RunFolderError
 from pipeline.files import write_json, write_text
 from pipeline.run_folder import owner
+from pipeline.run_folder.mark import claim, refuse_foreign
 from pipeline.run_folder.owner import OWNER, Owner, held, owned, read_owner
 from pipeline.run_folder.paths import RunPaths
 
@@ -75,6 +76,7 @@ def test_the_second_command_is_told_who_has_the_folder_and_touches_nothing(
 ) -> None:
     run = tmp_path / "x"
     folder = tmp_path / {"search": "x-search", "compare": "x-compare"}.get(stage, "x")
+    claim(run, "run")
     write_text(RunPaths(run).config, dump_config(load_config(None, tiny_settings)))
     write_json(RunPaths(run).status, {"train": {"state": "running"}})
     write_json(RunPaths(run).stop_request, {"signal": "SIGTERM"})
@@ -221,3 +223,11 @@ def test_names_in_the_file_cannot_write_lines(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught, owned(tmp_path, "second"):
         pass
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_folder_whose_owner_was_killed_before_it_was_marked_is_no_foreign_one(tmp_path: Path) -> None:
+    (tmp_path / OWNER).write_text("{}")
+    refuse_foreign(tmp_path, "run")
+    with owned(tmp_path, "second"):
+        claim(tmp_path, "run")
+    assert not (tmp_path / OWNER).exists()

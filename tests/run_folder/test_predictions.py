@@ -60,7 +60,7 @@ def test_regression_predictions_round_trip(tmp_path):
 def test_every_kind_says_its_arrays_and_is_made_of_them(tmp_path, make, types):
     write_predictions(tmp_path, "test", make())
     with np.load(tmp_path / "test.npz", allow_pickle=False) as arrays:
-        assert arrays.files == ["row_ids", "seconds", "kind", *types]
+        assert arrays.files == ["row_ids", "seconds", "kind", "made_from", *types]
         assert {name: arrays[name].dtype.str for name in types} == types
         assert str(arrays["kind"]) == make.__name__ == make().kind and arrays["seconds"].dtype == np.float64
     again = type(make()).from_arrays(make().row_ids, make().arrays(), 0.5)
@@ -103,7 +103,7 @@ def test_the_file_is_what_the_contract_says(tmp_path):
     write_predictions(tmp_path, "test", choice())
     assert [p.name for p in tmp_path.iterdir()] == ["test.npz"]
     with np.load(tmp_path / "test.npz", allow_pickle=False) as arrays:
-        assert set(arrays.files) == {"row_ids", "kind", "log_probs", "seconds"}
+        assert set(arrays.files) == {"row_ids", "kind", "log_probs", "seconds", "made_from"}
         assert str(arrays["kind"]) == "choice" and arrays["row_ids"].dtype.kind == "U"
 
 
@@ -141,7 +141,8 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     elif damage == "kind":
         np.savez(path, row_ids=np.array(["a"]), seconds=1.0, kind="other", log_probs=np.zeros((1, 1, 1)))
     elif damage == "pickle":
-        np.savez(path, row_ids=np.array([{}], dtype=object), seconds=1.0, kind="choice", log_probs=np.zeros((1, 1, 1)))
+        ids = np.array([{}], dtype=object)
+        np.savez(path, row_ids=ids, seconds=1.0, kind="choice", made_from="{}", log_probs=np.zeros((1, 1, 1)))
     else:
         with path.open("wb") as file:
             np.save(file, np.zeros(3))

@@ -10,8 +10,9 @@ from transformers import AutoConfig
 
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, ConfigError, StageFailed
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, publish_folder, write_json, write_text
 from pipeline.plan.methods import refused_methods
+from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison
 from pipeline.run_folder.paths import Folders, RunPaths, update_status
 from pipeline.stages import compare
@@ -41,9 +42,14 @@ class Processes:
             nll = config.train.learning_rate
             lines = [{"kind": "train", "step": 1, "seconds": 2.0}, {"kind": "validation", "step": 1, "nll": nll}]
             write_text(paths.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-            write_text(paths.adapter / ADAPTER_WEIGHTS, folders.run.name)
-            write_json(paths.adapter / MANIFEST, {"step": 1, "validation_nll": nll})
-            update_status(paths, "train", "done")
+            origin = Origin(config.training_sha256(), "rows")
+
+            def fill(folder: Path) -> None:
+                write_text(folder / ADAPTER_WEIGHTS, folders.run.name)
+                write_json(folder / MANIFEST, {"step": 1, "validation_nll": nll, "origin": origin.as_dict()})
+
+            publish_folder(paths.adapter, fill)
+            update_status(paths, "train", "done", config_sha256=origin.config_sha256)
         elif code == EXIT_FAILED:
             update_status(paths, "train", "failed", "the loss is nan")
         return code

@@ -24,7 +24,7 @@ from pipeline.training.checkpoint import (
     tidy,
 )
 
-COUNTERS = Counters(1, 0, "hash")
+COUNTERS = Counters(1, 0, "hash", "rows")
 PARAMETERS = {"a.lora_A": torch.nn.Parameter(torch.randn(4, 64)), "a.lora_B": torch.nn.Parameter(torch.randn(64, 4))}
 STATE: dict[str, Tensor] = {
     f"{prefix}{name}": value.detach().clone()

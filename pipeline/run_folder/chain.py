@@ -1,0 +1,120 @@
+"""What an artefact was made from: every stage checks that what it reads belongs together.
+
+    adapter/manifest.json     Origin; sizes and hashes of the adapter's files
+    checkpoints/step_…/       Origin in counters.json; a manifest
+    predictions/SPLIT.npz     Origin; the hash of who predicted, the adapters by their weights
+    result.json               Origin; the hash of the adapter; the hash of each predictions file
+    export/manifest.json      Origin; the hashes of the adapter and of the result that the temperature is from
+
+A hash proves that things are whole and belong together, not where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.errors import RunFolderError
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json, sha256_file
+from pipeline.run_folder.members import MEMBERS, PredictedMember
+from pipeline.run_folder.paths import RunPaths, read_status
+from pipeline.run_folder.predictions import EVALUATE_AGAIN, Predictions, read_predictions
+
+TRAIN_AGAIN = "Run the train stage (again), or put the whole file back."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The configuration and the data that decide an adapter and what it says of a row."""
+
+    config_sha256: str
+    """`RunConfig.training_sha256`."""
+    data_sha256: str
+    """`Splits.fingerprint`."""
+
+    def difference(self, made_from: Any) -> str:
+        """What is other in the origin that an artefact carries; empty where nothing is."""
+        if not isinstance(made_from, Mapping) or not {"config_sha256", "data_sha256"} <= made_from.keys():
+            return "does not say what it was made from"
+        if made_from["config_sha256"] != self.config_sha256:
+            return "was made from another configuration"
+        return "" if made_from["data_sha256"] == self.data_sha256 else "was made from other data"
+
+    def as_dict(self) -> dict[str, str]:
+        """For a JSON file."""
+        return asdict(self)
+
+
+def require_adapter(paths: RunPaths, origin: Origin) -> None:
+    """Raises `RunFolderError` where adapter/ is missing, damaged, or made from another configuration or other data."""
+    if not paths.adapter.is_dir():
+        raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
+    require_whole(paths.adapter)
+    if different := origin.difference(read_json(paths.adapter / MANIFEST).get("origin")):
+        remedy = "Put back the config.yaml and the data that it was trained with, or train in another --run-dir."
+        raise RunFolderError(str(paths.adapter), None, different, remedy)
+
+
+def require_whole(folder: Path) -> None:
+    """Raises `RunFolderError` where a published folder is not as its manifest says."""
+    if faults := manifest_faults(folder):
+        raise RunFolderError(str(folder), None, f"is damaged ({'; '.join(faults)})", TRAIN_AGAIN)
+
+
+def is_trained(paths: RunPaths, config: RunConfig) -> bool:
+    """Whether the training of this very configuration has ended well, and its adapter is whole."""
+    record = read_status(paths).get("train", {})
+    if record.get("state") != "done" or record.get("config_sha256") != config.training_sha256():
+        return False
+    if manifest_faults(paths.adapter):
+        return False
+    origin = read_json(paths.adapter / MANIFEST).get("origin")
+    return isinstance(origin, dict) and origin.get("config_sha256") == config.training_sha256()
+
+
+def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, str]:
+    """What predictions carry: the origin, and who predicts, adapters by their weights wherever they lie."""
+    identities = [(m.name, m.group, m.adapter_sha256, m.draw, m.extra.get("seed")) for m in members]
+    return {**origin.as_dict(), "members_sha256": hashlib.sha256(json.dumps(identities).encode()).hexdigest()}
+
+
+def own_member(folder: Path, adapter_sha256: str) -> PredictedMember:
+    """The run's own adapter, without masks: who validates in training."""
+    return PredictedMember("mean-field", "mean_field", str(folder), adapter_sha256)
+
+
+def is_validated(paths: RunPaths, config: RunConfig, adapter_sha256: str) -> bool:
+    """Whether the cached validation predictions are those of this adapter alone, trained from this configuration."""
+    try:
+        made_from = read_predictions(paths.predictions, "validation").made_from
+    except RunFolderError:
+        return False
+    origin = Origin(config.training_sha256(), made_from.get("data_sha256", ""))
+    return made_from == predictions_from(origin, [own_member(paths.adapter, adapter_sha256)])
+
+
+def require_predictions(
+    paths: RunPaths, split: str, predictions: Predictions, origin: Origin, members: Sequence[PredictedMember]
+) -> None:
+    """Raises `RunFolderError` where predictions are of another configuration, other data or other members."""
+    what = origin.difference(predictions.made_from)
+    if not what and predictions.made_from != predictions_from(origin, members):
+        what = f"was made by other members than {MEMBERS} names"
+    if what:
+        raise RunFolderError(str(paths.predictions / f"{split}.npz"), None, what, EVALUATE_AGAIN)
+
+
+def require_same_adapter(paths: RunPaths, sha256: str, what: str, remedy: str) -> None:
+    """Raises `RunFolderError` where adapter/, if it is there, is not the one whose weights have this hash.
+
+    Args:
+        what: was made from that one.
+    """
+    weights = paths.adapter / ADAPTER_WEIGHTS
+    if weights.is_file() and sha256_file(weights) != sha256:
+        raise RunFolderError(str(paths.adapter), None, f"is not the adapter that {what} was made from", remedy)
