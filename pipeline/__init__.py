@@ -18,6 +18,7 @@ _MODULES = {
     "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
     "data.splits": ("load_splits",),
     "distributed.launcher": ("LAUNCHER_VARIABLES",),
+    "distributed.lifeline": ("parent_is_gone",),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
         "RunFolderError", "StageFailed", "UserError",
@@ -29,6 +30,7 @@ _MODULES = {
     "run_folder.chain": ("is_validated",),
     "run_folder.labelled": ("LabelledSplit", "join_labels"),
     "run_folder.mark": ("claim",),
+    "run_folder.owner": ("held",),
     "run_folder.paths": ("RunPaths",),
     "run_folder.predictions": ("read_predictions",),
     "scores.classification": ("nll",),

@@ -91,7 +91,7 @@ def execute(stage: Stage, request: Request) -> int:
         UserError: something to mend, before any model is loaded or anything is written.
     """
     from pipeline.config import dump_config
-    from pipeline.distributed.nodes import check_nodes
+    from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.preflight import check_inputs
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs, resolve_new, resolve_saved
     from pipeline.plan.steps import step_lines
@@ -108,8 +108,8 @@ def execute(stage: Stage, request: Request) -> int:
             refuse_foreign(getattr(folders, name), FOLDERS[name])
         config = resolve_new(request, stage.name, stage.recipe, stage.unread)
     check_inputs(config)
-    shared = [other.name for other in OFFERED if other.processes == "all"]
-    check_nodes(config.launch, stage.name, stage.processes, shared)
+    common = [other.name for other in OFFERED if other.processes == "all"]
+    check_nodes(config.launch, stage.name, stage.processes, common)
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:
@@ -118,13 +118,15 @@ def execute(stage: Stage, request: Request) -> int:
             print("\n".join(step_lines(config, folders, step)))
         return EXIT_OK
     config = resolve_epochs(config)
-    if stage.settings == "new":
-        for name in stage.writes:
-            claim(getattr(folders, name), FOLDERS[name])
-    if stage.processes == "none":
-        code: int = stage.load()(config, folders)
-        return code
-    return start(stage.name, config, folders)
+    shared = config.launch if stage.processes == "all" else None
+    with owned_folders([getattr(folders, name) for name in stage.writes], stage.name, shared):
+        if stage.settings == "new":
+            for name in stage.writes:
+                claim(getattr(folders, name), FOLDERS[name])
+        if stage.processes == "none":
+            code: int = stage.load()(config, folders)
+            return code
+        return start(stage.name, config, folders)
 
 
 @contextmanager

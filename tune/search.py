@@ -10,24 +10,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline import (
     ADAPTER_WEIGHTS,
     EXIT_STOPPED,
-    ConfigError,
     LoradropError,
     RunConfig,
     RunPaths,
     StageFailed,
+    held,
     is_validated,
     load_config,
     manifest_faults,
@@ -45,6 +42,10 @@ from tune.trial import TRIALS, TrainFunction
 
 RESULT = "search.json"
 RAY_FOLDER = ".ray"
+SEARCHING = ".searching"
+"""Held by the process that searches. The command that started it owns the folder, but may be killed before it."""
+_PATIENCE = 60.0
+"""Seconds: a search whose command was killed ends its trials first."""
 
 
 class SearchStopped(LoradropError):
@@ -61,12 +62,13 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
 
     Raises:
         ConfigError: illegal space, a folder with another search, more trials at once than the cluster carries.
+        RunFolderError: another search works in the folder, a minute later still.
         StageFailed: Ray does not start, or every trial failed (with the first error).
         SearchStopped: SIGINT or SIGTERM; finished trials are kept.
     """
     folder = folder.resolve()
     space = load_space(config)
-    with _only_search_in(folder), stop_on_signal() as stopping:
+    with held(folder / SEARCHING, "python -m tune", patience=_PATIENCE), stop_on_signal() as stopping:
         ledger = Ledger(folder / LEDGER)
         ledger.open_search(identity(config, space), space.describe())
         _forget_lost(ledger, folder)
@@ -195,16 +197,3 @@ def _entry(record: TrialRecord) -> dict[str, Any]:
         "adapter_sha256": record.adapter_sha256,
     }
     return entry | ({"error": record.error} if record.state == "failed" else {})
-
-
-@contextmanager
-def _only_search_in(folder: Path) -> Iterator[None]:
-    """Two searches in one folder would overwrite each other's trials."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "Wait for it, or give another folder."
-            raise ConfigError(str(folder), None, "is in use by a search that is running", remedy) from error
-        yield

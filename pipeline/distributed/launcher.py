@@ -40,6 +40,8 @@ _NOISE = re.compile(
     r"|^Emitting ninja|^ninja"
 )
 _TAIL_LINES = 25
+_LEAVING_SECONDS = 5.0
+"""Beyond the time of grace: processes of a killed command, on a busy machine, until they are gone."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A stage starts a world of its own: what an outer launcher, or this process, left in the environment is not its."""
 
@@ -138,6 +140,7 @@ def run_stage(
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = RunPaths(run_dir)
     if in_world:
+        ranks.wait_for_orphans(run_dir, float((environment or {}).get(GRACE, 0)) + _LEAVING_SECONDS)
         ranks.clear(run_dir)
         update_status(paths, stage, "starting")
     paths.stop_request.unlink(missing_ok=True)
@@ -170,31 +173,39 @@ def run_stage(
         finally:
             restore()
             _end_group(process)
-    return _exit_code(code, bool(asked), run_dir, stage, in_world, tail, log)
+    return _exit_code(code, asked, run_dir, stage, in_world, tail, log)
 
 
 def _exit_code(
-    code: int, asked: bool, run_dir: Path, stage: str, in_world: bool, tail: deque[str], log: Path
+    code: int, asked: list[int], run_dir: Path, stage: str, in_world: bool, tail: deque[str], log: Path
 ) -> int:
-    """Ours, from what the processes left behind: DeepSpeed's launcher can hide the first failure, and any failure."""
-    if in_world and code != EXIT_OK:
+    """Ours, from what the processes left behind: DeepSpeed's launcher can hide the first failure, and any failure.
+
+    A failure outranks a stop: taken for one, it would be started again for ever.
+    """
+    ended = asked.count(signal.SIGINT) > 1  # by us, at once
+    if in_world and code != EXIT_OK and not ended:
         ranks.record_lost(run_dir)
     failed = ranks.failures(run_dir) if in_world else []
-    state = read_status(RunPaths(run_dir)).get(stage, {}).get("state")
-    if state == "stopped" or (asked and not failed):
+    state = read_status(RunPaths(run_dir)).get(stage, {}).get("state") if in_world else None
+    ended = ended or (not in_world and code == -signal.SIGTERM)  # before it could answer
+    stopped = code == EXIT_STOPPED or state == "stopped" or (bool(asked) and (code == EXIT_OK or ended))
+    if stopped and not failed:
         return EXIT_STOPPED
     if not failed and in_world and code == EXIT_OK and state == "starting":  # there was nothing to do
         update_status(RunPaths(run_dir), stage, "done")
     if not failed and in_world and state == "done":  # the launcher may have been killed, the stage was not
         return EXIT_OK
-    if not failed and code in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+    if not failed and code in (EXIT_OK, EXIT_USER):
         return code
-    if failed and failed[0].exit_code != EXIT_FAILED:
-        return failed[0].exit_code
     cause = failed[0].message if failed else f"exit code {code}{_signal_name(code)}"
     if in_world:
         with contextlib.suppress(OSError, DiskFull):
             update_status(RunPaths(run_dir), stage, "failed", cause)
+    if failed and failed[0].exit_code != EXIT_FAILED:
+        if failed[0].rank != 0:  # the main process has said its own
+            print(cause, file=sys.stderr, flush=True)
+        return failed[0].exit_code
     print(f"\n{stage} failed: {cause}\nThe last lines of {log}:\n{''.join(tail)}", file=sys.stderr, flush=True)
     return EXIT_FAILED
 
@@ -234,7 +245,7 @@ def _catch_signals(
         elif len(asked) > 1:
             return
         elif in_world:
-            with contextlib.suppress(OSError):  # a full disk
+            with contextlib.suppress(OSError, DiskFull):
                 write_json(paths.stop_request, {"signal": signal.Signals(number).name})
             _tell("stopping at the next boundary; everything is saved. Ctrl-C once more ends at once.")
         else:

@@ -4,7 +4,8 @@ A thread does the watching, because the main thread may sit in a collective that
 the wake-up descriptor, which the interpreter writes to at once, whatever the main thread does.
 
 - A signal (SIGINT, SIGTERM, the warning signal) or the run folder's stop request asks to stop. Before the work has
-  begun there is nothing to save: the process leaves at once. Later the ranks agree at their next boundary.
+  begun there is nothing to save: the process leaves at once. Later the ranks agree at their next boundary. Where a peer
+  has failed, the signal is the launcher's, which ends those that are left: they leave because of the failure.
 - When the launcher, or the command that started it, is gone, or a peer has failed or was killed, the process leaves
   too, after `launch.grace_seconds` in which a save may end.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distributed import ranks
-from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
+from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, LoradropError
 from pipeline.run_folder.paths import RunPaths, update_status
 
 PARENT, WARNING, GRACE = "LORADROP_PARENT_PID", "LORADROP_WARNING_SIGNAL", "LORADROP_GRACE_SECONDS"
@@ -38,6 +39,12 @@ _CLOCK_SKEW = 5.0
 def stop_signals(warning: str | None) -> list[signal.Signals]:
     """What asks a stage to stop."""
     return [signal.SIGINT, signal.SIGTERM, *([signal.Signals[warning]] if warning else [])]
+
+
+def parent_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the command that started this process has ended; no where there is none."""
+    command = int(environment.get(PARENT, 0))
+    return bool(command) and not ranks.alive(command)
 
 
 class Lifeline:
@@ -54,6 +61,7 @@ class Lifeline:
         self._since = time.time() - _CLOCK_SKEW
         self._in_world = in_world
         self._watches_peers = self._works = self._signalled = self._closed = False
+        self._settling = threading.Lock()
         self._wake, self._wake_end = os.pipe()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -79,9 +87,18 @@ class Lifeline:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)  # the command blocks them for the launcher
         threading.Thread(target=self._watch, daemon=True, name="lifeline").start()
 
+    def settle(self) -> None:
+        """How the process ends is decided: a stop, or the end of a peer, changes it no more."""
+        with self._settling:
+            self._closed = True
+
+    def peer_stopped(self) -> bool:
+        """Whether a peer has left during set-up, as it was asked to: a broken connection to it is no failure."""
+        return self._in_world and not self._works and ranks.stopped(self._run_dir) and self._failed_peer() is None
+
     def close(self) -> None:
         """The process ends by itself."""
-        self._closed = True
+        self.settle()
         ranks.unregister(self._run_dir, self._rank)
 
     def give_signals_back(self) -> None:
@@ -101,12 +118,14 @@ class Lifeline:
             if self._closed:
                 return
             if not self._works and self.stop_asked():
-                self._leave_set_up()
+                with self._settling:
+                    self._leave_set_up()
             reason = self._reason_to_leave()
             if reason is not None and deadline is None:
                 deadline = time.monotonic() + self._grace
             if reason is not None and deadline is not None and (time.monotonic() >= deadline or not self._works):
-                self._leave(reason)
+                with self._settling:
+                    self._leave(reason)
 
     def _signal_came(self, seconds: float) -> bool:
         if not select.select([self._wake], [], [], seconds)[0]:
@@ -117,20 +136,32 @@ class Lifeline:
         launcher, command = self._parents
         if os.getppid() != launcher or (command and not ranks.alive(command)):
             return "the process that started this one is gone"
-        if not self._watches_peers:
-            return None
+        return self._failed_peer() if self._watches_peers else None
+
+    def _failed_peer(self) -> str | None:
+        """Which peer was the first to fail, and why."""
         ranks.record_lost(self._run_dir, but=self._rank)
-        others = (f for f in ranks.failures(self._run_dir) if f.rank != self._rank and f.time >= self._since)
-        first = next(others, None)
+        others = (f for f in ranks.failures(self._run_dir) if f.rank != self._rank)
+        first = next((f for f in others if f.is_here or f.time >= self._since), None)
         return None if first is None else f"rank {first.rank} has failed: {first.message}"
 
     def _leave_set_up(self) -> None:
-        self.close()
+        if self._closed:
+            return
+        if self._in_world:
+            if reason := self._failed_peer():
+                self._leave(reason)
+            ranks.record_stop(self._run_dir, self._rank)
+        ranks.unregister(self._run_dir, self._rank)
+        self.say_stopped()
+        os._exit(EXIT_STOPPED)
+
+    def say_stopped(self) -> None:
+        """Record that the stage was stopped before its work began; the main process does."""
         if self._rank == 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, LoradropError):  # a full disk
                 update_status(self._paths, self._stage, "stopped")
             _say(f"{self._stage} stopped; the same command continues")
-        os._exit(EXIT_STOPPED)
 
     def _leave(self, reason: str) -> None:
         if self._closed:
@@ -138,7 +169,7 @@ class Lifeline:
         message = f"rank {self._rank} left because {reason}"
         failure = ranks.Failure.of_this_process(self._rank, "crash", message, EXIT_FAILED)
         ranks.record_failure(self._run_dir, failure)
-        self.close()
+        ranks.unregister(self._run_dir, self._rank)
         _say(f"rank {self._rank} leaves: {reason}")
         os._exit(EXIT_FAILED)
 

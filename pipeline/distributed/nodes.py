@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config.launch import LaunchConfig
 from pipeline.errors import ConfigError, SetupError
 from pipeline.files import write_text
+from pipeline.run_folder.owner import owned
 
 NODE_RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
 """Where a node reads which of the launch.nodes it is; the first that is set counts."""
@@ -58,6 +60,22 @@ def check_nodes(
             f"Run {stage} with launch.nodes=1 (search spreads over a Ray cluster: set RAY_ADDRESS).",
         )
     node_rank(launch)
+
+
+@contextmanager
+def owned_folders(folders: Sequence[Path], command: str, launch: LaunchConfig | None) -> Iterator[None]:
+    """Own folders; together with the other nodes of the same job, where `launch` says that several share them.
+
+    Raises:
+        RunFolderError: another command has one of them.
+    """
+    node, job = 0, ""
+    if launch is not None and launch.nodes > 1:
+        node, job = node_rank(launch), f"{launch.nodes} nodes at {launch.master_addr}:{launch.master_port}"
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(owned(folder, f"loradrop {command}", node, job))
+        yield
 
 
 def node_arguments(launch: LaunchConfig, run_dir: Path) -> list[str]:

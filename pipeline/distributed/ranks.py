@@ -2,6 +2,7 @@
 
     rank_1.json       written when the process starts, removed when it leaves in order
     failure_1.json    why it failed, by itself or, where it was killed, by those who outlive it
+    stopped_1.json    it left during set-up, because a stop was asked for
 
 A process that is registered, dead and silent was killed from outside: kill -9, the kernel's out-of-memory killer.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.distributed.nodes import NODE_RANK_VARIABLES
-from pipeline.errors import EXIT_FAILED, RunFolderError
+from pipeline.errors import EXIT_FAILED, DiskFull, RunFolderError
 from pipeline.files import read_json, write_json
 
 Kind = Literal["killed", "error", "crash"]
@@ -52,6 +53,11 @@ class Failure:
     time: float
     """Seconds since 1970."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it happened on this machine and node, whose earlier failures each start forgets."""
+        return self.host == _host()
+
     @classmethod
     def of_this_process(cls, rank: int, kind: Kind, message: str, exit_code: int) -> Failure:
         """A failure that happens here and now."""
@@ -70,7 +76,8 @@ def register(run_dir: Path, rank: int) -> None:
         RunFolderError: an earlier one still works here.
     """
     _refuse_living(run_dir, [entry for entry in _registered(run_dir) if entry.rank == rank])
-    _failure_file(run_dir, rank).unlink(missing_ok=True)
+    for path in (_failure_file(run_dir, rank), _stop_file(run_dir, rank)):
+        path.unlink(missing_ok=True)
     entry = Registered(rank, os.getpid(), _host(), _start_of(os.getpid()) or 0)
     write_json(_rank_file(run_dir, rank), asdict(entry))
 
@@ -84,9 +91,20 @@ def unregister(run_dir: Path, rank: int) -> None:
 def record_failure(run_dir: Path, failure: Failure) -> None:
     """Publish a failure; the first word about a rank stands. Never raises for want of disk space: it comes last."""
     path = _failure_file(run_dir, failure.rank)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DiskFull):
         if not path.exists():
             write_json(path, asdict(failure))
+
+
+def record_stop(run_dir: Path, rank: int) -> None:
+    """Say that this process leaves because it was asked to: what that breaks for its peers is no failure of theirs."""
+    with contextlib.suppress(OSError, DiskFull):
+        write_json(_stop_file(run_dir, rank), {"host": _host()})
+
+
+def stopped(run_dir: Path) -> bool:
+    """Whether a process has left because it was asked to."""
+    return any(ranks_folder(run_dir).glob("stopped_*.json"))
 
 
 def failures(run_dir: Path) -> list[Failure]:
@@ -136,6 +154,17 @@ def clear(run_dir: Path) -> None:
     for rank in ours:
         _rank_file(run_dir, rank).unlink(missing_ok=True)
         _failure_file(run_dir, rank).unlink(missing_ok=True)
+    for path in ranks_folder(run_dir).glob("stopped_*.json"):
+        with contextlib.suppress(RunFolderError, TypeError, KeyError):
+            if read_json(path)["host"] == _host():
+                path.unlink(missing_ok=True)
+
+
+def wait_for_orphans(run_dir: Path, seconds: float) -> None:
+    """Wait for processes whose command was killed: they leave by themselves once they have noticed (lifeline)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(e.host == _host() and _lives(e) for e in _registered(run_dir)):
+        time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:
@@ -190,6 +219,10 @@ def _host() -> str:
 
 def _rank_file(run_dir: Path, rank: int) -> Path:
     return ranks_folder(run_dir) / f"rank_{rank}.json"
+
+
+def _stop_file(run_dir: Path, rank: int) -> Path:
+    return ranks_folder(run_dir) / f"stopped_{rank}.json"
 
 
 def _failure_file(run_dir: Path, rank: int) -> Path:

@@ -15,6 +15,7 @@ from typing import Literal
 from pipeline import __version__
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, write_json
+from pipeline.run_folder.owner import OWNER
 from pipeline.run_folder.paths import RunPaths, read_saved
 
 MARK = "made_by.json"
@@ -38,7 +39,7 @@ def claim(folder: Path, what: What) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if _is_occupied(folder):
             raise _foreign(folder)
         write_json(folder / MARK, {"made_by": "loradrop", "what": what, "layout": LAYOUT, "version": __version__})
     except OSError as error:
@@ -52,7 +53,7 @@ def refuse_foreign(folder: Path, what: What) -> None:
         require_mark(folder, what)
         return
     try:
-        occupied = folder.exists() and any(folder.iterdir())
+        occupied = folder.exists() and _is_occupied(folder)
         parent = next(place for place in (folder, *folder.parents) if place.exists())
     except OSError as error:
         raise RunFolderError("--run-dir", str(folder), f"cannot be read ({error.strerror})", OTHER) from error
@@ -70,7 +71,7 @@ def require_mark(folder: Path, *expected: What) -> What:
         RunFolderError: it bears none or a damaged one, is something else, of a newer layout, or holds links out of it.
     """
     if not is_marked(folder):
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or not _is_occupied(folder):
             raise RunFolderError("--run-dir", str(folder), "holds no run", "Train first, or give its folder.")
         raise _foreign(folder)
     mark = read_json(folder / MARK, OTHER)
@@ -93,6 +94,11 @@ def is_marked(folder: Path) -> bool:
         return (folder / MARK).is_file()
     except OSError:
         return False
+
+
+def _is_occupied(folder: Path) -> bool:
+    """Whether it holds more than the name of its owner, who is there before the mark is."""
+    return any(not path.name.startswith(OWNER) for path in folder.iterdir())
 
 
 def _foreign(folder: Path) -> RunFolderError:

@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="given by the DeepSpeed launcher")
     arguments = parser.parse_args(argv)
     stage = STAGES[arguments.stage]
-    return stage_main(stage.name, stage.load(), arguments.run_dir, in_world=stage.processes == "all")
+    # Loaded inside: a library that cannot be imported is a failure of the stage, with its reason.
+    return stage_main(stage.name, lambda folder: stage.load()(folder), arguments.run_dir, stage.processes == "all")
 
 
 if __name__ == "__main__":

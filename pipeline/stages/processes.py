@@ -6,6 +6,7 @@ import sys
 
 from pipeline.config import RunConfig, dump_config
 from pipeline.distributed.launcher import run_stage, run_world_stage
+from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import EXIT_OK
 from pipeline.files import write_text
 from pipeline.run_folder.chain import is_trained
@@ -23,6 +24,12 @@ def start(name: str, config: RunConfig, folders: Folders) -> int:
     Raises:
         RunFolderError: the folder belongs to another configuration, or is not ours.
     """
+    shared = config.launch if STAGES[name].processes == "all" else None
+    with owned_folders([folders.run], name, shared):  # the command has its own folders already, not all trainings
+        return _start(name, config, folders)
+
+
+def _start(name: str, config: RunConfig, folders: Folders) -> int:
     stage, paths = STAGES[name], RunPaths(folders.run)
     if stage.settings == "new":
         claim(folders.run, "run")

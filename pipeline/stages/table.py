@@ -29,7 +29,8 @@ class Stage:
     """The work, as `module:function`, imported when it is needed. `all`, `one`: (run folder). `none`: (config, folders)
     -> exit code; with `own` settings (request) -> exit code."""
     writes: tuple[Literal["run", "plain", "search", "comparison"], ...] = ()
-    """What it writes into, of `run_folder.paths.Folders`: refused where it is not ours, made and marked else."""
+    """What it writes into, of `run_folder.paths.Folders`: refused where it is not ours, made and marked else; one
+    command at a time owns it."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
     plan: tuple[str, ...] = ()

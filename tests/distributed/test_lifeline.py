@@ -93,7 +93,7 @@ def test_an_earlier_failure_does_not_count_and_a_folder_in_use_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = ranks.Failure.of_this_process(5, "crash", "long ago", EXIT_FAILED)
-    ranks.record_failure(tmp_path, replace(old, time=time.time() - 3600))
+    ranks.record_failure(tmp_path, replace(old, host="faraway", time=time.time() - 3600))
     process = rank(tmp_path, 0, "works", "peers", LORADROP_GRACE_SECONDS="0")
     monkeypatch.setenv("NODE_RANK", "1")
     ranks.clear(tmp_path)  # another node on the same machine has ranks of its own
