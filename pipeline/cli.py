@@ -14,6 +14,7 @@ from pipeline import __version__
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
 from pipeline.plan.request import Request
 from pipeline.stages.table import OFFERED, STAGES, Stage
+from pipeline.terminal import printable, say
 
 DESCRIPTION = """\
 Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         with stopping_between_stages():
             return dispatch(arguments)
     except LoradropError as error:
-        print(f"loradrop: {error}", file=sys.stderr)
+        say(f"loradrop: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("\nloradrop: interrupted; the same command continues.", file=sys.stderr)
@@ -113,9 +114,9 @@ def execute(stage: Stage, request: Request) -> int:
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:
-        print(f"{dump_config(config)}\nplan (nothing has been started):")
+        print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))
         for step in stage.plan or (stage.name,):
-            print("\n".join(step_lines(config, folders, step)))
+            print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
     config = resolve_epochs(config)
     shared = config.launch if stage.processes == "all" else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
-from pipeline.files import read_json, read_json_lines, sha256_file
+from pipeline.files import read_json, sha256_file
 from pipeline.run_folder.chain import Origin, require_predictions, require_same_adapter
 from pipeline.run_folder.comparison import Training, read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions, read_predictions
 
@@ -89,14 +89,11 @@ def read_training(metrics: Path) -> TrainingCurve:
     """The curves in a metrics.jsonl; a step logged again after a resume counts once. Empty where there is none."""
     loss: dict[int, float] = {}
     validation: dict[int, float] = {}
-    try:
-        for row in read_json_lines(metrics):
-            if row.get("kind") == "train":
-                loss[row["step"]] = float(row["loss"])
-            elif row.get("kind") == "validation":
-                validation[row["step"]] = float(row["nll"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise RunFolderError(str(metrics), None, f"has a damaged line ({error!r})", "Remove that line.") from error
+    for row in read_metrics(metrics, train=["loss"], validation=["nll"]):
+        if row["kind"] == "train":
+            loss[row["step"]] = float(row["loss"])
+        elif row["kind"] == "validation":
+            validation[row["step"]] = float(row["nll"])
     return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())))
 
 

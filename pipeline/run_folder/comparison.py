@@ -24,7 +24,8 @@ from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import config_keys, with_values
 from pipeline.config.search import NamedMethod
 from pipeline.errors import ConfigError, RunFolderError, UserError
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, read_json_lines, sha256_file, write_json
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, sha256_file, write_json
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths
 
 TRAININGS = "trainings"
@@ -112,10 +113,12 @@ def choose(trainings: Sequence[Training]) -> list[Training]:
 
 
 def outcome(training: Training, folder: Path) -> Training:
-    """`training` with what its finished run folder says."""
+    """`training` with what its finished run folder says. Raises `RunFolderError` where that is nothing."""
     paths = RunPaths(folder / training.run)
-    rows = list(read_json_lines(paths.metrics))
+    rows = read_metrics(paths.metrics, train=["seconds"])
     seconds = [row["seconds"] for row in rows if row["kind"] == "train"]
+    if not seconds:
+        raise RunFolderError(str(paths.metrics), None, "has no training step", "Restore it, or train again.")
     return replace(
         training,
         state="done",

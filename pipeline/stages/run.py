@@ -13,7 +13,7 @@ from pipeline.files import ADAPTER_WEIGHTS, read_json, sha256_file, write_json, 
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
 from pipeline.stages.processes import headline, start
 from pipeline.stages.search import run_search
-from pipeline.terminal import duration
+from pipeline.terminal import duration, one_line
 
 REQUESTED = "requested.yaml"
 """In the run folder: what was asked for, before the search chose values."""
@@ -66,4 +66,4 @@ def print_outcome(folders: Folders, seconds: float) -> None:
     print(format_table(read_json(RunPaths(folders.run).result)))
     print(f"\nfinished in {duration(seconds)}")
     for what, path in (("report", "report.html"), ("adapter", "adapter"), ("export", "export")):
-        print(f"  {what:8} {os.path.relpath(folders.run / path)}")
+        print(f"  {what:8} {one_line(os.path.relpath(folders.run / path))}")

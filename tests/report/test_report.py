@@ -346,7 +346,7 @@ def test_damaged_side_files_are_named(run):
     write_links(run.root)
     with run.paths.metrics.open("a") as file:
         file.write("{broken\n")
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: has a damaged line"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:\d+: is damaged"):
         score(run.root)
     run.paths.config.write_text("train: {max_stepz: 3}\n")
     with pytest.raises(ConfigError, match="max_steps"):
