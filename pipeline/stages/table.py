@@ -74,7 +74,7 @@ STAGES = {
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("verify", "what of a run, search, comparison or export is whole, damaged or foreign; nothing is written",
               "none", "own", "pipeline.stages.verify:verify"),
-        Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
+        Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
         Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods"),
     )

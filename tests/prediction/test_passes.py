@@ -73,9 +73,14 @@ def test_members_in_one_pass_equal_a_pass_for_each(adapters: Adapters, budget: i
     assert len({together[m].tobytes() for m in range(len(MEMBERS))}) == len(MEMBERS)  # they are different members
 
 
-@pytest.mark.parametrize("precision", ["nf4", "bf16", "int8"])
-def test_members_in_one_pass_on_a_low_precision_base(precision: str, tmp_path: Path) -> None:
-    """|Δ log p| ≤ 0.02, and no label flips unless its margin is below that."""
+@pytest.mark.parametrize(("precision", "tolerance"), [("nf4", 2e-5), ("bf16", 0.2), ("int8", 2e-5)])
+def test_members_in_one_pass_on_a_low_precision_base(precision: str, tolerance: float, tmp_path: Path) -> None:
+    """No log p differs by more than rounding, and no label flips unless its margin is below that of two log p.
+
+    The quantized bases compute in float32. In bfloat16 this model's logits are below 8, so their ulp is 2^-5 at most.
+    Where a processor sums a longer batch in another order, each may be rounded to the neighbour; log p of a choice is
+    z_y - log Σ exp z over up to 3 tokens: 3 · 2 · 2^-5 = 0.19. (Seen: 0 with bfloat16 instructions, 0.05 with AVX2.)
+    """
     adapters = trained_start(attach(load_tiny(tmp_path, "llama", precision), list(SPECS), "all-linear", seed=0))
     rows = candidates()
     alone = separately(adapters, rows)
@@ -84,9 +89,9 @@ def test_members_in_one_pass_on_a_low_precision_base(precision: str, tmp_path: P
     margin = ordered[..., -1] - ordered[..., -2]
     for budget in (150, 10**9):
         together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, KEY))
-        assert np.abs(together[finite] - alone[finite]).max() <= 0.02
+        assert np.abs(together[finite] - alone[finite]).max() <= tolerance
         flipped = together.argmax(-1) != alone.argmax(-1)
-        assert not (flipped & (margin > 0.02)).any()
+        assert not (flipped & (margin > 2 * tolerance)).any()
 
 
 def test_scores_are_those_of_a_stock_model_row_by_row() -> None:
