@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
-from pipeline.config.section import Section
+from pipeline.config.section import Name, Positive, Section
 
 UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}, "adapter.consistency": {}}
 """Dotted keys of a configuration whose method keeps its own rates (and its own consistency term)."""
@@ -77,7 +79,7 @@ Decay = Annotated[float, Field(gt=0.0, lt=1.0)]
 class AdaLoRAConfig(Section):
     """The rank budget of `adapter.kind: adalora`. Its end, the average rank that is kept, is `adapter.rank`."""
 
-    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    initial_rank: Positive | None = None
     """R of every matrix at the start; None = 1.5 × adapter.rank, rounded up (the paper's section 3.3)."""
     warmup: Span = 0.1
     """Steps before the first pruning: a whole number, or a fraction of train.max_steps (the released GLUE scripts:
@@ -85,7 +87,7 @@ class AdaLoRAConfig(Section):
     final: Span = 0.4
     """Steps at the end with the final ranks: a whole number, or a fraction of train.max_steps (the released GLUE
     scripts: nearly half)."""
-    interval: Annotated[int, Field(ge=1)] = 1
+    interval: Positive = 1
     """Steps between two prunings (the released scripts: 1 to 100, the more the longer the run)."""
     beta1: Decay = 0.85
     """Decay of the averaged sensitivity |w · gradient| (the paper's value)."""
@@ -122,22 +124,43 @@ KIND_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA"}
 """adapter.kind -> what people call it."""
 
 
+def _check_expression(text: str) -> str:
+    """As it is, where it is a regular expression of some text."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what a later Python will read otherwise is legal today
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression; this is none ({error})") from error
+    return text
+
+
+def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not targets or "" in targets and not isinstance(targets, str):
+        raise ValueError("must name the modules to adapt: all-linear, a list of name suffixes, or a regular expression")
+    return _check_expression(targets) if isinstance(targets, str) else targets
+
+
+Targets = Annotated[str | tuple[str, ...], AfterValidator(_check_targets)]
+
+ModulePattern = Annotated[Name, AfterValidator(_check_expression)]
+
+
 class AdapterConfig(Section):
     """LoRA matrices, where they sit, and what is dropped while they are trained."""
 
     kind: Literal["lora", "adalora"] = "lora"
     """`lora`: ΔW = s·B A. `adalora`: ΔW = s·P Λ Q, whose ranks are pruned by importance while it is trained."""
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Positive = 8
     """R of lora_A (R, I) and lora_B (O, R); of AdaLoRA, the average rank that is kept in the end."""
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
     """scaling = alpha / rank (alpha / sqrt(rank) with `rslora`; alpha / adalora.initial_rank of AdaLoRA)."""
     rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Targets = "all-linear"
     """`all-linear` (without the head), a list of name suffixes, or one regular expression."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[ModulePattern, Positive] = {}
     """Module name pattern (PEFT's rules) -> rank, where it differs."""
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[ModulePattern, Annotated[float, Field(gt=0.0)]] = {}
     """Module name pattern (PEFT's rules) -> alpha, where it differs."""
     method: str | tuple[Site, ...] | Method = "lora_dropout"
     """A preset, a sum of presets, a list of sites, or sites with a consistency term."""
@@ -150,18 +173,10 @@ class AdapterConfig(Section):
     model as `inverse` with alpha × (1-rate_A)(1-rate_B)."""
     consistency: ConsistencyConfig = ConsistencyConfig()
     """Changes the method's consistency term: its kind, weight, branches with gradient."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """Folder of a PEFT LoRA checkpoint to start from (its rank and alpha must agree)."""
     adalora: AdaLoRAConfig = AdaLoRAConfig()
     """The rank budget of `kind: adalora`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict):
-            values = {k: tuple(v) if k in ("target_modules", "method") and isinstance(v, list) else v
-                      for k, v in values.items()}
-        return values
 
     @model_validator(mode="after")
     def _check_method(self) -> AdapterConfig:

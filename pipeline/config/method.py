@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Positive, Section
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Probability of *dropping* an entry, in [0, 1)."""
@@ -59,7 +59,7 @@ class Site(Section):
     heads: Literal["query", "kv"] = "query"
     """Attention sites: masks of their own per query head, or shared by the query heads of a key-value head (which
     saves the copy of keys and values per query head under grouped-query attention)."""
-    span_length: Annotated[int, Field(ge=1)] = 4
+    span_length: Positive = 4
     """Pattern `span`: consecutive tokens dropped together (keys of a query, or hidden vectors of a row). The paper
     names spans and gives neither length nor how they are drawn: blocks of this length at a random offset, each
     dropped with probability `rate`, are our choice."""
@@ -73,8 +73,6 @@ class Site(Section):
         if isinstance(values, dict) and values.get("position") in LEGAL:
             patterns, compensations = LEGAL[values["position"]]
             values = {"pattern": patterns[0], "compensation": compensations[0], **values}
-            if isinstance(values.get("layers"), list):
-                values["layers"] = tuple(values["layers"])
         return values
 
     @model_validator(mode="after")
@@ -134,13 +132,6 @@ class Method(Section):
 
     sites: tuple[Site, ...] = ()
     consistency: Consistency = Consistency()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("sites"), list):
-            values = {**values, "sites": tuple(values["sites"])}
-        return values
 
     @model_validator(mode="after")
     def _check_overlap(self) -> Method:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Fraction, NonNegative, Positive, Section
+from pipeline.config.section import LARGEST, Fraction, Name, NonNegative, Positive, Section
 
 PLACEMENT = (
     "micro_batch",
@@ -25,7 +25,7 @@ class SpikeConfig(Section):
 
     factor: Annotated[float, Field(gt=1.0)] = 4.0
     """Loss over the median of the steps before; small batches of short answers vary by 2 or 3."""
-    window_steps: Annotated[int, Field(ge=2)] = 20
+    window_steps: Annotated[int, Field(ge=2, le=LARGEST)] = 20
     """Steps behind the running median; nothing is judged before half of them are there."""
     action: Literal["warn", "stop"] = "warn"
     """`warn`: a row in metrics.jsonl and a line on the terminal. `stop`: the run ends before the step is applied."""
@@ -36,7 +36,7 @@ class TrainConfig(Section):
 
     max_steps: Positive = 60
     """Optimizer updates."""
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Passes over the training rows, in place of max_steps: steps = ceil(epochs × rows / global_batch), counted once,
     before the training processes start."""
     global_batch: Positive = 16
@@ -84,7 +84,7 @@ class TrainConfig(Section):
     a checkpoint takes 12 bytes per trained parameter."""
     keep_best: bool = True
     """Publish the adapter with the lowest validation NLL instead of the last one."""
-    deepspeed: str = "zero2"
+    deepspeed: Name = "zero2"
     """Name of a file in ds_configs/ or a path to a DeepSpeed JSON."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
