@@ -20,9 +20,10 @@ _MODULES = {
     "data.splits": ("load_splits",),
     "distributed.launcher": ("LAUNCHER_VARIABLES",),
     "distributed.lifeline": ("parent_is_gone",),
+    "distributed.ranks": ("alive",),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
-        "RunFolderError", "StageFailed", "UserError",
+        "RunFolderError", "SetupError", "StageFailed", "UserError",
     ),
     "files": (
         "ADAPTER_WEIGHTS", "manifest_faults", "publish_folder", "read_json", "read_json_lines", "sha256_file",
