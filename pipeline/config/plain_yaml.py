@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class YamlFault(yaml.MarkedYAMLError):
 
     def __init__(self, mark: yaml.Mark, constraint: str, remedy: str) -> None:
         super().__init__(problem=constraint, problem_mark=mark)
-        self.constraint, self.remedy = constraint, remedy
+        self.line, self.constraint, self.remedy = mark.line + 1, constraint, remedy
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,9 +64,9 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Keys are texts, as they are written, and none stands twice."""
-        found: dict[str, Any] = {}
+        found: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
             if not isinstance(key, str) or not key.isprintable():
@@ -139,8 +140,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), None, f"cannot be read ({error})", "Give another file.") from error
     except YamlFault as error:
-        line = error.problem_mark.line + 1
-        raise ConfigError(f"{path}:{line}", None, error.constraint, error.remedy) from error
+        raise ConfigError(f"{path}:{error.line}", None, error.constraint, error.remedy) from error
     except yaml.YAMLError as error:
         fault = " ".join(str(error).split())
         remedy = "Mend the line, or give another file."
