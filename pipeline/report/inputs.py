@@ -17,6 +17,7 @@ from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions, read_predictions
+from pipeline.run_folder.related import Related, read_related, read_search
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
-    links, trainings = _read_links(paths), read_comparison(paths)
+    related, trainings = read_related(paths), read_comparison(paths)
     _require_same_trainings(paths, trainings or [], members)
     joined = {
         split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
@@ -79,9 +80,9 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         kind=_common_kind(paths, predictions),
         members=members,
         splits=joined,
-        curves=_read_curves(paths, links, trainings),
+        curves=_read_curves(paths, related, trainings),
         trainings=trainings,
-        search=_read_search(paths, links),
+        search=None if related.search is None else read_search(related.search),
     )
 
 
@@ -122,34 +123,13 @@ def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> Kind:
     return kinds.pop()
 
 
-def _read_links(paths: RunPaths) -> dict[str, Any]:
-    """related.json of the run: what it is compared with."""
-    links = read_json(paths.related) if paths.related.is_file() else {}
-    if not isinstance(links, dict) or any(not isinstance(v, dict | None) for v in links.values()):
-        what = "is not a mapping of names to entries"
-        raise RunFolderError(str(paths.related), None, what, "Remove it, or evaluate again.")
-    return links
-
-
 def _read_curves(
-    paths: RunPaths, links: dict[str, Any], trainings: list[Training] | None
+    paths: RunPaths, related: Related, trainings: list[Training] | None
 ) -> dict[str, TrainingCurve]:
     """The curves that have points."""
     if trainings is None:
-        plain = (links.get("plain") or {}).get("run")
-        runs = {"mean_field": paths.root} | ({} if plain is None else {"plain": paths.root / plain})
+        runs = {"mean_field": paths.root} | ({} if related.plain is None else {"plain": related.plain})
     else:
         runs = {one.name: paths.root / one.run for one in trainings}
     curves = {name: read_training(RunPaths(folder).metrics) for name, folder in runs.items()}
     return {name: curve for name, curve in curves.items() if curve.loss}
-
-
-def _read_search(paths: RunPaths, links: dict[str, Any]) -> dict[str, Any] | None:
-    folder = (links.get("search") or {}).get("folder")
-    path = None if folder is None else paths.root / folder / "search.json"
-    if path is None or not path.is_file():
-        return None
-    search = read_json(path)
-    if not isinstance(search, dict) or not all(isinstance(trial, dict) for trial in search.get("trials", ())):
-        raise RunFolderError(str(path), None, "is no record of a search", "Search again.")
-    return search

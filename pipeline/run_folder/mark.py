@@ -112,7 +112,7 @@ def _refuse_links(folder: Path) -> None:
     for here, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(here, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 what = f"is a symbolic link that leads out of the run folder (to {os.readlink(path)})"
                 raise RunFolderError(str(path), None, what, "Remove it, or put what it names in its place.")
         folders[:] = [name for name in folders if name != ".ray"]  # Ray's own, gone when the search ends

@@ -20,9 +20,10 @@ from pipeline.run_folder.mark import MARK, is_marked, require_mark
 from pipeline.run_folder.members import read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, read_status
 from pipeline.run_folder.predictions import read_predictions
+from pipeline.run_folder.related import SEARCH, read_related, read_search
 
 State = Literal["whole", "damaged", "foreign", "missing"]
-LEDGER, SEARCH, REQUESTED = "ledger.jsonl", "search.json", "requested.yaml"
+LEDGER, REQUESTED = "ledger.jsonl", "requested.yaml"
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,16 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
 
 def _verify_search(folder: Path) -> Iterator[Finding]:
     yield from _lines(folder / LEDGER, folder)
-    search = read_entry(folder / SEARCH)
-    trials = search.get("trials") if isinstance(search, dict) else None
-    if not isinstance(trials, list) or not all(isinstance(trial, dict) for trial in trials):
-        state: State = "damaged" if (folder / SEARCH).exists() else "missing"
-        yield Finding(SEARCH, state, "" if state == "damaged" else "the search has not ended")
-        trials = []
-    else:
-        yield Finding(SEARCH, "whole", f"{len(trials)} trials")
-    for trial in trials:
+    try:
+        search = read_search(folder)
+    except RunFolderError as error:
+        yield Finding(SEARCH, "damaged", str(error))
+        return
+    if search is None:
+        yield Finding(SEARCH, "missing", "the search has not ended")
+        return
+    yield Finding(SEARCH, "whole", f"{len(search['trials'])} trials")
+    for trial in search["trials"]:
         if trial.get("state") == "done":
             yield _trial(folder, str(trial.get("run")), trial.get("config_sha256"), trial.get("adapter_sha256"))
     yield from _strangers(folder, {"config.yaml", LEDGER, SEARCH, "trials", "logs", "status.json"})
@@ -195,16 +197,20 @@ def _predictions(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
 
 def _referred(paths: RunPaths) -> Iterator[Finding]:
     """The plain run, by its place and the hash of its weights."""
-    plain = (read_entry(paths.related) or {}).get("plain")
-    if not isinstance(plain, dict):
+    try:
+        related = read_related(paths)
+    except RunFolderError as error:
+        yield Finding(paths.related.name, "damaged", str(error))
         return
-    weights = paths.root / str(plain.get("run")) / "adapter" / ADAPTER_WEIGHTS
+    if related.plain is None:
+        return
+    name, weights = f"../{related.plain.name}", related.plain / "adapter" / ADAPTER_WEIGHTS
     if not weights.is_file():
-        yield Finding(str(plain.get("run")), "missing", "the plain run that this one is compared with")
-    elif sha256_file(weights) != plain.get("adapter_sha256"):
-        yield Finding(str(plain.get("run")), "foreign", "its adapter is not the one that this run is compared with")
+        yield Finding(name, "missing", "the plain run that this one is compared with")
+    elif sha256_file(weights) != related.plain_sha256:
+        yield Finding(name, "foreign", "its adapter is not the one that this run is compared with")
     else:
-        yield Finding(str(plain.get("run")), "whole")
+        yield Finding(name, "whole", "the plain run that this one is compared with")
 
 
 def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:

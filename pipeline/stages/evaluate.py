@@ -21,7 +21,6 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped
-from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
@@ -29,6 +28,7 @@ from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
+from pipeline.run_folder.related import finished_trials, read_related
 from pipeline.terminal import Progress, say
 
 
@@ -135,18 +135,13 @@ def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) ->
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     entries = [Entry("mean_field", "mean-field", paths.adapter, draws=draws)]
-    related: dict[str, Any] = read_json(paths.related) if paths.related.exists() else {}
-    if related.get("plain"):
+    related = read_related(paths)
+    if related.plain is not None:
         name = f"plain {KIND_NAMES[kind]}"
-        folder = _resolve(paths, related["plain"]["run"]) / "adapter"
-        entries.append(Entry("plain", name, folder, related["plain"]["adapter_sha256"]))
-    if related.get("search"):
-        search = _resolve(paths, related["search"]["folder"])
-        trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
-        trials.sort(key=lambda trial: trial["validation_nll"])
-        for trial in trials[:searched]:
-            folder = _resolve(RunPaths(search), trial["run"]) / "adapter"
-            entries.append(Entry("searched", trial["name"], folder, trial["adapter_sha256"]))
+        entries.append(Entry("plain", name, related.plain / "adapter", related.plain_sha256))
+    if related.search is not None:
+        for trial in finished_trials(related.search)[:searched]:
+            entries.append(Entry("searched", trial.name, trial.run / "adapter", trial.adapter_sha256))
     return entries
 
 
@@ -204,8 +199,3 @@ def _counter(
 ) -> Callable[[int, int], None]:
     """Show the share of this process as that of all: they have equally many rows of similar lengths."""
     return lambda own, own_total: progress.show(done + rows * own // own_total, [split, f"{processes} processes"])
-
-
-def _resolve(paths: RunPaths, name: str) -> Path:
-    path = Path(name)
-    return path if path.is_absolute() else (paths.root / path).resolve()

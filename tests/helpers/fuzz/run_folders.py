@@ -9,7 +9,7 @@ from helpers.fuzz.case import Case, Item
 from helpers.fuzz.values import BYTES, JSON_TEXTS, damaged_json, json_value, mutated
 from pipeline.stages.table import STAGES
 
-STATUS = {"train": {"state": "done"}, "evaluate": {"state": "done", "detail": "x"}}
+STATUS = {"train": {"state": "done", "config_sha256": "ab"}, "report": {"state": "done", "made": {"result.json": "ab"}}}
 MEMBERS = [{"name": "base", "group": "base"}, {"name": "mean_field", "group": "mean_field", "folder": "adapter"}]
 RELATED = {
     "plain": {"run": "../plain", "folder": "../plain/adapter", "sha256": "ab"}, "search": {"folder": "../search"},
@@ -23,7 +23,10 @@ DESCRIBED = {
     "environment.json": {"device": "cpu", "versions": {"torch": "2"}},
     "adapter/manifest.json": {"validation_nll": 0.5, "files": {"adapter_config.json": {"bytes": 3, "sha256": "ab"}}},
     "adapter/adapter_config.json": {"peft_type": "LORA", "r": 8, "lora_alpha": 16.0},
-    "result.json": {"label": "", "scores": {}}, "stop_request.json": {"signal": "SIGINT"},
+    "result.json": {"made_from": {"config_sha256": "ab", "data_sha256": "cd", "predictions": {"test": "ef"}}},
+    "made_by.json": {"made_by": "loradrop", "what": "run", "layout": 2, "version": "0.2"},
+    "export/manifest.json": {"origin": {"config_sha256": "ab"}, "adapter_sha256": "cd", "files": {}},
+    "stop_request.json": {"signal": "SIGINT"},
 }
 """JSON files and what they look like."""
 OTHERS = ("config.yaml", "metrics.jsonl", "adapter/adapter_model.safetensors", "predictions/validation.npz",
