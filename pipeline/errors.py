@@ -20,7 +20,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028
 paragraph separators, what turns the direction of text, lone surrogates."""
 
 
-_LONGEST_SENTENCE = 4000
+_LONGEST_SENTENCE = 2000
 
 
 def printable(text: str) -> str:

@@ -32,13 +32,13 @@ def read_file(path: Path) -> Iterator[Record]:
     if path.suffix not in READERS:
         raise DataError("data.path", str(path), f"must end in {', '.join(READERS)}", "Convert the file, or rename it.")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        if not path.exists():
+            raise DataError("data.path", str(path), "does not exist", "Check the path.")
+        if not path.is_file():  # a pipe would be waited for, a device has no end
             raise DataError(
                 "data.path", str(path), "is no regular file but a folder, pipe, socket or device",
                 "Give a file, or a folder of files.",
             )
         yield from READERS[path.suffix](path)
-    except FileNotFoundError as error:
-        raise DataError("data.path", str(path), "does not exist", "Check the path.") from error
     except OSError as error:
         raise DataError("data.path", str(path), f"cannot be read ({error})", "Check the file.") from error
