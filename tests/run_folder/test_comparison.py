@@ -110,6 +110,9 @@ def test_the_outcome_is_that_of_the_adapter_that_was_published(tmp_path: Path) -
     found = outcome(Training("a", "a", {}, 0, "ab", "failed", "once"), tmp_path)
     assert (found.state, found.error, found.validation_nll) == ("done", "", 0.6)
     assert (found.steps, found.seconds, found.step_seconds) == (3, 12.0, 2.0)
+    write_text(paths.metrics, "")
+    with pytest.raises(RunFolderError, match="has no training step"):
+        outcome(Training("a", "a", {}, 0, "ab"), tmp_path)
 
 
 def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(tmp_path: Path) -> None:
