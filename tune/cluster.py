@@ -158,14 +158,26 @@ def _attach(address: str) -> None:
     import ray
 
     try:
+        if not address.startswith("ray://"):
+            _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except ray.exceptions.AuthenticationError as error:
         raise SetupError(
             "RAY_ADDRESS", address, "is a cluster that asks for its token, and the one given here is missing or wrong",
-            "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, as the cluster was started with.",
+            "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster was started with.",
         ) from error
-    except START_ERRORS as error:
+    except (*START_ERRORS, ray.exceptions.RayError) as error:
         raise StageFailed(f"Ray does not start at RAY_ADDRESS = {address}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Raises Ray's AuthenticationError where the cluster wants another token: `ray.init` would try for minutes."""
+    from ray._private.authentication import authentication_token_setup
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does
+    GcsClient(address=canonicalize_bootstrap_address_or_die(address))
 
 
 def _make_scratch(folder: Path) -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from helpers import ROOT
 
 LISTENING = "0A"
 
@@ -67,6 +71,12 @@ def _address(numbers: str) -> str:
     words = [bytes.fromhex(numbers[at : at + 8])[::-1] for at in range(0, len(numbers), 8)]
     found = ipaddress.ip_address(b"".join(words))
     return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def allowed(listener: Listener) -> bool:
+    """Whether a row of SECURITY.md's table (`process` | address | what it is) names it."""
+    rows = re.findall(r"^\| `([^`]+)` \| (\S+) \|", (ROOT / "SECURITY.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return any(fnmatch(listener.process, name) and listener.address == address for name, address in rows)
 
 
 @dataclass
