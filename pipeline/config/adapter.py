@@ -23,7 +23,7 @@ class RatesConfig(Section):
     lora_B: Rate | None = None
     """Rows of B (LoRA Dropout)."""
     lora_rank: Rate | None = None
-    """Ranks (DropLoRA)."""
+    """Ranks (DropLoRA, rank dropout)."""
     lora_input: Rate | None = None
     """Inputs of the adapter (stock LoRA's dropout)."""
     attention_logits: Rate | None = None
@@ -169,8 +169,9 @@ class AdapterConfig(Section):
     rates: RatesConfig = RatesConfig()
     """Rates of single sites of whatever method, on top of its own."""
     rescale: Literal["inverse", "none"] = "inverse"
-    """`inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's literal equations, the same
-    model as `inverse` with alpha × (1-rate_A)(1-rate_B)."""
+    """Of a preset's masks on the LoRA matrices. `inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's
+    literal equations, the same model as `inverse` with alpha × (1-rate_A)(1-rate_B). Other sites of a sum keep their
+    own compensation; methods without such masks, and lists of sites (which state theirs), refuse `none`."""
     consistency: ConsistencyConfig = ConsistencyConfig()
     """Changes the method's consistency term: its kind, weight, branches with gradient."""
     init_from: Name | None = None
@@ -213,6 +214,11 @@ class AdapterConfig(Section):
         if isinstance(self.method, Method | tuple):
             if self.rate is not None:
                 raise ValueError("adapter.rate goes with a preset; set the rate of each site in the list instead")
+            if self.rescale != "inverse":
+                raise ValueError(
+                    f"adapter.rescale = {self.rescale!r} goes with a preset; set the compensation of each site in the"
+                    " list instead"
+                )
             method = self.method if isinstance(self.method, Method) else Method(sites=self.method)
         else:
             method = resolve_preset(self.method, self.rate, self.rescale)

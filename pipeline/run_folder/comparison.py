@@ -22,6 +22,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import config_keys, with_values
+from pipeline.config.method import takes_rescale
 from pipeline.config.search import NamedMethod
 from pipeline.errors import ConfigError, RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, sha256_file, write_json
@@ -163,9 +164,13 @@ def shared_part(config: RunConfig) -> RunConfig:
 
 
 def _adapter_values(method: str | NamedMethod) -> dict[str, Any]:
-    """Dotted keys that make the adapter that of `method`, with the method's own rates."""
+    """Dotted keys that make the adapter that of `method`, with the method's own rates.
+
+    `adapter.rescale` is shared by the methods that have masks on the LoRA matrices; it says nothing about the others.
+    """
     adapter = {"method": method} if isinstance(method, str) else method.adapter
-    return {**UNSET_RATES, **{f"adapter.{key}": value for key, value in adapter.items()}}
+    unset = UNSET_RATES if takes_rescale(adapter.get("method")) else {**UNSET_RATES, "adapter.rescale": "inverse"}
+    return {**unset, **{f"adapter.{key}": value for key, value in adapter.items()}}
 
 
 def _check_key(key: str) -> None:

@@ -65,6 +65,15 @@ def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
     assert plan_trainings(longer)[0][1].train == planned[0][1].train  # a training knows nothing of the others
 
 
+def test_a_shared_rescale_is_that_of_the_methods_that_have_a_choice() -> None:
+    config = load_config(None, [
+        "compare.methods=[none, lora_dropout, droplora, hiddenkey]", "compare.learning_rates=[1e-3]",
+        "adapter.rescale=none",
+    ])  # fmt: skip
+    rescale = [own.adapter.rescale for _, own in plan_trainings(config)]
+    assert rescale == ["inverse", "none", "none", "inverse"]
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -35,6 +35,7 @@ LENGTHS = [5, 9, 4, 7, 8, 6]
 WEIGHT_SITES = tuple(Site(position=position, rate=0.4) for position in ("lora_A", "lora_B"))
 ACTIVATION_SITES = {
     "input": (Site(position="lora_input", rate=0.4),),
+    "ranks": (Site(position="lora_rank", pattern="element", rate=0.4),),
     "keys": (Site(position="attention_logits", pattern="column", rate=0.4),),
     "pairs": (Site(position="attention_logits", pattern="element", rate=0.4),),
     "spans": (Site(position="attention_logits", pattern="span", rate=0.4),),

@@ -390,6 +390,8 @@ def test_sites_round_trip_through_yaml() -> None:
 # --- the whole line --------------------------------------------------------------------------------------------------
 
 PRESETS = [
+    "droplora",
+    "rank_dropout",
     "dropkey",
     "dropattention",
     "hiddencut",
