@@ -174,7 +174,7 @@ def _knock(address: str) -> None:
     """Raises Ray's AuthenticationError where the cluster wants another token: `ray.init` would try for minutes."""
     from ray._private.authentication import authentication_token_setup
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does
     GcsClient(address=canonicalize_bootstrap_address_or_die(address))
