@@ -72,6 +72,11 @@ class DataConfig(Section):
     """Rows of the final report; None = all of a split of its own."""
     max_tokens: Positive = 512
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
+    choice_score: Literal["sum", "per_token", "per_character"] = "sum"
+    """What a choice is scored by: the log-probability of its text given the prompt, as it is (`sum`; accuracy is acc of
+    lm-evaluation-harness), or divided by its number of tokens (`per_token`) or of characters without the blanks around
+    them (`per_character`; its acc_norm). Probabilities, temperature and ensembles are made of these scores. Training
+    raises the log-probability of the right choice's tokens under every rule; the best step is chosen by the rule."""
     cache: bool = True
     """Keep the tokens of the training rows for the next start, memory-mapped, in tokens/ of the cache folder."""
     streaming: bool = False

@@ -76,6 +76,7 @@ class RunConfig(Section):
         Every artefact of a run carries it; ensembles, evaluation and export may change and leave an adapter as it is.
         """
         values = self._deciding()
+        del values["data"]["choice_score"]  # other rules read the same predictions
         return _sha256({section: values[section] for section in ("model", "data", "adapter", "train")})
 
     def _deciding(self) -> dict[str, Any]:

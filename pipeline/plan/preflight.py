@@ -13,6 +13,7 @@ from pipeline.config.deepspeed import (
     read_ds_config,
     zero_stage,
 )
+from pipeline.data.encode_classifier import refuse_choice_score
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG
 from pipeline.run_folder.metrics import check_loggers
@@ -54,7 +55,9 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_rows(data: DataConfig, train: TrainConfig, classifier: bool) -> None:
-    """Refuse ways of forming batches that do not go together."""
+    """Refuse ways of forming batches, and of scoring choices, that do not go together."""
+    if classifier:
+        refuse_choice_score(data)
     packing, streaming = ("train.packing", train.packing), ("data.streaming", data.streaming)
     for (field, wanted), refused, reason in (
         (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),

@@ -59,7 +59,10 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     members = read_members(paths.predictions)
     labelled = load_splits(config.data)
     origin = Origin(config.training_sha256(), labelled.fingerprint)
-    predictions = {split: _read_split(paths, split, origin, members) for split in EVALUATED_SPLITS}
+    predictions = {
+        split: _read_split(paths, split, origin, members).scored_by(config.data.choice_score)
+        for split in EVALUATED_SPLITS
+    }
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")

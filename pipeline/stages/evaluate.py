@@ -29,6 +29,7 @@ from pipeline.run_folder.members import Group, PredictedMember, read_members, wr
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
 from pipeline.run_folder.related import finished_trials, read_related
+from pipeline.scores.choices import ChoiceScore
 from pipeline.terminal import Progress, say
 
 
@@ -53,7 +54,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         require_adapter(paths, origin)
     row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
     made_from = predictions_from(origin, described)
-    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name])]
+    rule = config.data.choice_score
+    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name], rule)]
     if not missing:
         say("predictions are complete")
         return
@@ -184,9 +186,11 @@ def member_list(
     return members, described
 
 
-def _is_complete(paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str]) -> bool:
+def _is_complete(
+    paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str], rule: ChoiceScore
+) -> bool:
     try:
-        predictions: Predictions = read_predictions(paths.predictions, split)
+        predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
         named = len(read_members(paths.predictions))
     except RunFolderError:
         return False
