@@ -21,10 +21,13 @@ PLACEMENT = (
 
 
 class SpikeConfig(Section):
-    """When a loss counts as a spike, and what then happens."""
+    """When a loss counts as a spike: above `factor` times the median and above `floor_nats`. What then happens."""
 
     factor: Annotated[float, Field(gt=1.0)] = 4.0
     """Loss over the median of the steps before; small batches of short answers vary by 2 or 3."""
+    floor_nats: Annotated[float, Field(ge=0.0)] = 0.5
+    """A loss up to this is no spike, whatever the median: where nearly all rows are learnt, one that is not makes many
+    times a median near zero. In the unit of the loss: of rows with a score, their unit squared. 0 = no floor."""
     window_steps: Annotated[int, Field(ge=2, le=LARGEST)] = 20
     """Steps behind the running median; nothing is judged before half of them are there."""
     action: Literal["warn", "stop"] = "warn"

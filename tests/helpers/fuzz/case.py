@@ -56,7 +56,8 @@ def _do(item: Item, path: Path, content: bytes, base: Path) -> None:
         return
     if item.what == "append":
         if stat.S_ISREG(path.lstat().st_mode):
-            path.write_bytes(path.read_bytes() + content)
+            with path.open("ab") as file:
+                file.write(content)
         return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
