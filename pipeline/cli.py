@@ -9,13 +9,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline import __version__
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError
 from pipeline.plan.request import Request
 from pipeline.stages.table import OFFERED, STAGES, Stage
 from pipeline.terminal import printable, say
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.run_folder.paths import Folders
 
 DESCRIPTION = """\
 Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
@@ -103,20 +107,14 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.preflight import check_inputs
-    from pipeline.plan.resolve import fit_micro_batch, resolve_epochs, resolve_new, resolve_saved
+    from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
-    from pipeline.run_folder.mark import FOLDERS, claim, refuse_foreign, require_mark
+    from pipeline.run_folder.mark import FOLDERS, claim
     from pipeline.run_folder.paths import Folders
-    from pipeline.stages.processes import start
+    from pipeline.stages.processes import check_adapter, start
 
     folders = Folders(request.run)
-    if stage.settings == "saved":
-        require_mark(folders.run, "run", "comparison")
-        config = resolve_saved(request, stage.name)
-    else:
-        for name in stage.writes:
-            refuse_foreign(getattr(folders, name), FOLDERS[name])
-        config = resolve_new(request, stage.name, stage.recipe, stage.unread)
+    config = resolve(stage, request, folders)
     check_inputs(config)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
@@ -125,6 +123,7 @@ def execute(stage: Stage, request: Request) -> int:
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:
+        check_adapter(stage, config, folders)
         print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))
         for step in stage.plan or (stage.name,):
             print(printable("\n".join(step_lines(config, folders, step))))
@@ -139,6 +138,23 @@ def execute(stage: Stage, request: Request) -> int:
             code: int = stage.load()(config, folders)
             return code
         return start(stage.name, config, folders)
+
+
+def resolve(stage: Stage, request: Request, folders: Folders) -> RunConfig:
+    """The configuration in force, once the folders are known to be ours, or free.
+
+    Raises:
+        UserError: they are neither, or a key or value is wrong.
+    """
+    from pipeline.plan.resolve import resolve_new, resolve_saved
+    from pipeline.run_folder.mark import FOLDERS, refuse_foreign, require_mark
+
+    if stage.settings == "new":
+        for name in stage.writes:
+            refuse_foreign(getattr(folders, name), FOLDERS[name])
+        return resolve_new(request, stage.name, stage.recipe, stage.unread)
+    require_mark(folders.run, "run", "comparison")
+    return resolve_saved(request, stage.name)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class Origin:
 
     config_sha256: str
     """`RunConfig.training_sha256`."""
-    data_sha256: str
-    """`Splits.fingerprint`."""
+    data_sha256: str | None = None
+    """`Splits.fingerprint`; None where the rows have not been read: then they are not compared."""
 
     def difference(self, made_from: Any) -> str:
         """What is other in the origin that an artefact carries; empty where nothing is."""
@@ -43,9 +43,9 @@ class Origin:
             return "does not say what it was made from"
         if made_from["config_sha256"] != self.config_sha256:
             return "was made from another configuration"
-        return "" if made_from["data_sha256"] == self.data_sha256 else "was made from other data"
+        return "" if self.data_sha256 in (None, made_from["data_sha256"]) else "was made from other data"
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
 
@@ -77,7 +77,7 @@ def is_trained(paths: RunPaths, config: RunConfig) -> bool:
     return isinstance(origin, dict) and origin.get("config_sha256") == config.training_sha256()
 
 
-def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, str]:
+def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, Any]:
     """What predictions carry: the origin, and who predicts, adapters by their weights wherever they lie."""
     identities = [(m.name, m.group, m.adapter_sha256, m.draw, m.extra.get("seed")) for m in members]
     return {**origin.as_dict(), "members_sha256": hashlib.sha256(json.dumps(identities).encode()).hexdigest()}

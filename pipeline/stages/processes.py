@@ -9,10 +9,10 @@ from pipeline.distributed.launcher import run_stage, run_world_stage
 from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import EXIT_OK
 from pipeline.files import write_text
-from pipeline.run_folder.chain import is_trained
+from pipeline.run_folder.chain import Origin, is_trained, require_adapter
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
-from pipeline.stages.table import STAGES, TRUST
+from pipeline.stages.table import STAGES, TRUST, Stage
 
 
 def start(name: str, config: RunConfig, folders: Folders) -> int:
@@ -22,7 +22,8 @@ def start(name: str, config: RunConfig, folders: Folders) -> int:
     headline from the line that it is part of: several trainings have different ones.
 
     Raises:
-        RunFolderError: the folder belongs to another configuration, or is not ours.
+        RunFolderError: the folder belongs to another configuration, or is not ours; the adapter that the stage needs
+            is missing, damaged, or of another configuration.
     """
     shared = config.launch if STAGES[name].processes == "all" else None
     with owned_folders([folders.run], name, shared):  # the command has its own folders already, not all trainings
@@ -40,6 +41,7 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
         write_text(paths.config, dump_config(config))
     else:
         headline(name)
+        check_adapter(stage, config, folders)
     update_status(paths, name, "starting", config_sha256=config.training_sha256())
     program = ["pipeline.stages", name]
     if stage.loads_model and config.model.trust_remote_code:
@@ -48,6 +50,13 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
         return run_world_stage(name, program, folders.run, config.launch)
     command = [sys.executable, "-m", *program, "--run-dir", str(folders.run)]
     return run_stage(command, folders.run / "logs" / f"{name}.log", folders.run, name)
+
+
+def check_adapter(stage: Stage, config: RunConfig, folders: Folders) -> None:
+    """Raises `RunFolderError` where the stage needs the run's adapter, and it is missing, damaged or another one."""
+    paths = RunPaths(folders.run)
+    if stage.needs_adapter and not paths.comparison.exists():
+        require_adapter(paths, Origin(config.training_sha256()))
 
 
 def headline(text: str) -> None:

@@ -36,6 +36,8 @@ class Stage:
     command at a time owns it."""
     loads_model: bool = False
     """Of `all` and `one`: whether it loads the model, and takes `trusted`: whether code that comes with it may run."""
+    needs_adapter: bool = False
+    """Whether adapter/ must be whole and made from the folder's configuration (where the folder is no comparison)."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
     plan: tuple[str, ...] = ()
@@ -65,11 +67,11 @@ STAGES = {
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
               writes=("run",), loads_model=True, trains=True, plan=("train", "memory")),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
-              "pipeline.stages.evaluate:evaluate_run", writes=("run",), loads_model=True),
+              "pipeline.stages.evaluate:evaluate_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
               "pipeline.stages.report:write_report", writes=("run",)),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
-              "pipeline.stages.export:export_run", writes=("run",), loads_model=True),
+              "pipeline.stages.export:export_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",

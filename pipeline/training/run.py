@@ -56,7 +56,8 @@ class Run:
     """The last validation."""
 
     def __post_init__(self) -> None:
-        self.counters = Counters(0, self.config.train.seed, self.origin.config_sha256, self.origin.data_sha256)
+        origin = self.origin.as_dict()
+        self.counters = Counters(0, self.config.train.seed, **origin)
         self.saved = self.counters
         self.metrics = Metrics(self.paths.metrics, self.world.is_main)
         self.trained = trained_parameters(self.adapters)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +65,60 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     assert sha256_file(run / "adapter" / "adapter_model.safetensors") == adapter
     assert main([*command, "train.seed=9"]) == 2
     assert "another configuration" in capsys.readouterr().err
+    whole = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for folder in (run, tmp_path / "tiny-plain", tmp_path / "tiny-search", run / "export"):
+        assert main(["verify", str(folder)]) == 0, capsys.readouterr().out
+    refuse_what_does_not_belong_together(run, tiny_settings, capsys)
+    assert main(["run", "--run-dir", str(tmp_path / "tiny-plain"), *tiny_settings]) == 2
+    assert "holds what `train` made" in capsys.readouterr().err
+
+    flip(run / "adapter" / "adapter_model.safetensors")
+    assert main(["verify", str(run)]) == 1
+    assert main(command) == 0  # the best step's adapter is published again, from its checkpoint
+    assert sha256_file(run / "adapter" / "adapter_model.safetensors") == adapter
+    assert main(["verify", str(run)]) == 0, capsys.readouterr().out
+    assert (run / "predictions" / "test.npz").read_bytes() == whole[run / "predictions" / "test.npz"]
+
+
+def flip(path: Path) -> None:
+    """Other bytes, the same size."""
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 399):
+        content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def refuse_what_does_not_belong_together(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage, exchange, an edited configuration: each later stage refuses, and says which file it is."""
+    adapter, plain = run / "adapter" / "adapter_model.safetensors", run.with_name("tiny-plain") / "adapter"
+    rows = Path(next(word for word in settings if word.startswith("data.path=")).removeprefix("data.path="))
+
+    def swap() -> None:
+        shutil.rmtree(run / "adapter")
+        shutil.copytree(plain, run / "adapter")
+
+    def edit(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    cases: list[tuple[Path, Callable[[], None], tuple[str, ...], str]] = [
+        (run / "adapter", lambda: flip(adapter), ("evaluate", "report", "export"), "adapter"),
+        (run / "adapter", swap, ("evaluate", "report", "export"), "adapter"),
+        (run / "config.yaml", lambda: edit(run / "config.yaml", "rank: ", "rank: 1"), ("evaluate", "export"),
+         "was made from another configuration"),
+        (rows, lambda: rows.write_text("\n".join(rows.read_text().splitlines()[::-1][1:]) + "\n"),
+         ("evaluate", "report", "export"), "was made from other data"),
+        (run / "result.json", lambda: edit(run / "result.json", "adapter_sha256\": \"", "adapter_sha256\": \"0"),
+         ("export",), "result.json: was made from another adapter"),
+    ]
+    for place, damage, stages, said in cases:
+        kept = run.with_name("kept")
+        (shutil.copytree if place.is_dir() else shutil.copy2)(place, kept)
+        damage()
+        for stage in stages:
+            assert main([stage, "--run-dir", str(run)]) == 2, (place.name, stage)
+            assert said in capsys.readouterr().err
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(kept, place)
