@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import ConfigError, RunFolderError, read_json_lines
+from pipeline import ConfigError, RunFolderError, open_append, read_json_lines
 from tune.dimensions import Values
 from tune.sampling import Observation
 
@@ -76,6 +76,7 @@ class Ledger:
         self.path = path
         self.header: dict[str, Any] | None = None
         self.trials: dict[str, TrialRecord] = {}
+        self._file = open_append(path)  # first: a link is refused, not followed
         self._cut_torn_line()
         try:
             for event in read_json_lines(path):
@@ -83,14 +84,13 @@ class Ledger:
         except (RunFolderError, ValueError, KeyError, TypeError) as error:
             remedy = "Restore it, or give another folder."
             raise ConfigError(str(path), None, f"is no ledger of a search ({error!r})", remedy) from error
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one event and wait until it is on disk."""
         row = {"event": event, **fields}
         line = json.dumps(row, allow_nan=False) + "\n"
-        os.write(self._file, line.encode())  # one call: a signal cannot come between two halves of a line
-        os.fsync(self._file)
+        self._file.write(line.encode())  # unbuffered, one call: a signal cannot come between two halves of a line
+        os.fsync(self._file.fileno())
         self._apply(json.loads(line))
 
     def open_search(self, identity: str, space: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Ledger:
 
     def _cut_torn_line(self) -> None:
         """A crash can leave half a line; what is appended next must not be glued to it."""
-        content = self.path.read_bytes() if self.path.exists() else b""
+        content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)

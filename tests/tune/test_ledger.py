@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
-from pipeline import ConfigError
+from pipeline import ConfigError, UserError
 from tune.ledger import Ledger
 from tune.sampling import Observation
 
@@ -85,8 +85,17 @@ def test_half_a_line_at_the_end_is_cut_off(tmp_path: Path, torn: str) -> None:
 @pytest.mark.parametrize("content", ["no json\n", '{"event": "end", "trial": "never started", "state": "done"}\n'])
 def test_a_damaged_ledger_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "ledger.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match="is no ledger of a search"):
+    with pytest.raises(UserError, match=r"ledger\.jsonl(:1: is damaged|: is no ledger of a search)"):
         Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_a_ledger_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("half a line")
+    (tmp_path / "ledger.jsonl").symlink_to(other)
+    with pytest.raises(UserError, match="is a symbolic link"):
+        Ledger(tmp_path / "ledger.jsonl")
+    assert other.read_text() == "half a line"
 
 
 def test_an_event_is_on_disk_before_the_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
