@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -119,7 +120,8 @@ def _given_id(given: Any, field: str) -> str:
     if not isinstance(given, str):
         if isinstance(given, Unusable):
             raise given.fault(field)
-        if isinstance(given, Mapping | list | tuple | bytes | bool) or given != given:  # NaN
+        endless = isinstance(given, float) and not math.isfinite(given)
+        if endless or isinstance(given, Mapping | list | tuple | bytes | bool):
             raise DataError(field, given, "must be a text or a whole number", "Mend it, or leave the column out.")
         given = str(given)
     text = whole_text(given, field)
