@@ -16,7 +16,6 @@ import time
 import traceback
 import types
 from collections import Counter
-from dataclasses import astuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +28,7 @@ from helpers.fuzz.sandbox import Ended, run_case  # noqa: E402
 
 OUTCOMES = ("refused", "accepted", "traceback", "hang", "leftover", "control", "silent", "code", "lost")
 MOST_SHOWN = 40
+MOST_SAID = 20_000
 
 
 def main() -> int:
@@ -63,33 +63,35 @@ def main() -> int:
 
 def run_all(numbers: list[int], seed: int, jobs: int, work: Path) -> dict[int, Ended]:
     """Case number -> how it ended; `jobs` forked workers share the numbers."""
-    workers: list[tuple[int, int]] = []
+    workers = []
     for job in range(jobs):
-        reading, writing = os.pipe()
         worker = os.fork()
         if worker == 0:
             code = 1
             try:
-                own = work / f"job{job}"
-                own.mkdir(exist_ok=True)
-                with open(writing, "w", encoding="utf-8") as file:
-                    for number in numbers[job::jobs]:
-                        ended = run_case(make_case(seed, number), own, work / "base")
-                        file.write(json.dumps([number, *astuple(ended)]) + "\n")
+                work_off(numbers[job::jobs], seed, work, work / f"job{job}")
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        os.close(writing)
-        workers.append((worker, reading))
+        workers.append(worker)
     found: dict[int, Ended] = {}
-    for worker, reading in workers:
-        with open(reading, encoding="utf-8") as file:
-            found |= {number: Ended(*rest) for number, *rest in map(json.loads, file)}
+    for job, worker in enumerate(workers):
         os.waitpid(worker, 0)
-    lost = set(numbers) - set(found)
-    return found | {number: Ended("lost", "its worker ended", "") for number in lost}
+        lines = (work / f"job{job}" / "ended.jsonl").read_text(encoding="utf-8").splitlines()
+        found |= {number: Ended(*rest) for number, *rest in map(json.loads, lines)}
+    return found | {number: Ended("lost", "its worker ended", "") for number in set(numbers) - set(found)}
+
+
+def work_off(numbers: list[int], seed: int, work: Path, own: Path) -> None:
+    """Run cases in the folder `own`; a line in ended.jsonl for each."""
+    own.mkdir(exist_ok=True)
+    with open(own / "ended.jsonl", "w", encoding="utf-8") as file:
+        for number in numbers:
+            ended = run_case(make_case(seed, number), own, work / "base")
+            file.write(json.dumps([number, ended.outcome, ended.detail, ended.output[:MOST_SAID]]) + "\n")
+            file.flush()
 
 
 def load_light() -> None:
@@ -100,6 +102,7 @@ def load_light() -> None:
     import pipeline.plan.resolve
     import pipeline.plan.steps
     import pipeline.report.inputs  # noqa: F401
+    import tune.space  # noqa: F401
 
     plan = types.ModuleType("pipeline.plan.memory_table")
     plan.memory_table = lambda *_: ""  # type: ignore[attr-defined]

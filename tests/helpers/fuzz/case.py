@@ -31,8 +31,11 @@ class Case:
     kind: str
     argv: tuple[str, ...]
     items: tuple[Item, ...] = ()
-    entry: Literal["main", "inputs"] = "main"
-    """`main`: the command line. `inputs`: what a report reads of the run folder argv[0], without its plots."""
+    entry: Literal["main", "inputs", "space"] = "main"
+    """`main`: the command line. `inputs`: what a report reads of the run folder argv[0], without its plots. `space`:
+    what a search with the overrides argv tries before it starts Ray."""
+    codes: tuple[int, ...] = (0, 2)
+    """Exit codes that it may end with; not 0 and not 2: it has found something wrong, which it is asked for."""
     may_change: tuple[str, ...] = ()
     """Beginnings of paths that the command may make or change."""
 

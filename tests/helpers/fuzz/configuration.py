@@ -16,6 +16,7 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(20)
 )
+FORMS = ("choice", "grid", "uniform", "loguniform", "if_used: true, choice")
 WHOLE = (
     b"", b"\n", b"null", b"- 1", b"x", b"{}", b"[]", b"---\n...", BOMB, b"train: &a {seed: *a}\n",
     b"train: {seed: 1}\n" * 2,
@@ -36,13 +37,22 @@ def make(random: Random) -> Case:
         case 1 | 2:
             return _config(stage, mutated(random.choice(RECIPES).read_bytes(), random), random)
         case 3:
-            content = mutated(random.choice(SPACES).read_bytes(), random)
+            content = random.choice((mutated(random.choice(SPACES).read_bytes(), random), _space(random)))
             return _other_file("search.space", "space.yaml", content, random)
         case 4:
             content = damaged_json(random.choice(DEEPSPEED).read_bytes(), random)
             return _other_file("train.deepspeed", "ds.json", content, random)
     words = [f"{random.choice(KEYS)}={random.choice(SCALARS)}" for _ in range(random.choice((1, 1, 2, 5)))]
     return Case("configuration", ("--dry-run", stage, "--run-dir", "run", *SETTINGS, *words))
+
+
+def _space(random: Random) -> bytes:
+    """A few dimensions of any keys."""
+    lines = []
+    for _ in range(random.choice((1, 2, 4))):
+        values = ", ".join(random.choice(SCALARS)[:100] for _ in range(random.choice((1, 2, 2, 3))))
+        lines.append(f"{random.choice(KEYS)}: {{{random.choice(FORMS)}: [{values}]}}\n")
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _config(stage: str, content: bytes, random: Random) -> Case:
@@ -57,9 +67,13 @@ def _config(stage: str, content: bytes, random: Random) -> Case:
 
 
 def _other_file(key: str, name: str, content: bytes, random: Random) -> Case:
+    """A file that a key names."""
     item = random.choice((
         Item(name, "bytes", content), Item(name, "bytes", content), Item(name, "bytes", content), Item(name, "fifo"),
         Item(name, "folder"), Item(name, "link", b"/dev/zero"), Item(name, "sparse", b"1099511627776"),
         Item(name, "bytes", random.choice(WHOLE)),
     ))
-    return Case("configuration", ("--dry-run", "run", "--run-dir", "run", *SETTINGS, f"{key}={name}"), (item,))
+    words = (*SETTINGS, f"{key}={name}")
+    if key == "search.space" and random.random() < 0.7:
+        return Case("configuration", words, (item,), "space")
+    return Case("configuration", ("--dry-run", "run", "--run-dir", "run", *words), (item,))

@@ -43,20 +43,26 @@ def make(base: Path) -> None:
     origin = Origin(config.training_sha256(), splits.fingerprint)
     claim(paths.root, "run")
     write_text(paths.config, dump_config(config))
-    write_json(paths.environment, {"device": "cpu", "versions": {"torch": "2.13.0"}, "base": {"parameters": 1000}})
-    update_status(paths, "train", "done", config_sha256=origin.config_sha256)
+    write_json(paths.environment, {"device": "cpu", "data_fingerprint": splits.fingerprint, "versions": {"torch": "2"}})
     write_json(paths.related, {})
     lines = [{"kind": "train", "step": i, "loss": 1.0 / i, "seconds": 0.1} for i in range(1, 5)]
     lines.append({"kind": "validation", "step": 4, "nll": 0.5})
     write_text(paths.metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
     publish_folder(paths.adapter, lambda folder: _write_adapter(folder, origin))
-    members = [PredictedMember("base", "base"), own_member(paths.adapter, sha256_file(paths.adapter / ADAPTER_WEIGHTS))]
+    own = own_member(paths.adapter, sha256_file(paths.adapter / ADAPTER_WEIGHTS))
+    members = [PredictedMember("base", "base"), own]
     write_members(paths.predictions, members)
-    made_from = predictions_from(origin, members)
     for split in EVALUATED_SPLITS:
         ids = tuple(one.id for one in getattr(splits, split))
         table = np.log(np.full((len(members), len(ids), 2), 0.5, dtype=np.float32))
+        made_from = predictions_from(origin, members)
         write_predictions(paths.predictions, split, ChoicePredictions(ids, table, seconds=1.0, made_from=made_from))
+    files = {split: sha256_file(paths.predictions / f"{split}.npz") for split in EVALUATED_SPLITS}
+    made = {**origin.as_dict(), "adapter_sha256": own.adapter_sha256, "predictions": files}
+    write_json(paths.result, {"made_from": made})
+    write_text(paths.report, "<html>")
+    update_status(paths, "train", "done", config_sha256=config.training_sha256())
+    update_status(paths, "report", "done", made={p.name: sha256_file(p) for p in (paths.result, paths.report)})
 
 
 def _write_model(folder: Path) -> None:
@@ -76,5 +82,5 @@ def _write_model(folder: Path) -> None:
 def _write_adapter(folder: Path, origin: Origin) -> None:
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8, "lora_alpha": 16.0})
     header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
-    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / ADAPTER_WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
     write_json(folder / "manifest.json", {"validation_nll": 0.5, "step": 4, "origin": origin.as_dict()})

@@ -7,7 +7,6 @@ from random import Random
 
 from helpers.fuzz.case import Case, Item
 from helpers.fuzz.values import BYTES, JSON_TEXTS, damaged_json, json_value, mutated
-from pipeline.stages.table import STAGES
 
 STATUS = {"train": {"state": "done", "config_sha256": "ab"}, "report": {"state": "done", "made": {"result.json": "ab"}}}
 MEMBERS = [{"name": "base", "group": "base"}, {"name": "mean_field", "group": "mean_field", "folder": "adapter"}]
@@ -20,13 +19,12 @@ COMPARE = {"label": "", "reference": "none", "trainings": [
 METRICS = [{"kind": "train", "step": 1, "loss": 0.5, "seconds": 0.1}, {"kind": "validation", "step": 1, "nll": 0.5}]
 DESCRIBED = {
     "status.json": STATUS, "related.json": RELATED, "compare.json": COMPARE, "predictions/members.json": MEMBERS,
-    "environment.json": {"device": "cpu", "versions": {"torch": "2"}},
     "adapter/manifest.json": {"validation_nll": 0.5, "files": {"adapter_config.json": {"bytes": 3, "sha256": "ab"}}},
     "adapter/adapter_config.json": {"peft_type": "LORA", "r": 8, "lora_alpha": 16.0},
     "result.json": {"made_from": {"config_sha256": "ab", "data_sha256": "cd", "predictions": {"test": "ef"}}},
-    "made_by.json": {"made_by": "loradrop", "what": "run", "layout": 2, "version": "0.2"},
-    "export/manifest.json": {"origin": {"config_sha256": "ab"}, "adapter_sha256": "cd", "files": {}},
-    "stop_request.json": {"signal": "SIGINT"},
+    "stop_request.json": {"signal": "SIGINT"}, "made_by.json": {"made_by": "loradrop", "what": "run", "layout": 2},
+    "export/manifest.json": {"made_from": {"adapter_sha256": "ab"}, "exports": [{"name": "adapter"}], "files": {}},
+    "checkpoints/latest.json": {"name": "step_000004", "step": 4}, "environment.json": {"data_fingerprint": "ab"},
 }
 """JSON files and what they look like."""
 OTHERS = ("config.yaml", "metrics.jsonl", "adapter/adapter_model.safetensors", "predictions/validation.npz",
@@ -39,8 +37,10 @@ def make(random: Random) -> Case:
         items += _damage(random)
     if random.random() < 0.5:
         return Case("run_folders", ("run",), tuple(items), "inputs")
-    stages = [name for name in ("evaluate", "report", "export", "verify") if name in STAGES]
-    return Case("run_folders", ("--dry-run", random.choice(stages), "--run-dir", "run"), tuple(items))
+    if random.random() < 0.5:
+        return Case("run_folders", ("verify", "run"), tuple(items), codes=(0, 1, 2))
+    stage = random.choice(("evaluate", "report", "export"))
+    return Case("run_folders", ("--dry-run", stage, "--run-dir", "run"), tuple(items))
 
 
 def _damage(random: Random) -> list[Item]:
