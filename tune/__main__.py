@@ -16,10 +16,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tune", description=__doc__)
     parser.add_argument("--config", required=True, help="a resolved config.yaml, or the name of a recipe")
     parser.add_argument("--folder", type=Path, required=True, help="the search folder; continued if it has been begun")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", dest="trusted",
+        help="code that comes with the model may run; what the file says about it does not count",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration and the space, then stop")
     arguments = parser.parse_args(argv)
     try:
-        config = load_config(arguments.config)
+        config = load_config(arguments.config).trusting(arguments.trusted)
         if arguments.dry_run:
             space = load_space(config)
             for key, dimension in space.describe().items():

@@ -83,7 +83,7 @@ class Ledger:
         except (ValueError, KeyError, TypeError) as error:
             remedy = "Restore it, or give another folder."
             raise ConfigError(str(path), None, f"is no ledger of a search ({error!r})", remedy) from error
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one event and wait until it is on disk."""

@@ -46,7 +46,8 @@ class Study:
         name = trial_name(index)
         before = self.ledger.trials.get(name)
         values = before.values if before else self._new_values(index)
-        resolved = trial_config(self.config, values, name)
+        # The values may have been read from the folder, which has no say in this.
+        resolved = trial_config(self.config, values, name).trusting(self.config.model.trust_remote_code)
         assignment = Assignment(
             name=name, folder=str(self.folder), working_folder=os.getcwd(), config=dump_config(resolved),
             config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,

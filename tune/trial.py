@@ -33,6 +33,7 @@ from pipeline import (
     build_config,
     claim,
     load_config,
+    open_append,
 )
 from tune.cluster import CONTROLLER_CPUS
 
@@ -189,7 +190,7 @@ def _alone(run: Path, process_rank: int) -> Iterator[None]:
         yield
         return
     run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_name(f".{run.name}.lock").open("w") as lock:
+    with open_append(run.with_name(f".{run.name}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back when the holder dies
         shutil.rmtree(run, ignore_errors=True)
         claim(run, "run")
@@ -199,7 +200,7 @@ def _alone(run: Path, process_rank: int) -> Iterator[None]:
 def _print_to(path: Path) -> IO[bytes]:
     """Send this process's output, of C++ code too, to a file that outlives Ray's session."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
+    file = open_append(path)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(file.fileno(), 1)

@@ -30,4 +30,5 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager"] = "sdpa"
     """transformers attention implementation."""
     trust_remote_code: bool = False
-    """Run code that comes with a hub model. Off unless you set it."""
+    """Run code that comes with a model. Off unless you set it on the command line or in your own --config file: it is
+    never taken from a run folder, so later stages need it again."""

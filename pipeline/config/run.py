@@ -52,6 +52,10 @@ class RunConfig(Section):
             self.adapter.adalora.steps(self.train.max_steps)
         return self
 
+    def trusting(self, trusted: bool) -> RunConfig:
+        """The same with this say on the code that comes with a model, wherever its other values are from."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"trust_remote_code": trusted})})
+
     def sha256(self) -> str:
         """Hash of the canonical JSON: equal configurations, equal hash."""
         return _sha256(self.model_dump(mode="json"))

@@ -29,8 +29,18 @@ from pipeline.distributed import ranks
 from pipeline.distributed.devices import accelerator_memory, check_processes, visible_devices
 from pipeline.distributed.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.distributed.nodes import log_name, node_arguments
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, DiskFull, SetupError
-from pipeline.files import write_json
+from pipeline.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    DiskFull,
+    RunFolderError,
+    SetupError,
+    one_line,
+    printable,
+)
+from pipeline.files import full_disk_named, open_append, write_json
 from pipeline.run_folder.paths import RunPaths, read_status, update_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +147,7 @@ def run_stage(
     Args:
         in_world: the stage works in several processes, which answer to a stop request.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    file = _open_log(log, run_dir)
     paths = RunPaths(run_dir)
     if in_world:
         ranks.wait_for_orphans(run_dir, float((environment or {}).get(GRACE, 0)) + _LEAVING_SECONDS)
@@ -148,8 +158,8 @@ def run_stage(
     env |= {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     env |= {**(environment or {}), "PYTHONPATH": _python_path(), PARENT: str(os.getpid())}
     caught = stop_signals(env.get(WARNING))
-    with log.open("ab", buffering=0) as file:
-        _append(file, f"$ {' '.join(command)}\n")
+    with file:
+        _append(file, f"$ {one_line(' '.join(command))}\n")
         with _kept_from_children(caught if in_world else []):
             process = subprocess.Popen(
                 command,
@@ -165,7 +175,8 @@ def run_stage(
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         try:
             assert process.stdout is not None
-            for line in process.stdout:  # ends when the last process of the stage has ended
+            for said in process.stdout:  # ends when the last process of the stage has ended
+                line = printable(said)
                 _append(file, line)
                 tail.append(line)
                 _show(line)
@@ -269,6 +280,17 @@ def _tell(text: str) -> None:
 def _end_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _open_log(log: Path, run_dir: Path) -> IO[bytes]:
+    """The log, to append to: neither it nor the folders of what we write about processes lead out of the run folder."""
+    for folder in (log.parent, ranks.ranks_folder(run_dir)):
+        if folder.is_symlink():
+            what = f"is a symbolic link to {os.readlink(folder)}"
+            raise RunFolderError(str(folder), None, what, "Remove it, or use another folder.")
+    with full_disk_named(run_dir):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open_append(log)
 
 
 def _append(log: IO[bytes], line: str) -> None:

@@ -32,9 +32,12 @@ class ParityError(LoradropError):
 
 
 def measure_parity(
-    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, rows: list[Row]
+    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, rows: list[Row], trusted: bool = False
 ) -> list[dict[str, float]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
+
+    Args:
+        trusted: whether code that comes with the model may run.
 
     Raises:
         ParityError: beyond the tolerance, or an export without effect.
@@ -43,7 +46,7 @@ def measure_parity(
     members = [Member(None), *(e.member for e in exported)]
     ours = np.stack([_our_logits(task, adapters, ids, members) for ids in prompts], 1)
     folders = [folder / e.folder for e in exported]
-    stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device))
+    stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device), trusted)
     # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.
     noise = 0.0 if task.base.identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
     parity = []
@@ -72,7 +75,7 @@ def _our_logits(task: Task, adapters: Adapters, ids: list[int], members: list[Me
 
 
 def _stock_logits(
-    folders: list[Path], identity: BaseIdentity, prompts: list[list[int]], device: str
+    folders: list[Path], identity: BaseIdentity, prompts: list[list[int]], device: str, trusted: bool
 ) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
@@ -82,6 +85,7 @@ def _stock_logits(
             "compute_dtype": identity.compute_dtype,
             "double_quantization": identity.double_quantization,
             "device": device,
+            "trust_remote_code": trusted,
             "classes": identity.classes,
             "unquantized": identity.unquantized,
             "adapters": [str(folder) for folder in folders],
@@ -93,7 +97,7 @@ def _stock_logits(
         command = [sys.executable, "-I", str(script), str(Path(scratch) / "job.json")]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the other process needs the room
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise ParityError(f"stock PEFT cannot load the export:\n{done.stderr[-2000:]}")
         with np.load(out, allow_pickle=False) as arrays:

@@ -3,8 +3,8 @@
     python -I stock_peft.py JOB.json
 
 JOB: {"base": path, "quantization": "nf4"|"int8"|"none", "double_quantization": bool, "compute_dtype": str,
-"device": str, "classes": int|None, "unquantized": [patterns], "adapters": [folders], "input_ids": [[...], ...],
-"out": FILE.npz}
+"device": str, "trust_remote_code": bool, "classes": int|None, "unquantized": [patterns], "adapters": [folders],
+"input_ids": [[...], ...], "out": FILE.npz}
 Writes `base` (N, V) and `adapters` (K, N, V): logits behind the last token of each prompt; with `classes`, those of the
 classification head (the base's own is then untrained).
 """
@@ -35,7 +35,10 @@ def main(job_path: str) -> None:
         )
     elif job["quantization"] == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)
-    settings = {"dtype": dtype, "quantization_config": quantization, "device_map": {"": job["device"]}}
+    settings = {
+        "dtype": dtype, "quantization_config": quantization, "device_map": {"": job["device"]},
+        "trust_remote_code": job["trust_remote_code"],
+    }
     if job["classes"] is None:
         base = AutoModelForCausalLM.from_pretrained(job["base"], **settings)
     else:

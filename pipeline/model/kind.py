@@ -70,8 +70,19 @@ def _hub_description(config: ModelConfig) -> dict[str, Any]:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        refuse_untrusted(config.path, error)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             "model.path", config.path, f"cannot be loaded ({first})", "Give a model folder or a hub name you can reach."
         ) from error
     return dict(found.to_dict())
+
+
+def refuse_untrusted(path: str, error: Exception) -> None:
+    """Raises `ConfigError` where transformers asks whether code that comes with the model may run."""
+    if "trust_remote_code=True" in str(error):
+        raise ConfigError(
+            "model.trust_remote_code", False, f"{path} comes with code of its own, which runs only where you say so",
+            "Read that code, then give model.trust_remote_code=true on the command line or in your own --config file;"
+            " it is never taken from a run folder.",
+        ) from error

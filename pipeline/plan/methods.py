@@ -14,10 +14,10 @@ from pipeline.run_folder.comparison import REFUSALS, plan_trainings
 from pipeline.run_folder.paths import RunPaths, load_saved
 
 
-def check_methods(run_dir: Path) -> None:
+def check_methods(run_dir: Path, trusted: bool = False) -> None:
     """Write refused.json: method -> why the model cannot honour it; empty where all can be trained."""
     paths = RunPaths(run_dir)
-    write_json(run_dir / REFUSALS, refused_methods(load_saved(paths.config)))
+    write_json(run_dir / REFUSALS, refused_methods(load_saved(paths.config, trusted)))
 
 
 def refused_methods(config: RunConfig) -> dict[str, str]:

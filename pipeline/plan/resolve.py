@@ -14,7 +14,9 @@ from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import world_processes
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.plan.request import Request
-from pipeline.run_folder.paths import RunPaths, read_saved
+from pipeline.run_folder.mark import is_marked
+from pipeline.run_folder.paths import RunPaths, read_saved, without_trust
+from pipeline.terminal import say
 
 
 def fit_micro_batch(train: TrainConfig, launch: LaunchConfig) -> TrainConfig:
@@ -52,7 +54,8 @@ def resolve_new(
     Raises:
         ConfigError: anything wrong with keys or values.
     """
-    base = read_yaml(find_recipe(request.source or recipe))
+    found = find_recipe(request.source or recipe)
+    base = without_trust(read_yaml(found)) if is_marked(found.parent) else read_yaml(found)
     if request.source is None and any(word.startswith("data.path=") for word in request.overrides):
         base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
     for word in request.overrides:
@@ -63,7 +66,7 @@ def resolve_new(
 
 
 def resolve_saved(request: Request, stage: str) -> RunConfig:
-    """The configuration in the run folder, of which a later stage may change `launch` alone.
+    """The configuration in the run folder, of which a later stage may change `launch` and what is trusted alone.
 
     Raises:
         ConfigError: an override of something else.
@@ -73,10 +76,15 @@ def resolve_saved(request: Request, stage: str) -> RunConfig:
     if not saved.exists():
         raise RunFolderError(str(saved), None, "does not exist", "Train first, or give the folder of a run.")
     for word in request.overrides:
-        if not word.startswith("launch."):
+        if not word.startswith(("launch.", "model.trust_remote_code=")):
             remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."
             raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
-    return _on_top(read_saved(saved), request)
+    tree = read_saved(saved)
+    config = _on_top(without_trust(tree), request)
+    hosts = (tree.get("launch") or {}).get("hostfile")
+    if hosts and config.launch.hostfile is None:
+        say(f"launch.hostfile={hosts} is not taken from a run folder: {stage} works on this machine unless you give it")
+    return config
 
 
 def _on_top(base: dict[str, Any], request: Request) -> RunConfig:

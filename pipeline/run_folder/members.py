@@ -61,6 +61,8 @@ def _to_member(entry: dict[str, Any]) -> PredictedMember:
     member = PredictedMember(
         **{k: v for k, v in entry.items() if k in known}, extra={k: v for k, v in entry.items() if k not in known}
     )
+    if not isinstance(member.name, str) or not member.name.isprintable():  # it is shown, and logged, as part of a line
+        raise ValueError(f"name = {member.name!r} is no text of one line")
     if member.group not in get_args(Group):
         raise ValueError(f"group = {member.group!r} is none of {', '.join(get_args(Group))}")
     return member

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.config.launch import LoggingConfig, WandbConfig
 from pipeline.errors import SetupError
-from pipeline.files import full_disk_named, read_json, read_json_lines, write_json, write_text
+from pipeline.files import full_disk_named, open_append, read_json, read_json_lines, write_json, write_text
 
 WANDB_IDENTITY = "wandb.json"
 """In the run folder: the id under which a resumed run continues."""
@@ -125,7 +125,7 @@ class Metrics:
         """Append one row, whole or not at all. Raises `DiskFull`."""
         if not self._enabled:
             return
-        with full_disk_named(self._path.parent), self._path.open("ab", buffering=0) as file:
+        with full_disk_named(self._path.parent), open_append(self._path) as file:
             before = file.seek(0, os.SEEK_END)
             row = (json.dumps({"kind": kind, **values}) + "\n").encode()
             try:

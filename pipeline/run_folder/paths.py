@@ -16,7 +16,7 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,25 @@ class Folders:
         return self.run.with_name(f"{self.run.name}-compare")
 
 
-def load_saved(saved: Path) -> RunConfig:
-    """The configuration that a run folder holds. Raises as `read_saved`, and `ConfigError` where it is wrong."""
-    return build_config(read_saved(saved))
+def load_saved(saved: Path, trusted: bool = False) -> RunConfig:
+    """The configuration that a run folder holds. Raises as `read_saved`, and `ConfigError` where it is wrong.
+
+    Args:
+        trusted: whether the command said that code of the model may run; the file is not asked.
+    """
+    return build_config(without_trust(read_saved(saved))).trusting(trusted)
+
+
+def without_trust(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what lets code of others run: a run folder may come from anywhere.
+
+    That is code that comes with a model, and hosts, whose names are words of an ssh command line.
+    """
+    kept = dict(tree)
+    for section, key in (("model", "trust_remote_code"), ("launch", "hostfile")):
+        if isinstance(values := kept.get(section), Mapping):
+            kept[section] = {name: value for name, value in values.items() if name != key}
+    return kept
 
 
 def read_saved(saved: Path) -> dict[str, Any]:

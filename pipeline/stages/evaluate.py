@@ -20,7 +20,7 @@ from pipeline.config.adapter import KIND_NAMES
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
-from pipeline.errors import RunFolderError, Stopped
+from pipeline.errors import RunFolderError, Stopped, one_line
 from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
@@ -32,7 +32,7 @@ from pipeline.run_folder.predictions import Predictions, read_predictions, write
 from pipeline.terminal import Progress, say
 
 
-def evaluate_run(run_dir: Path) -> None:
+def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     """Write predictions/ of a run. Splits already predicted by the same members are kept.
 
     Raises:
@@ -41,7 +41,7 @@ def evaluate_run(run_dir: Path) -> None:
         Stopped: a stop was requested.
     """
     paths = RunPaths(run_dir)
-    config = load_saved(paths.config)
+    config = load_saved(paths.config, trusted)
     entries = listed_adapters(
         paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters
     )
@@ -159,7 +159,7 @@ def read_entry(entry: Entry) -> StoredAdapter:
     require_whole(entry.folder)
     stored = read_adapter(entry.folder)
     if entry.sha256 not in (None, stored.sha256):
-        what = f"is another adapter than the one that this run refers to as {entry.name}"
+        what = f"is another adapter than the one that this run refers to as {one_line(entry.name)}"
         raise RunFolderError(str(entry.folder), None, what, "Put that one back, or run the whole line again.")
     return stored
 

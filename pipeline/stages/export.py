@@ -26,7 +26,7 @@ from pipeline.terminal import say
 REPORT_AGAIN = "Evaluate and report again."
 
 
-def export_run(run_dir: Path) -> None:
+def export_run(run_dir: Path, trusted: bool = False) -> None:
     """Write export/: adapter/, draws/draw_NNN/, manifest.json with measured parity.
 
     Raises:
@@ -35,7 +35,7 @@ def export_run(run_dir: Path) -> None:
         ParityError: parity is outside the tolerance, or an export equals the base.
     """
     paths = RunPaths(run_dir)
-    config = load_saved(paths.config)
+    config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     require_adapter(paths, origin)
@@ -56,7 +56,7 @@ def export_run(run_dir: Path) -> None:
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
         write_exports(folder, exported, adapters, plain, identity.resolved, task.passes.key)
         say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS])
+        parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS], trusted)
         manifest = {
             "origin": origin.as_dict(),
             "base": identity.as_dict(),

@@ -12,7 +12,7 @@ from pipeline.files import write_text
 from pipeline.run_folder.chain import is_trained
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
-from pipeline.stages.table import STAGES
+from pipeline.stages.table import STAGES, TRUST
 
 
 def start(name: str, config: RunConfig, folders: Folders) -> int:
@@ -42,6 +42,8 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
         headline(name)
     update_status(paths, name, "starting", config_sha256=config.training_sha256())
     program = ["pipeline.stages", name]
+    if stage.loads_model and config.model.trust_remote_code:
+        program.append(TRUST)
     if stage.processes == "all":
         return run_world_stage(name, program, folders.run, config.launch)
     command = [sys.executable, "-m", *program, "--run-dir", str(folders.run)]

@@ -35,7 +35,7 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     if code := run_search(config, folders):
         return code
     found = read_json(folders.search / "search.json", "Run the search stage first.")
-    chosen = with_values(config, found["best_config"])
+    chosen = with_values(config, found["best_config"]).trusting(config.model.trust_remote_code)
     headline("train")
     if code := start("train", chosen, folders):
         return code

@@ -9,6 +9,7 @@ from pipeline.distributed.launcher import run_stage
 from pipeline.files import write_text
 from pipeline.run_folder.paths import Folders, refuse_other
 from pipeline.stages.processes import headline
+from pipeline.stages.table import TRUST
 
 
 def run_search(config: RunConfig, folders: Folders) -> int:
@@ -18,4 +19,6 @@ def run_search(config: RunConfig, folders: Folders) -> int:
     refuse_other(settings, config)
     write_text(settings, dump_config(config))
     command = [sys.executable, "-m", "tune", "--config", str(settings), "--folder", str(folders.search)]
+    if config.model.trust_remote_code:
+        command.append(TRUST)
     return run_stage(command, folders.search / "logs" / "search.log", folders.search, "search")

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+TRUST = "--trust-remote-code"
+"""How a command tells the processes that it starts: no file that they read can."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -31,6 +34,8 @@ class Stage:
     writes: tuple[Literal["run", "plain", "search", "comparison"], ...] = ()
     """What it writes into, of `run_folder.paths.Folders`: refused where it is not ours, made and marked else; one
     command at a time owns it."""
+    loads_model: bool = False
+    """Of `all` and `one`: whether it loads the model, and takes `trusted`: whether code that comes with it may run."""
     trains: bool = False
     """Whether all processes train: the micro-batch must then fit each one's share of a step."""
     plan: tuple[str, ...] = ()
@@ -58,13 +63,13 @@ STAGES = {
         Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
               "pipeline.stages.search:run_search", writes=("search",)),
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
-              writes=("run",), trains=True, plan=("train", "memory")),
+              writes=("run",), loads_model=True, trains=True, plan=("train", "memory")),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
-              "pipeline.stages.evaluate:evaluate_run", writes=("run",)),
+              "pipeline.stages.evaluate:evaluate_run", writes=("run",), loads_model=True),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
               "pipeline.stages.report:write_report", writes=("run",)),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
-              "pipeline.stages.export:export_run", writes=("run",)),
+              "pipeline.stages.export:export_run", writes=("run",), loads_model=True),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
@@ -74,7 +79,7 @@ STAGES = {
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
-        Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods"),
+        Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods", loads_model=True),
     )
 }
 """name -> stage, in the order of --help."""

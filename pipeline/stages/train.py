@@ -219,10 +219,10 @@ def describe(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     say(f"batch        {loader.describe(micro_steps)}")
 
 
-def train_stage(run_dir: Path) -> None:
+def train_stage(run_dir: Path, trusted: bool = False) -> None:
     """Train what config.yaml of the run folder says."""
     try:
-        train_run(load_saved(RunPaths(run_dir).config), run_dir)
+        train_run(load_saved(RunPaths(run_dir).config, trusted), run_dir)
     except Stopped:
         leave_world()
         raise

@@ -15,7 +15,7 @@ from helpers import ROOT
 
 from pipeline.config.launch import LaunchConfig
 from pipeline.distributed.launcher import launcher_command, launcher_environment, process_count, run_stage
-from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
+from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, RunFolderError
 from pipeline.run_folder.paths import RunPaths
 
 
@@ -111,3 +111,30 @@ def test_a_signal_becomes_a_request_or_an_end(tmp_path: Path, stage: str) -> Non
         assert json.loads(request.read_text()) == {"signal": "SIGTERM"}
     else:
         assert not request.exists()
+
+
+@pytest.mark.parametrize("name", ["logs", "logs/ranks", "logs/report.log"])
+def test_nothing_is_written_through_links(tmp_path: Path, name: str) -> None:
+    """A run folder may come from elsewhere: whoever made it does not choose what is appended to."""
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    if name.endswith(".log"):
+        outside.write_text("mine")
+    else:
+        outside.mkdir()
+    (run / name).symlink_to(outside)
+    with pytest.raises(RunFolderError, match="symbolic link to"):
+        run_stage(python("print('theirs')"), run / "logs" / "report.log", run, "report")
+    assert outside.read_text() == "mine" if outside.is_file() else not list(outside.iterdir())
+
+
+def test_a_child_writes_no_control_characters_and_a_command_no_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "logs" / "x.log"
+    command = [*python("print('a\\x1b]0;title\\x07b')"), "first\nssh-ed25519 AAAA"]
+    assert run_stage(command, log, tmp_path, "export") == 0
+    shown, written = capfd.readouterr().err, log.read_text()
+    assert "a\\x1b]0;title\\x07b" in shown and "a\\x1b]0;title\\x07b" in written
+    assert "\x1b" not in shown + written and "\x07" not in shown + written
+    assert not [line for line in written.splitlines() if line.startswith("ssh-ed25519")]

@@ -19,7 +19,12 @@ def test_members_round_trip_with_free_fields(tmp_path):
     assert read_members(tmp_path) == members
 
 
-@pytest.mark.parametrize("entries", [[{"name": "a", "group": "other"}], [{"group": "base"}], ["a"], {"a": 1}, []])
+LINES = [{"name": "a\nssh-ed25519 AAAA", "group": "base"}]  # shown and logged, it would write a line of its own
+
+
+@pytest.mark.parametrize(
+    "entries", [[{"name": "a", "group": "other"}], [{"group": "base"}], ["a"], {"a": 1}, [], LINES]
+)
 def test_damaged_members_are_named(tmp_path, entries):
     write_json(tmp_path / "members.json", entries)
     with pytest.raises(RunFolderError, match=r"members\.json"):

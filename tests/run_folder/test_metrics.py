@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import load_config
 from pipeline.distributed.devices import machine_memory, peak_flops, resident_high_water
-from pipeline.errors import SetupError
+from pipeline.errors import RunFolderError, SetupError
 from pipeline.files import read_json_lines, write_json
 from pipeline.run_folder.metrics import Metrics, check_loggers
 from pipeline.run_folder.paths import RunPaths
@@ -117,3 +117,11 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
         assert (run / "wandb.json").read_text() == identity
         name = json.loads(identity)["id"]
         assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+
+
+def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "profile")
+    with pytest.raises(RunFolderError, match="symbolic link"):
+        Metrics(tmp_path / "metrics.jsonl", True).write("train", step=1, loss=1.0)
+    assert (tmp_path / "profile").read_text() == "mine"
