@@ -15,13 +15,15 @@ _MODULES = {
         "AdapterConfig", "DataConfig", "RunConfig", "SearchConfig", "build_config", "dump_config", "load_config",
     ),
     "config.adapter": ("SERVED_RANKS",),
-    "config.load": ("config_keys", "read_yaml", "validate", "with_values"),
+    "config.load": ("with_values",),
+    "config.space": ("ONE_RATE", "SITE_RATE", "DimensionFile", "find_space", "read_space"),
     "data.splits": ("load_splits",),
     "distributed.launcher": ("LAUNCHER_VARIABLES",),
     "distributed.lifeline": ("parent_is_gone",),
+    "distributed.ranks": ("alive",),
     "errors": (
         "EXIT_FAILED", "EXIT_OK", "EXIT_STOPPED", "EXIT_USER", "ConfigError", "DataError", "LoradropError",
-        "RunFolderError", "StageFailed", "UserError",
+        "RunFolderError", "SetupError", "StageFailed", "UserError",
     ),
     "files": (
         "ADAPTER_WEIGHTS", "manifest_faults", "open_append", "publish_folder", "read_json", "read_json_lines",

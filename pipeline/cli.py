@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from pipeline import __version__
-from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped
+from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError
 from pipeline.plan.request import Request
 from pipeline.stages.table import OFFERED, STAGES, Stage
+from pipeline.terminal import printable, say
 
 DESCRIPTION = """\
 Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
@@ -37,9 +39,17 @@ exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped 
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are ours: one sentence, and what it quotes is shown as every error shows it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError`."""
+        raise UserError("command line", None, message, "See loradrop --help.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="loradrop",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -61,12 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = build_parser().parse_intermixed_args(argv)
     try:
         with stopping_between_stages():
-            return dispatch(arguments)
+            return dispatch(build_parser().parse_intermixed_args(argv))
     except LoradropError as error:
-        print(f"loradrop: {error}", file=sys.stderr)
+        say(f"loradrop: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("\nloradrop: interrupted; the same command continues.", file=sys.stderr)
@@ -91,6 +100,7 @@ def execute(stage: Stage, request: Request) -> int:
         UserError: something to mend, before any model is loaded or anything is written.
     """
     from pipeline.config import dump_config
+    from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.preflight import check_inputs
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs, resolve_new, resolve_saved
@@ -108,14 +118,16 @@ def execute(stage: Stage, request: Request) -> int:
             refuse_foreign(getattr(folders, name), FOLDERS[name])
         config = resolve_new(request, stage.name, stage.recipe, stage.unread)
     check_inputs(config)
+    if "search" in (stage.plan or (stage.name,)):
+        read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
     common = [other.name for other in OFFERED if other.processes == "all"]
     check_nodes(config.launch, stage.name, stage.processes, common)
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if request.dry_run:
-        print(f"{dump_config(config)}\nplan (nothing has been started):")
+        print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))
         for step in stage.plan or (stage.name,):
-            print("\n".join(step_lines(config, folders, step)))
+            print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
     config = resolve_epochs(config)
     shared = config.launch if stage.processes == "all" else None

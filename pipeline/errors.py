@@ -20,6 +20,9 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028
 paragraph separators, what turns the direction of text, lone surrogates."""
 
 
+_LONGEST_SENTENCE = 2000
+
+
 def printable(text: str) -> str:
     r"""`text` as it may be printed, whoever wrote it: control characters are shown, as \x1b or \u202e, not obeyed.
 
@@ -55,8 +58,8 @@ class UserError(LoradropError):
     def __init__(self, field: str, value: object, constraint: str, remedy: str = "") -> None:
         self.field, self.value, self.constraint, self.remedy = field, value, constraint, remedy
         shown = "" if value is None else f" = {_shorten(value)}"
-        tail = f" {remedy}" if remedy else ""
-        super().__init__(f"{one_line(field)}{shown}: {constraint.rstrip('.')}.{tail}")
+        tail = f" {_sentence(remedy)}" if remedy else ""
+        super().__init__(f"{one_line(field)}{shown}: {_sentence(constraint).rstrip('.')}.{tail}")
 
 
 class ConfigError(UserError):
@@ -98,5 +101,13 @@ class StageFailed(LoradropError):
 
 
 def _shorten(value: object, limit: int = 120) -> str:
-    text = repr(value)
+    try:
+        text = repr(value[:limit] if isinstance(value, str | bytes) else value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _sentence(text: str) -> str:
+    """On one line and of bounded length, whatever an exception or a name within it has to say."""
+    return re.sub(r"\s*[\r\n]\s*", " ", text[:_LONGEST_SENTENCE])

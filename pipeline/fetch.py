@@ -20,6 +20,7 @@ from typing import Literal
 
 from pipeline.errors import SetupError
 from pipeline.files import sha256_file
+from pipeline.terminal import say
 
 EMBEDDED_PREFIX = "embedded:"
 
@@ -79,7 +80,7 @@ def alone(target: Path) -> Iterator[None]:
 
 def report_progress(text: str) -> None:
     """One line on stderr."""
-    print(f"loradrop: {text}", file=sys.stderr, flush=True)
+    say(f"loradrop: {text}")
 
 
 def _download(requirement: str, sha256: str, kind: str, target: Path) -> None:

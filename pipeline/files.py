@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,10 @@ from pipeline.errors import DiskFull, RunFolderError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
+MOST_JSON_BYTES = 2**28
+"""Of a JSON file of ours: more than any run has written."""
+LONGEST_LINE = 2**24
+"""Bytes of a line in any file that is read by lines, ours or the user's: 16 MiB."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,23 +80,60 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "") -> Any:
-    """Parsed JSON. Raises `RunFolderError` where the file is missing or broken."""
+    """Parsed JSON. Raises `RunFolderError` where the file is missing, broken, too large or no regular file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path, MOST_JSON_BYTES))
     except FileNotFoundError as error:
         raise RunFolderError(str(path), None, "does not exist", remedy) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunFolderError(str(path), None, f"cannot be read ({error.strerror or error})", remedy) from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
         raise RunFolderError(str(path), None, f"is damaged ({error})", remedy) from error
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; a pipe or a device would be waited for without end.
+
+    Raises:
+        OSError: it is not there, cannot be read, is no regular file, or is larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
+        return file.read()
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON-lines file; a line cut off by a crash at the end is passed over."""
+    """Rows of a JSON-lines file; a line cut off by a crash at the end is passed over.
+
+    Raises:
+        RunFolderError: naming the line that holds no JSON object, or is longer than `LONGEST_LINE`; no regular file.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    if not path.is_file():  # a pipe would be waited for
+        raise RunFolderError(str(path), None, "is no regular file", "Remove it.")
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
+            if not line.endswith(b"\n"):
+                if len(line) == LONGEST_LINE:
+                    raise _damaged_line(path, number, f"more than {LONGEST_LINE >> 20} MiB")
+                return
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise _damaged_line(path, number, str(error)) from error
+            if not isinstance(row, dict):
+                raise _damaged_line(path, number, "no JSON object")
+            yield row
+
+
+def _damaged_line(path: Path, number: int, why: str) -> RunFolderError:
+    return RunFolderError(f"{path}:{number}", None, f"is damaged ({why})", "Remove that line, or restore the file.")
 
 
 def open_append(path: Path) -> IO[bytes]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +38,31 @@ def tiny_settings(tiny_folder: Path) -> list[str]:
         "train.validate_every_steps=3", "train.checkpoint_every_steps=2", "ensemble.size=4", "adapter.rank=4",
         "search.trials=2", "search.max_steps=4", "search.adapters=2", "evaluate.bootstrap_samples=200",
     ]
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def two_namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them; skipped where the machine does not allow them."""
+    names = (f"ld{os.getpid() % 100000}a", f"ld{os.getpid() % 100000}b")
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        ends = ("add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        _run("ip", "link", *ends)
+        for number, name in enumerate(names, start=1):
+            _run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable0")
+            _run("ip", "-n", name, "link", "set", "cable0", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine does not allow network namespaces: {error.stderr.decode().strip()}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -119,9 +119,9 @@ def test_a_dropout_site_is_a_cell_its_mask_and_its_place(house: Path) -> None:
         build(house, "pipeline/adapters/masks.py", "\n\ndef dropped_keys(", f"{COLUMN_MASK}\n\ndef dropped_keys("),
         build(
             house, "pipeline/adapters/linear.py",
-            "mask = element_mask(keys, rows, layer_key, x_NI.shape[-1], site.rate)",
-            "mask = (column_mask(keys, rows, layer_key, x_NI.shape[-1], site) if site.pattern == 'column'"
-            " else element_mask(keys, rows, layer_key, x_NI.shape[-1], site.rate))",
+            'mask = element_mask(keys, rows, layer_key, features, site.rate, site.compensation == "inverse")',
+            "mask = (column_mask(keys, rows, layer_key, features, site) if site.pattern == 'column'"
+            " else element_mask(keys, rows, layer_key, features, site.rate))",
         ),
         build(house, "pipeline/adapters/linear.py", "import element_mask", "import column_mask, element_mask"),
     }

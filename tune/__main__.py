@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline import EXIT_OK, EXIT_STOPPED, LoradropError, load_config
+from pipeline import EXIT_OK, EXIT_STOPPED, LoradropError, load_config, say
 from tune.progress import print_summary, tell
 from tune.space import load_space
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         print_summary(search(config, arguments.folder))
         return EXIT_OK
     except LoradropError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return error.exit_code
     except KeyboardInterrupt:  # a second Ctrl-C: the ledger has all that had finished
         return EXIT_STOPPED

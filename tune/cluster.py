@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import ConfigError, SearchConfig, StageFailed
+from pipeline import ConfigError, SearchConfig, SetupError, StageFailed
+from tune.stopping import Stopping
+from tune.watch import RayWatch
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
@@ -19,6 +22,7 @@ CONTROLLER_CPUS = 0.01
 """What a trial function takes that only starts a TorchTrainer and waits for it."""
 SCRATCH = "scratch"
 NOISE = "ray.log"
+START_ERRORS = (ConnectionError, OSError, ValueError, RuntimeError)
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,8 +35,12 @@ QUIET = {
 }
 """Ray's tables, loggers and checkpoints of its own are off: the ledger replaces them."""
 
+LOOPBACK = "127.0.0.1"
 LOCAL = {
-    "RAY_AUTH_MODE": "disabled",  # a private cluster on the loopback interface; attached ones keep theirs
+    "RAY_AUTH_MODE": "token",
+    # Ray's way of saying that a cluster is for this machine alone. Without it Ray turns 127.0.0.1 into the outer
+    # address, and its servers listen on every interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",  # one trial worker per core
@@ -55,30 +63,44 @@ class Capacity:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, float]]:
+def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
     """Start (or attach to) Ray; yields the cluster's resources; leaves no process and no file behind.
+
+    A cluster of our own listens on the loopback interface and asks everybody for a token that is drawn anew and stands
+    in the environment of its processes alone. An attached one has the user's settings (RAY_AUTH_MODE, RAY_AUTH_TOKEN).
 
     Args:
         folder: Takes what Ray prints, and a note of the session's scratch folder, so that the next search cleans
             up after one that was killed.
+        stopping: Says with which exit code to leave when Ray dies.
 
     Raises:
+        SetupError: the attached cluster asks for a token that we have not.
         StageFailed: Ray does not start.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    own = address in ("", "local")
     os.environ.update(QUIET)
-    if not address:
-        os.environ.update(LOCAL)
+    if own:
+        os.environ.update(LOCAL, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     scratch = _make_scratch(folder)
+    watch: RayWatch | None = None
     with (folder / NOISE).open("w", encoding="utf-8") as noise, redirect_stdout(noise), redirect_stderr(noise):
         try:
-            _start(address, scratch)
-            yield dict(ray.cluster_resources())
+            if own:
+                _start(scratch)
+                watch = RayWatch(_vital_processes(), (scratch, folder), stopping.exit_code)
+            else:
+                _attach(address)
+            with watch.watching() if watch else nullcontext():
+                yield dict(ray.cluster_resources())
         finally:
             ray.shutdown()
+            if watch:
+                watch.end()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -106,23 +128,56 @@ def plan(search: SearchConfig, resources: dict[str, float], trials: int) -> Capa
     return Capacity(concurrent=min(asked or most, trials), workers=workers, gpus=1 if gpus else 0)
 
 
-def _start(address: str | None, scratch: Path) -> None:
+def _start(scratch: Path) -> None:
     import ray
 
-    own = {
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "_temp_dir": str(scratch / "ray"),
-        "_plasma_directory": str(scratch),  # not /dev/shm, which containers often make too small
-        "_node_ip_address": "127.0.0.1",
-    }
     try:
         ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **({} if address else own)
+            address="local",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(scratch / "ray"),
+            _plasma_directory=str(scratch),  # not /dev/shm, which containers often make too small
+            _node_ip_address=LOOPBACK,
         )
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        where = f"at RAY_ADDRESS = {address}" if address else "on this machine"
-        raise StageFailed(f"Ray does not start {where}: {error}") from error
+    except START_ERRORS as error:
+        raise StageFailed(f"Ray does not start on this machine: {error}") from error
+
+
+def _vital_processes() -> dict[str, int]:
+    """Those of Ray's processes without which nothing goes on."""
+    import ray
+
+    started = ray._private.worker._global_node.all_processes
+    return {name: info.process.pid for name in ("gcs_server", "raylet") for info in started[name]}
+
+
+def _attach(address: str) -> None:
+    import ray
+
+    try:
+        if not address.startswith("ray://"):
+            _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except ray.exceptions.AuthenticationError as error:
+        raise SetupError(
+            "RAY_ADDRESS", address, "is a cluster that asks for its token, and the one given here is missing or wrong",
+            "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster was started with.",
+        ) from error
+    except (*START_ERRORS, ray.exceptions.RayError) as error:
+        raise StageFailed(f"Ray does not start at RAY_ADDRESS = {address}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Raises Ray's AuthenticationError where the cluster wants another token: `ray.init` would try for minutes."""
+    from ray._private.authentication import authentication_token_setup
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does
+    GcsClient(address=canonicalize_bootstrap_address_or_die(address))
 
 
 def _make_scratch(folder: Path) -> Path:

@@ -90,6 +90,10 @@ class Space:
         counts = [dimension.count() for dimension in self.dimensions.values()]
         return None if None in counts else math.prod(c for c in counts if c is not None)
 
+    def grid_count(self) -> int:
+        """Number of points of `grid`, which is not made for it."""
+        return math.prod(d.count() for d in self.dimensions.values() if isinstance(d, Options) and d.grid)
+
     def grid(self) -> list[Values]:
         """Every combination of the `grid` dimensions; one empty combination where there is none."""
         keys = [k for k, d in self.dimensions.items() if isinstance(d, Options) and d.grid]

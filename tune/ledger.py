@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import ConfigError, read_json_lines
+from pipeline import ConfigError, RunFolderError, read_json_lines
 from tune.dimensions import Values
 from tune.sampling import Observation
 
@@ -80,7 +80,7 @@ class Ledger:
         try:
             for event in read_json_lines(path):
                 self._apply(event)
-        except (ValueError, KeyError, TypeError) as error:
+        except (RunFolderError, ValueError, KeyError, TypeError) as error:
             remedy = "Restore it, or give another folder."
             raise ConfigError(str(path), None, f"is no ledger of a search ({error!r})", remedy) from error
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)

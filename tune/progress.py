@@ -9,8 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from pipeline import duration, say
+from pipeline import duration, one_line, say
 from tune.ledger import Ledger, TrialRecord
 
 
@@ -72,7 +73,7 @@ def print_summary(result: dict[str, Any]) -> None:
     for trial in trials:
         scores = [trial["validation_nll"], trial["validation_accuracy"]]
         table.add_row(
-            trial["name"], *(shown(trial["config"][key]) for key in keys), str(trial["steps"]),
+            trial["name"], *(Text(one_line(shown(trial["config"][key]))) for key in keys), str(trial["steps"]),
             *("" if score is None else f"{score:.4f}" for score in scores),
             trial["state"] + (" *" if trial["name"] in result["ensemble"]["adapters"] else ""),
         )  # fmt: skip

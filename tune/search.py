@@ -129,7 +129,7 @@ def _run_trials(
     if left < wanted:
         tell(f"Continuing: {wanted - left} of {wanted} trials have ended.")
     try:
-        with cluster(folder / RAY_FOLDER) as resources:
+        with cluster(folder / RAY_FOLDER, stopping) as resources:
             stopping.listen()
             capacity = plan(config.search, resources, left)
             tell(

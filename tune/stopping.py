@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from pipeline import parent_is_gone
+from pipeline import EXIT_FAILED, EXIT_STOPPED, parent_is_gone
 from tune.progress import tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,6 +29,10 @@ class Stopping:
         """Take the signals over (again: `ray.init` puts a SIGTERM handler of its own in place)."""
         for number in SIGNALS:
             signal.signal(number, self._note)
+
+    def exit_code(self) -> int:
+        """What a search that does not come to its end leaves with."""
+        return EXIT_STOPPED if self.requested else EXIT_FAILED
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

@@ -103,8 +103,11 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
     from ray.train.torch import TorchTrainer  # imports torch: never in the driver
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from tune.workers import OwnRendezvous
+
     trainer = TorchTrainer(
         lambda: _run_worker(assignment, train, ray.train.report),
+        torch_config=OwnRendezvous(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=assignment.workers,
             use_gpu=assignment.gpus > 0,

@@ -20,7 +20,6 @@ from pipeline.adapters.sites.attention import install_attention_sites
 from pipeline.adapters.sites.deberta import install_position_projections
 from pipeline.adapters.sites.ffn import install_ffn_sites
 from pipeline.adapters.spec import AdapterSpec, count_layers
-from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.errors import ConfigError
 from pipeline.randomness import key64
 
@@ -70,7 +69,7 @@ class Adapters:
 
     def needs_row_keys(self) -> bool:
         """Whether any adapter has an activation site."""
-        return any(site.position not in WEIGHT_POSITIONS for spec in self.specs for site in spec.sites if site.rate > 0)
+        return any(not site.masks_weights for spec in self.specs for site in spec.sites if site.rate > 0)
 
 
 def with_row_keys(plan: MemberPlan, example: Tensor, position: Tensor) -> MemberPlan:
@@ -182,9 +181,10 @@ def _wrap(
         factor = spec.mean_field_factor(name, layer_count)
         if factor != 1.0:
             layer.mean_factors[k] = factor
-        site = spec.sites_of(name, layer_count).get("lora_input")
-        if site is not None:
-            layer.input_sites[k] = (site, key64(name, "lora_input"))
+        sites = spec.sites_of(name, layer_count)
+        for position, of_adapter in (("lora_input", layer.input_sites), ("lora_rank", layer.rank_sites)):
+            if position in sites and not sites[position].masks_weights:
+                of_adapter[k] = (sites[position], key64(name, position))
     return layer
 
 
@@ -194,7 +194,7 @@ def _layer_sites(layer: LoRALinear, specs: Sequence[AdapterSpec], name: str, lay
     for k, spec in enumerate(specs):
         if not spec.adapts(name):
             continue
-        sites[k] = spec.sites_of(name, layer_count)
+        sites[k] = {p: site for p, site in spec.sites_of(name, layer_count).items() if site.masks_weights}
         sizes.update({(k, "lora_A"): inputs, (k, "lora_B"): outputs, (k, "lora_rank"): spec.rank_of(name)})
     return LayerSites(sizes, sites)
 

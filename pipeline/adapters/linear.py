@@ -16,6 +16,9 @@ from pipeline.adapters.masks import element_mask
 from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
 from pipeline.config.method import Site
 
+PER_TOKEN = "lora_rank, per token"
+"""Key, among a layer's masks, of the one on A x: `lora_rank` with the pattern `element`."""
+
 
 class Bucket(Protocol):
     """Adapters of one kind and one rank in one layer, each in a slot of stacked parameters."""
@@ -65,12 +68,13 @@ class RankBucket(nn.Module):
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
     ) -> Tensor:
-        """Updates of the members in `adapters`: s·(x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ, (M, N, O).
+        """Updates of the members in `adapters`: s·(t ∘ x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ, (M, N, O).
 
         Args:
             x_MNI: inputs, member-major, N = B·T tokens per member.
             adapters: adapter index of each member.
-            masks: `lora_A` (M, I), `lora_B` (M, O), `lora_rank` (M, R); None = nothing dropped.
+            masks: `lora_A` (M, I), `lora_B` (M, O), `lora_rank` (M, R), and `PER_TOKEN` (M, N, R) on A x; None =
+                nothing dropped.
             means: per member, the mean-field factor of a member without a draw, else 1.
         """
         slots = [self.slot[adapter] for adapter in adapters]
@@ -88,7 +92,7 @@ def pick(parameter_K: Tensor, slots: Sequence[int]) -> Tensor:
 def low_rank_update(
     x_MNI: Tensor, A: Tensor, B: Tensor, masks: dict[str, Tensor | None], scale: Sequence[float]
 ) -> Tensor:
-    """s·(x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ of every member, (M, N, O).
+    """s·(t ∘ x (A diag(a))ᵀ diag(r)) (diag(b) B)ᵀ of every member, (M, N, O).
 
     Args:
         A: (M, R, I), or (1, R, I) where all members share it.
@@ -105,9 +109,13 @@ def low_rank_update(
     same = same_for_all(scale)
     B = B * (scale[0] if same else torch.tensor(scale, dtype=B.dtype, device=B.device).view(-1, 1, 1))
     A, B = A.to(x_MNI.dtype), B.to(x_MNI.dtype)
-    if A.shape[0] == 1:
-        return (x_MNI @ A[0].T) @ _per_member(B)
-    return torch.bmm(torch.bmm(x_MNI, A.transpose(1, 2)), B.expand(len(scale), -1, -1).transpose(1, 2))
+    shared = A.shape[0] == 1
+    hidden_MNR = x_MNI @ A[0].T if shared else torch.bmm(x_MNI, A.transpose(1, 2))
+    if (mask_MNR := masks.get(PER_TOKEN)) is not None:
+        hidden_MNR = (hidden_MNR * mask_MNR).to(x_MNI.dtype)
+    return hidden_MNR @ _per_member(B) if shared else torch.bmm(
+        hidden_MNR, B.expand(len(scale), -1, -1).transpose(1, 2)
+    )
 
 
 def _per_member(B: Tensor) -> Tensor:
@@ -130,6 +138,8 @@ class LoRALinear(nn.Module):
         self._axis = axis
         self.input_sites: dict[int, tuple[Site, int]] = {}
         """adapter -> (`lora_input` site, key of this layer)."""
+        self.rank_sites: dict[int, tuple[Site, int]] = {}
+        """adapter -> (`lora_rank` site of the pattern `element`, key of this layer)."""
         self.mean_factors: dict[int | None, float] = {}
         """adapter -> factor of its mask-free read-out, where it is not 1."""
         self.base.train(True)
@@ -176,6 +186,10 @@ class LoRALinear(nn.Module):
             position: mask if index is None else mask.index_select(0, index)
             for position, mask in plan.masks.get(self.name, {}).items()
         }
+        tokens = [self._element_mask(self.rank_sites, plan, m, x_MNI.shape[1], bucket.rank) for m in chosen]
+        if any(mask is not None for mask in tokens):
+            whole = x_MNI.new_ones(x_MNI.shape[1], bucket.rank, dtype=torch.float32)  # type: ignore[arg-type]
+            masks[PER_TOKEN] = torch.stack([whole if mask is None else mask for mask in tokens])
         adapters = [plan.members[m].adapter for m in chosen]
         means = [
             self.mean_factors.get(adapter, 1.0) if plan.members[m].draw is None else 1.0
@@ -184,18 +198,21 @@ class LoRALinear(nn.Module):
         return bucket(x_MNI, adapters, masks, means)
 
     def _drop_input(self, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
-        """Element-wise dropout on the adapter's input (stock `lora_dropout`), a stateless function of its keys."""
-        if not any(plan.members[m].draw is not None and plan.members[m].adapter in self.input_sites for m in chosen):
+        """Element-wise dropout on the adapter's input (stock `lora_dropout`)."""
+        masks = [self._element_mask(self.input_sites, plan, m, *x_MNI.shape[1:]) for m in chosen]
+        if not any(mask is not None for mask in masks):
             return x_MNI
-        keys = plan.keys_for(x_MNI.shape[1], self.name)
-        parts = []
-        for x_NI, m in zip(x_MNI, chosen, strict=True):
-            member = plan.members[m]
-            if member.draw is None or member.adapter not in self.input_sites:
-                parts.append(x_NI)
-                continue
-            site, layer_key = self.input_sites[member.adapter]
-            rows = slice(m * plan.rows, (m + 1) * plan.rows)
-            mask = element_mask(keys, rows, layer_key, x_NI.shape[-1], site.rate)
-            parts.append(x_NI * mask.reshape(x_NI.shape).to(x_NI.dtype))
-        return torch.stack(parts)
+        parts = (x if mask is None else x * mask.to(x.dtype) for x, mask in zip(x_MNI, masks, strict=True))
+        return torch.stack(list(parts))
+
+    def _element_mask(
+        self, sites: dict[int, tuple[Site, int]], plan: MemberPlan, m: int, inputs: int, features: int
+    ) -> Tensor | None:
+        """(N, features) of member m, a stateless function of its keys; None where it drops nothing."""
+        member = plan.members[m]
+        if member.draw is None or member.adapter not in sites:
+            return None
+        site, layer_key = sites[member.adapter]
+        keys, rows = plan.keys_for(inputs, self.name), slice(m * plan.rows, (m + 1) * plan.rows)
+        mask = element_mask(keys, rows, layer_key, features, site.rate, site.compensation == "inverse")
+        return mask.reshape(inputs, features)

@@ -97,8 +97,10 @@ def _assemble(
     return masks
 
 
-def element_mask(keys: RowKeys, rows: slice, layer_key: int, features: int, rate: float) -> Tensor:
-    """Rescaled element mask (B, T, features): 0 with probability `rate`, else 1/(1-rate).
+def element_mask(
+    keys: RowKeys, rows: slice, layer_key: int, features: int, rate: float, rescale: bool = True
+) -> Tensor:
+    """Element mask (B, T, features): 0 with probability `rate`, else 1/(1-rate), or 1 without `rescale`.
 
     Args:
         keys: identity of the rows of the whole pass.
@@ -108,7 +110,8 @@ def element_mask(keys: RowKeys, rows: slice, layer_key: int, features: int, rate
     token_BT = token_hash(keys, rows, layer_key)
     feature = torch.arange(features, dtype=torch.int32, device=token_BT.device)
     bits = mix32(token_BT.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27))
-    return (bits >= threshold(rate)).to(torch.float32) / (1.0 - rate)
+    kept = (bits >= threshold(rate)).to(torch.float32)
+    return kept / (1.0 - rate) if rescale else kept
 
 
 def dropped_hidden(keys: RowKeys, rows: slice, layer_key: int, features: int, site: Site) -> Tensor:

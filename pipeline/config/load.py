@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,29 +14,24 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, ErrorList, UserError
 
+__all__ = [
+    "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
+    "read_yaml", "validate", "with_values",
+]
+
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number. What is quoted stays text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
 
 CLOSE_QUOTES = "Close its quotes and brackets, and put the whole key=value in single quotes."
 INSTEAD = {("train", "max_steps"): "epochs", ("train", "epochs"): "max_steps"}
 """(section, key) -> the key of which an override takes the place."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_UNION_TAG = re.compile(r"str|int|float|Method|\[key\]|(tuple|union|literal|nullable|function-\w+)\[.*\]")
+MOST_ERRORS = 10
+"""Faults shown at once."""
 
 
 def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -64,11 +61,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with dotted keys set to new values, validated again."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     for key, value in values.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
+        _set(tree, key, value)
     return build_config(tree)
 
 
@@ -91,40 +84,33 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
     try:
         return model.model_validate(dict(tree))
     except ValidationError as error:
-        errors: list[UserError] = _merge_union_errors([_to_error(model, item) for item in error.errors()])
+        faults = error.errors(include_url=False, include_context=False)
+        errors: list[UserError] = _merge_union_errors([_to_error(model, item) for item in faults[:MOST_ERRORS]])
+    if len(faults) > MOST_ERRORS:
+        errors.append(ConfigError("configuration", None, f"has {len(faults)} faults; these are the first"))
     raise errors[0] if len(errors) == 1 else ErrorList(errors)
 
 
 def dump_config(config: RunConfig) -> str:
     """The YAML text that `load_config` turns into an equal configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def find_recipe(source: str | Path) -> Path:
-    """A path as given, or the file of that name (`default`, `papers/gpt2-medium-e2e`) in pipeline/recipes."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    named = (RECIPES / f"{source}.yaml").resolve()
-    if named.is_relative_to(RECIPES) and named.is_file():
-        return named
-    names = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.glob("**/*.yaml"))
-    raise ConfigError("--config", str(source), "is neither a file nor a recipe", f"Recipes: {', '.join(names)}.")
+    """A path as given, or the file of that name (`default`, `papers/gpt2-medium-e2e`) in pipeline/recipes.
 
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises `ConfigError` on a file that is missing, broken, or no mapping."""
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), None, f"cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), None, f"is not valid YAML ({' '.join(str(error).split())})") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(str(path), None, "must hold a mapping of sections", "Start with `model:` or `train:`.")
-    return tree
+    Raises:
+        ConfigError: there is neither. (What is there and no file is refused by who reads it.)
+    """
+    recipes = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
+    if os.path.isfile(source):
+        return Path(source)
+    if found := recipes.get(posixpath.normpath(source)):
+        return found
+    if source and os.path.exists(source):
+        return Path(source)
+    fault = "is neither a file nor a recipe" if source else "is empty"
+    raise ConfigError("--config", str(source), fault, f"Recipes: {', '.join(recipes)}.")
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -139,19 +125,25 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not key or not key.isprintable() or key.count(".") >= DEEPEST:
         raise ConfigError("override", override, "is not of the form key.path=value", "Example: train.max_steps=100.")
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
+        value = parse_yaml(text) if text else ""
+    except YamlFault as error:
+        raise ConfigError(key, text, error.constraint, error.remedy) from error
     except yaml.YAMLError as error:
         raise ConfigError(key, text, "is not a valid YAML value", CLOSE_QUOTES) from error
-    node = tree
+    _set(tree, key, value)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; what stands in its way and is no mapping gives way."""
     *parents, leaf = key.split(".")
     for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    node[leaf] = value
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = value
 
 
 def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
@@ -183,7 +175,7 @@ def _meaning(model: type[BaseModel], location: Sequence[str]) -> str:
 
 def _is_union_tag(part: object) -> bool:
     """pydantic names the union branch it tried; that is no part of the user's key."""
-    return isinstance(part, str) and (part in {"str", "int", "float", "Method", "tuple[str, ...]"} or "[" in part)
+    return isinstance(part, str) and _UNION_TAG.fullmatch(part) is not None
 
 
 def _merge_union_errors(errors: list[ConfigError]) -> list[UserError]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Positive, Section
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Probability of *dropping* an entry, in [0, 1)."""
@@ -23,14 +23,14 @@ Pattern = Literal["element", "column", "span"]
 Compensation = Literal["inverse", "none", "normalized"]
 
 WEIGHT_POSITIONS = ("lora_A", "lora_B", "lora_rank")
-"""Masks on the adapter's own matrices: one vector per member, shared by all tokens of its rows."""
+"""The adapter's own matrices. Pattern `column` masks weights: one vector per member, for all tokens of its rows."""
 ATTENTION_POSITIONS = ("attention_logits", "attention_weights")
 """Masks inside the base model's attention."""
 
 LEGAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora_A": (("column",), ("inverse", "none")),
     "lora_B": (("column",), ("inverse", "none")),
-    "lora_rank": (("column",), ("inverse", "none")),
+    "lora_rank": (("column", "element"), ("inverse", "none")),
     "lora_input": (("element",), ("inverse",)),
     "attention_logits": (("column", "element", "span"), ("none",)),
     "attention_weights": (("column", "element", "span"), ("normalized",)),
@@ -47,7 +47,8 @@ class Site(Section):
     rate: Rate
     """Probability of dropping, in [0, 1)."""
     pattern: Pattern = "column"
-    """Structure of the mask; defaults to the position's first legal one."""
+    """Structure of the mask; defaults to the position's first legal one. At `lora_rank`, `column` drops ranks for a
+    whole draw, and `element` drops entries of A x, for every token anew (DropLoRA)."""
     compensation: Compensation = "inverse"
     """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610. A read-out without
     masks multiplies the weight sites by (1-rate) where they have `none`; `ffn_hidden` never: it is not masked at
@@ -59,7 +60,7 @@ class Site(Section):
     heads: Literal["query", "kv"] = "query"
     """Attention sites: masks of their own per query head, or shared by the query heads of a key-value head (which
     saves the copy of keys and values per query head under grouped-query attention)."""
-    span_length: Annotated[int, Field(ge=1)] = 4
+    span_length: Positive = 4
     """Pattern `span`: consecutive tokens dropped together (keys of a query, or hidden vectors of a row). The paper
     names spans and gives neither length nor how they are drawn: blocks of this length at a random offset, each
     dropped with probability `rate`, are our choice."""
@@ -73,8 +74,6 @@ class Site(Section):
         if isinstance(values, dict) and values.get("position") in LEGAL:
             patterns, compensations = LEGAL[values["position"]]
             values = {"pattern": patterns[0], "compensation": compensations[0], **values}
-            if isinstance(values.get("layers"), list):
-                values["layers"] = tuple(values["layers"])
         return values
 
     @model_validator(mode="after")
@@ -106,6 +105,11 @@ class Site(Section):
                 )
 
     @property
+    def masks_weights(self) -> bool:
+        """Whether a draw of it is a plain LoRA: one mask on the matrices for all tokens."""
+        return self.position in WEIGHT_POSITIONS and self.pattern == "column"
+
+    @property
     def layer_range(self) -> tuple[float, float]:
         """[from, to); the whole stack where it is `auto` and not yet resolved."""
         return (0.0, 1.0) if self.layers == "auto" else self.layers
@@ -135,13 +139,6 @@ class Method(Section):
     sites: tuple[Site, ...] = ()
     consistency: Consistency = Consistency()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("sites"), list):
-            values = {**values, "sites": tuple(values["sites"])}
-        return values
-
     @model_validator(mode="after")
     def _check_overlap(self) -> Method:
         for i, site in enumerate(self.sites):
@@ -158,26 +155,27 @@ class Method(Section):
         return next((site.rate for site in self.sites if site.position == position), 0.0)
 
 
-def _lora_dropout(rate: float, rescale: str) -> tuple[Site, ...]:
-    return tuple(
-        Site.model_validate({"position": p, "rate": rate, "compensation": rescale}) for p in ("lora_A", "lora_B")
-    )
+def _sites(pattern: str, *positions: str) -> Callable[[float, str], tuple[Site, ...]]:
+    """Builder (rate, rescale) -> sites; only those on the LoRA matrices have a choice of rescale."""
 
-
-def _one(position: str, pattern: str, layers: tuple[float, float] = (0.0, 1.0)) -> Callable[..., tuple[Site, ...]]:
     def build(rate: float, rescale: str) -> tuple[Site, ...]:
-        return (Site.model_validate({"position": position, "pattern": pattern, "rate": rate, "layers": layers}),)
+        fields = [{"position": p, "pattern": pattern, "rate": rate} for p in positions]
+        return tuple(
+            Site.model_validate({**f, "compensation": rescale} if f["position"] in WEIGHT_POSITIONS else f)
+            for f in fields
+        )
 
     return build
 
 
 ONE_RATE_PRESETS: dict[str, tuple[float, Callable[..., tuple[Site, ...]]]] = {
-    "input_dropout": (0.1, _one("lora_input", "element")),
-    "lora_dropout": (0.5, _lora_dropout),
-    "droplora": (0.5, _one("lora_rank", "column")),
-    "dropkey": (0.1, _one("attention_logits", "column")),
-    "dropattention": (0.1, _one("attention_weights", "column")),
-    "hiddencut": (0.1, _one("ffn_hidden", "element")),
+    "input_dropout": (0.1, _sites("element", "lora_input")),
+    "lora_dropout": (0.5, _sites("column", "lora_A", "lora_B")),
+    "droplora": (0.5, _sites("element", "lora_rank")),
+    "rank_dropout": (0.5, _sites("column", "lora_rank")),
+    "dropkey": (0.1, _sites("column", "attention_logits")),
+    "dropattention": (0.1, _sites("column", "attention_weights")),
+    "hiddencut": (0.1, _sites("element", "ffn_hidden")),
 }
 """name -> (default rate, builder): the presets whose strength is one number."""
 
@@ -199,7 +197,8 @@ def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
     """The method a preset name (or a sum such as `lora_dropout+hiddenkey`) stands for.
 
     Raises:
-        ValueError: unknown name, or `rate` given where the sum has several independent rates.
+        ValueError: unknown name, `rate` given where the sum has several independent rates, or rescale `none` where no
+            LoRA matrix is masked.
     """
     sites: list[Site] = []
     consistency = Consistency()
@@ -218,4 +217,15 @@ def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
         raise ValueError(
             f"adapter.rate does not fit the method {name!r}, which has {named}; set adapter.rates.POSITION instead"
         )
+    if sites and not takes_rescale(name) and rescale != "inverse":
+        named = ", ".join(dict.fromkeys(s.position for s in sites))
+        raise ValueError(
+            f"adapter.rescale = {rescale!r} is about masks on the LoRA matrices; the method {name!r} has {named}. Set"
+            " adapter.rescale=inverse, or write the sites out as a list, each with its compensation"
+        )
     return Method(sites=tuple(sites), consistency=consistency)
+
+
+def takes_rescale(method: object) -> bool:
+    """Whether `adapter.rescale` fits: a preset, or a sum of them, with masks on the LoRA matrices."""
+    return isinstance(method, str) and not {"lora_dropout", "droplora", "rank_dropout"}.isdisjoint(method.split("+"))

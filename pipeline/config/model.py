@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.config.section import Section
+from pipeline.config.section import Name, Section
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 
@@ -12,14 +12,14 @@ EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 class ModelConfig(Section):
     """The frozen base model."""
 
-    path: str = EMBEDDED_MODEL
+    path: Name = EMBEDDED_MODEL
     """A local folder, a hub name, or an embedded model (`embedded:smollm2-135m-instruct`,
     `embedded:all-minilm-l6-v2`)."""
     kind: Literal["auto", "causal", "classifier"] = "auto"
     """`causal`: answers are the tokens that follow the prompt. `classifier`: the prompt alone is read, and a head that
     is trained beside the adapter gives one logit per choice. auto = classifier for encoders (BERT, RoBERTa, …) and for
     models saved with a classification head, else causal."""
-    revision: str | None = None
+    revision: Name | None = None
     """Commit or tag of a hub model."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     """bitsandbytes 4-bit NormalFloat, 8-bit, or the stored 16/32-bit weights."""

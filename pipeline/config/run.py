@@ -14,7 +14,7 @@ from pipeline.config.evaluate import EnsembleConfig, EvaluateConfig, ExportConfi
 from pipeline.config.launch import LaunchConfig, LoggingConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.search import CompareConfig, SearchConfig
-from pipeline.config.section import Section
+from pipeline.config.section import Line, Section
 from pipeline.config.train import PLACEMENT, TrainConfig
 from pipeline.errors import ConfigError
 
@@ -33,7 +33,7 @@ class RunConfig(Section):
     compare: CompareConfig = CompareConfig()
     launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
-    label: str = ""
+    label: Line = ""
     """Shown in every table and report, e.g. "smoke run: no result"."""
 
     @model_validator(mode="after")
@@ -76,6 +76,7 @@ class RunConfig(Section):
         Every artefact of a run carries it; ensembles, evaluation and export may change and leave an adapter as it is.
         """
         values = self._deciding()
+        del values["data"]["choice_score"]  # other rules read the same predictions
         return _sha256({section: values[section] for section in ("model", "data", "adapter", "train")})
 
     def _deciding(self) -> dict[str, Any]:

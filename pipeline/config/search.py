@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.section import Line, NonNegative, Positive, Section
+
+MOST_TRAININGS = 1000
+"""Of a comparison: all of them are planned before the first one starts."""
 
 
 class NamedMethod(Section):
     """A method under a name of its own."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[Line, Field(min_length=1)]
     """In tables, and in the names of its trainings' folders."""
     adapter: dict[str, Any]
     """Keys of the section `adapter`, such as {method: lora_dropout, rates: {lora_B: 0.0}}."""
@@ -30,27 +34,26 @@ class CompareConfig(Section):
     """`train.learning_rate` of every method; validation chooses one for each, because no single rate is fair to all."""
     vary: dict[str, tuple[Any, ...]] = {}
     """Further keys of `adapter` and `train` with their values: every combination is trained."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    seeds: tuple[NonNegative, ...] = ()
     """`train.seed` of the repetitions of every training; empty = `train.seed` alone."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        vary = values.get("vary")
-        return _tuples(values) | ({"vary": _tuples(vary)} if isinstance(vary, dict) else {})
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    @model_validator(mode="after")
+    def _check_size(self) -> CompareConfig:
+        settings = [self.methods, self.learning_rates, self.seeds or (0,), *self.vary.values()]
+        count = math.prod(map(len, settings))
+        if not 0 < count <= MOST_TRAININGS:
+            raise ValueError(
+                f"compare asks for {count:,} trainings; it must be 1 to {MOST_TRAININGS:,}: methods × learning_rates ×"
+                " seeds × every value of vary"
+            )
+        return self
 
 
 class SearchConfig(Section):
     """Ray Tune."""
 
     space: str = "default"
-    """Name of a file in tune/spaces/ or a path to a YAML of search dimensions."""
+    """Name of a file in tune/spaces/ or a path to a YAML of search dimensions (pipeline/config/space.py)."""
     trials: Positive = 6
     """Configurations tried."""
     max_steps: Positive = 40

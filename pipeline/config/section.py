@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import unicodedata
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+LARGEST = 2**63 - 1
+"""What fits everywhere a whole number goes: tensors, generators, JSON readers of other languages."""
 
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Name = Annotated[str, Field(min_length=1)]
+"""Of a file, a folder, a model: an empty one would be the current folder."""
+
+
+def _check_line(text: str) -> str:
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise ValueError("must be one line without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_check_line)]
+"""Shown in tables and on terminals."""
+
 
 class Section(BaseModel):
-    """A typed, frozen group of settings. Unknown keys and silently converted types are errors."""
+    """A typed, frozen group of settings. Unknown keys, silently converted types, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: object) -> object:
+        """What is frozen holds tuples; YAML gives lists."""
+        return {key: _frozen(value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {key: _frozen(part) for key, part in value.items()} if isinstance(value, dict) else value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Fraction, NonNegative, Positive, Section
+from pipeline.config.section import LARGEST, Fraction, Name, NonNegative, Positive, Section
 
 PLACEMENT = (
     "micro_batch",
@@ -21,11 +21,14 @@ PLACEMENT = (
 
 
 class SpikeConfig(Section):
-    """When a loss counts as a spike, and what then happens."""
+    """When a loss counts as a spike: above `factor` times the median and above `floor_nats`. What then happens."""
 
     factor: Annotated[float, Field(gt=1.0)] = 4.0
     """Loss over the median of the steps before; small batches of short answers vary by 2 or 3."""
-    window_steps: Annotated[int, Field(ge=2)] = 20
+    floor_nats: Annotated[float, Field(ge=0.0)] = 0.5
+    """A loss up to this is no spike, whatever the median: where nearly all rows are learnt, one that is not makes many
+    times a median near zero. In the unit of the loss: of rows with a score, their unit squared. 0 = no floor."""
+    window_steps: Annotated[int, Field(ge=2, le=LARGEST)] = 20
     """Steps behind the running median; nothing is judged before half of them are there."""
     action: Literal["warn", "stop"] = "warn"
     """`warn`: a row in metrics.jsonl and a line on the terminal. `stop`: the run ends before the step is applied."""
@@ -36,7 +39,7 @@ class TrainConfig(Section):
 
     max_steps: Positive = 60
     """Optimizer updates."""
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Passes over the training rows, in place of max_steps: steps = ceil(epochs × rows / global_batch), counted once,
     before the training processes start."""
     global_batch: Positive = 16
@@ -84,7 +87,7 @@ class TrainConfig(Section):
     a checkpoint takes 12 bytes per trained parameter."""
     keep_best: bool = True
     """Publish the adapter with the lowest validation NLL instead of the last one."""
-    deepspeed: str = "zero2"
+    deepspeed: Name = "zero2"
     """Name of a file in ds_configs/ or a path to a DeepSpeed JSON."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""

@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunFolderError
 from pipeline.fetch import EMBEDDED_PREFIX, alone, cache_folder, fetch_distribution, is_embedded
 from pipeline.files import read_json_lines, write_text
 
@@ -124,5 +124,5 @@ def parse_ratings(text: str) -> list[dict[str, Any]]:
 def _read_cached(path: Path) -> list[dict[str, Any]]:
     try:
         return list(read_json_lines(path))
-    except (OSError, ValueError):
+    except (OSError, RunFolderError):
         return []

@@ -64,9 +64,10 @@ class AnswerTooLong(DataError):
 def encode_training(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
     """The row with its right answer.
 
-    Supervised are: the tokens of the right choice; the completion and one end-of-text token; every
-    assistant turn of a chat. A longer row loses the beginning of its prompt (BOS stays); a choice row is
-    cut for its longest choice, so that training and evaluation see the same prompt.
+    Supervised are: the tokens of the right choice, and the end token behind it where `encode_candidates` closes the
+    row's choices; the completion and one end token; every assistant turn of a chat. A longer row loses the beginning of
+    its prompt (BOS stays); a choice row is cut for its longest choice, so that training and evaluation see the same
+    prompt.
 
     Raises:
         DataError: an answer that does not fit, a text without tokens, a chat the template cannot render.
@@ -77,6 +78,10 @@ def encode_training(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: in
 
 def encode_candidates(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Encoded]:
     """One encoding per choice, all with the same prompt tokens; for generation one, the reference.
+
+    Where the tokens of one choice begin another's, the tokenizer's end token (eos) closes every choice of the row:
+    without it P(" 1") >= P(" 12") whatever the model, and " 12" could never be the answer. Other rows stay as they
+    are: their scores are those of the public harnesses, and one-token answers share a sequence.
 
     Raises:
         DataError: as `encode_training`.
@@ -133,18 +138,34 @@ def supervised_share(encoded: Sequence[Encoded]) -> float:
     return supervised / sum(len(row.input_ids) for row in encoded)
 
 
+def begins_another(answers: Sequence[Sequence[int]]) -> bool:
+    """Whether the tokens of some answer are those that a longer one begins with."""
+    ordered = sorted(map(list, answers))  # what begins others comes right before one of them
+    return any(0 < len(a) < len(b) and b[: len(a)] == a for a, b in zip(ordered, ordered[1:], strict=False))
+
+
 def _answers(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each choice, or of the completion with one end-of-text token behind it."""
+    """Tokens of each choice, or of the completion with one end token behind it."""
     if row.kind == "choice":
-        return following_ids(tokenizer, row.choices)
+        answers = following_ids(tokenizer, row.choices)
+        if not begins_another(answers):
+            return answers
+        end = _end(tokenizer, f"the choices of row {row.id}, of which one begins another, cannot be told apart")
+        return [[*answer, end] for answer in answers]
+    end = _end(tokenizer, "a model cannot learn where a completion ends")
+    (answer,) = following_ids(tokenizer, [row.completion or ""])
+    return [answer if answer[-1:] == [end] else [*answer, end]]
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, otherwise: str) -> int:
+    """The eos token; `otherwise` is what comes of it where there is none."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError(
-            "model.path", None, "its tokenizer has no eos token, so a model cannot learn where a completion ends",
+            "model.path", None, f"its tokenizer has no eos token, so {otherwise}",
             "Set eos_token in tokenizer_config.json.",
         )
-    (answer,) = following_ids(tokenizer, [row.completion or ""])
-    return [answer if answer[-1:] == [end] else [*answer, end]]
+    return end
 
 
 def _tail(body: list[int], max_tokens: int, lead: int, answer: int, row: Row) -> list[int]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipeline.config import DataConfig
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.rows import Row
 from pipeline.data.tokens import framed_ids
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,15 @@ def refuse_for_causal(rows: Iterable[Row]) -> None:
                 f"row {row.id}: second", row.second, "is the second text of a pair, which a causal model cannot tell"
                 " from the first", "Write both into one text with data.template.prompt, or use an encoder.",
             )
+
+
+def refuse_choice_score(data: DataConfig) -> None:
+    """Refuse a rule for the scores of texts where choices are outputs of a head. Raises `ConfigError`."""
+    if data.choice_score != "sum":
+        raise ConfigError(
+            "data.choice_score", data.choice_score, "weighs the texts of choices, and a model with a head reads none of"
+            " them: it has an output per choice", "Set data.choice_score=sum.",
+        )
 
 
 def shared_choices(rows: Iterable[Row]) -> tuple[str, ...]:

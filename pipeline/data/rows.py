@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pipeline.data.formats.record import Unusable
 from pipeline.errors import DataError
+
+LONGEST_ID = 1000
+"""Characters: ids stand in every predictions file, each as wide as the longest."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ class IdRegister:
         self._copies: Counter[str] = Counter()
 
     def name(self, row: Row, given: Any, where: str) -> Row:
-        """`row` with its id. Raises `DataError` where `given` names an earlier row of the file."""
-        identity = str(given) if given is not None and str(given).strip() else self._content_id(row)
+        """`row` with its id. Raises `DataError` where `given` names an earlier row of the file, or cannot be a name."""
+        identity = _given_id(given, f"{where}: id") or self._content_id(row)
         if identity in self._first_use:
             raise DataError(
                 f"{where}: id", identity, f"is the id of {self._first_use[identity]} too",
@@ -91,6 +96,39 @@ class IdRegister:
         digest = hashlib.sha256(row.content.encode()).hexdigest()[:16]
         self._copies[digest] += 1
         return digest if self._copies[digest] == 1 else f"{digest}-{self._copies[digest] - 1}"
+
+
+def whole_text(text: str, field: str) -> str:
+    """`text` itself. Raises `DataError` where it holds half a character, which no file and no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.start + 20]
+            raise DataError(
+                field, around, f"holds half a character at place {error.start + 1}, as a cut emoji leaves it",
+                "Mend the text, or leave the row out.",
+            ) from error
+    return text
+
+
+def _given_id(given: Any, field: str) -> str:
+    """The text of a given id; empty where there is none."""
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        if isinstance(given, Unusable):
+            raise given.fault(field)
+        if isinstance(given, Mapping | list | tuple | bytes | bool) or given != given:  # NaN
+            raise DataError(field, given, "must be a text or a whole number", "Mend it, or leave the column out.")
+        given = str(given)
+    text = whole_text(given, field)
+    if len(text) > LONGEST_ID or "\0" in text:
+        raise DataError(
+            field, text, f"must be a name of at most {LONGEST_ID} characters, without NUL",
+            "Shorten it, or leave the column out: rows are then named by their content.",
+        )
+    return text if text.strip() else ""
 
 
 def _canonical(value: Any) -> str:

@@ -6,6 +6,7 @@ from which the splits that have no file of their own are drawn.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 
 from pipeline.config import DataConfig, TemplateConfig
 from pipeline.config.data import EMBEDDED_DATA
-from pipeline.data.read import READERS, Record, read_file
+from pipeline.data.formats.record import Record
+from pipeline.data.read import READERS, read_file
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.template import ColumnError, to_row
 from pipeline.errors import DataError, ErrorList, UserError
@@ -33,9 +35,10 @@ def is_local(path: str) -> bool:
     """Whether `data.path` means a file or folder on this machine."""
     if path.startswith(EMBEDDED):
         return False
-    place = Path(path).expanduser()
-    in_local_folder = len(place.parts) > 1 and place.parent.is_dir()
-    return place.exists() or in_local_folder or bool(_SUFFIX.search(path)) or not _HUB_NAME.fullmatch(path)
+    if _SUFFIX.search(path) or not _HUB_NAME.fullmatch(path):
+        return True
+    folder = os.path.dirname(path)
+    return os.path.exists(path) or (folder != "" and os.path.isdir(folder))
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ def local_files(source: Source) -> dict[str, Path]:
     Raises:
         DataError: nothing there, a folder without a train file, two files for one split.
     """
-    place = Path(source.path).expanduser()
-    if place.is_dir():
-        return _folder_files(place, source)
-    if not place.exists():
+    try:
+        place = Path(source.path).expanduser()
+        if place.is_dir():
+            return _folder_files(place, source)
+        there = place.exists()
+    except (OSError, RuntimeError) as error:  # no right to look, a name too long; ~NAME of nobody
+        raise DataError(source.field, source.path, f"cannot be looked at ({error})", "Check the path.") from error
+    if not there:
         raise DataError(
             source.field, source.path, "does not exist",
             "Give a local file or folder, or a hub data set as NAME, OWNER/NAME or OWNER/NAME:CONFIG.",
@@ -142,7 +149,7 @@ def parse(
 def _folder_files(folder: Path, source: Source) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for split, name in source.splits.items():
-        found = [folder / f"{name}{suffix}" for suffix in READERS if (folder / f"{name}{suffix}").is_file()]
+        found = [folder / f"{name}{suffix}" for suffix in READERS if os.path.lexists(folder / f"{name}{suffix}")]
         if len(found) > 1:
             raise DataError(
                 source.field, str(folder), f"holds {found[0].name} and {found[1].name}", "Keep one file per split."
@@ -181,8 +188,14 @@ def _require_single(source: Source) -> None:
 
 
 def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
-    for number, record in enumerate(records, start=1):
-        yield f"{name}: row {number}", record
+    number = 0
+    try:
+        for number, record in enumerate(records, start=1):
+            yield f"{name}: row {number}", record
+    except Exception as error:  # of hub data: the network, a damaged file, a picture that cannot be opened
+        raise DataError(
+            f"{name}: row {number + 1}", None, f"cannot be read ({error})", "Check the network and the data set."
+        ) from error
 
 
 def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]:

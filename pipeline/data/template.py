@@ -10,21 +10,26 @@ Choice and regression rows may be pairs of texts: {prompt, second, ...}.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
+from json import JSONDecodeError
 from typing import Any
 
 from pipeline.config import TemplateConfig
-from pipeline.data.rows import Row
+from pipeline.data.formats.json_text import LONGEST_NUMBER, JsonFault, decode_json
+from pipeline.data.formats.record import Unusable
+from pipeline.data.rows import Row, whole_text
 from pipeline.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}"
 
+LARGEST_SCORE = 1e15
+"""A thousand of their squares are far from the end of float32, 3.4e38."""
+
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-_ENTRY = re.compile(r"(.+)\[(\d+)\]")
+_ENTRY = re.compile(r"(.+)\[([0-9]{1,9})\]")
 """`choices[0]`: an entry of a column that holds lists."""
 
 
@@ -36,6 +41,9 @@ def check_template(template: TemplateConfig | None) -> None:
     """Refuse a template that contradicts itself. Raises `DataError`."""
     if template is None:
         return
+    for name, given in template:
+        for text in (given,) if isinstance(given, str) else given or ():
+            whole_text(text, f"data.template.{name}")
     if template.completion is not None and (template.choices is not None or template.label is not None):
         raise DataError(
             "data.template", None, "has a completion beside choices or label",
@@ -66,14 +74,15 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
     Raises:
         DataError: a missing column, an empty text, a missing or impossible label, broken messages.
     """
-    label_column, score_column, columns = "label", "score", _listed(values)
+    label_column, score_column, columns = "label", "score", values
     if template is not None:
         label_column, score_column = template.label or label_column, template.score or score_column
         values = _apply(values, template, where)
     if values.get("messages") is not None:
-        return Row("", messages=_messages(values["messages"], where), references=_references(values, where))
+        messages = _messages(_get(values, "messages", where), where)
+        return Row("", messages=messages, references=_references(values, where))
     if values.get("choices") is not None:
-        choices = _choices(values["choices"], where)
+        choices = _choices(_get(values, "choices", where), where)
         label = find_label_or_refuse(_get(values, label_column, where), choices, f"{where}: {label_column}")
         prompt, second = _texts(values, where)
         return Row("", prompt, choices, label, second=second)
@@ -82,9 +91,10 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         return Row("", prompt, completion=completion, references=_references(values, where))
     if score_column in values:
         prompt, second = _texts(values, where)
-        return Row("", prompt, second=second, score=_number(values[score_column], f"{where}: {score_column}"))
+        score = _number(_get(values, score_column, where), f"{where}: {score_column}")
+        return Row("", prompt, second=second, score=score)
     raise ColumnError(
-        where, None, f"does not have the columns {SHAPES}; its columns are {columns}",
+        where, None, f"does not have the columns {SHAPES}; its columns are {_listed(columns)}",
         "Rename the columns, or map them with data.template.",
     )
 
@@ -131,7 +141,8 @@ def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
     entry = _ENTRY.fullmatch(name)
     if name in values or entry is None:
         return _get(values, name, where)
-    entries, index = _from_json(_get(values, entry.group(1), where)), int(entry.group(2))
+    column, index = entry.group(1), int(entry.group(2))
+    entries = _from_json(_get(values, column, where), f"{where}: {column}")
     if not isinstance(entries, list | tuple) or index >= len(entries):
         raise DataError(f"{where}: {name}", entries, "is no entry of a list", "Count from 0, or leave the row out.")
     return entries[index]
@@ -143,12 +154,17 @@ def _get(values: Mapping[str, Any], column: str, where: str) -> Any:
             f"{where}: {column}", None, f"is not a column; the columns are {_listed(values)}",
             "Rename the column, or say in data.template which one is meant (literal braces are written {{ and }}).",
         )
-    return values[column]
+    value = values[column]
+    if isinstance(value, Unusable):
+        raise value.fault(f"{where}: {column}")
+    return value
 
 
 def _as_text(value: Any, field: str) -> str:
     if isinstance(value, str):
-        return value
+        return whole_text(value, field)
+    if isinstance(value, Unusable):
+        raise value.fault(field)
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(field, value, "is not a number", "Fill in the value, or leave the row out.")
     if isinstance(value, bool | int | float):
@@ -175,17 +191,25 @@ def _texts(values: Mapping[str, Any], where: str) -> tuple[str, str | None]:
 def _number(value: Any, field: str) -> float:
     """A finite number; in a CSV it is written as text."""
     try:
-        number = math.nan if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+        senseless = value is None or isinstance(value, bool | bytes) or len(str(value)) > LONGEST_NUMBER
+        number = math.nan if senseless else float(value)
+    except (TypeError, ValueError, RecursionError):
         number = math.nan
-    if not math.isfinite(number):
+    except OverflowError:
+        number = math.inf
+    if math.isnan(number):
         raise DataError(field, value, "is not a number", "Fill in the score, or leave the row out.")
+    if abs(number) > LARGEST_SCORE:
+        raise DataError(
+            field, value, f"is beyond ±{LARGEST_SCORE:g}: squares of scores are summed in 32-bit floats",
+            "Scale the scores, or leave the row out.",
+        )
     return number
 
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:
     field = f"{where}: choices"
-    value = _from_json(value)
+    value = _from_json(value, field)
     if not isinstance(value, list | tuple):
         raise DataError(field, value, "must be a list of texts", "Give the list, or set data.template.choices.")
     choices = tuple(_as_text(choice, field) for choice in value)
@@ -205,16 +229,16 @@ def _check_choices(choices: tuple[str, ...], field: str) -> None:
 
 def find_label_or_refuse(value: Any, choices: tuple[str, ...], field: str) -> int:
     """Index of the choice that `value` means. Raises `DataError` naming `field` where it means none."""
-    listed = ", ".join(repr(c) for c in choices[:6]) + (", …" if len(choices) > 6 else "")
+    label = find_label(value, choices)
+    if label is not None:
+        return label
+    listed = ", ".join(repr(c[:100]) for c in choices[:6]) + (", …" if len(choices) > 6 else "")
     remedy = f"Give the index of one of {listed} (from 0), or its text."
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(field, None, "is missing: the row has no label", remedy)
     if isinstance(value, float) and math.isnan(value):
         raise DataError(field, value, "is not a number", remedy)
-    label = find_label(value, choices)
-    if label is None:
-        raise DataError(field, value, f"must be 0 to {len(choices) - 1} or the text of a choice", remedy)
-    return label
+    raise DataError(field, value, f"must be 0 to {len(choices) - 1} or the text of a choice", remedy)
 
 
 def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
@@ -225,17 +249,19 @@ def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return int(value) if value in range(len(choices)) else None
+    if not isinstance(value, str) and (value is None or isinstance(value, Mapping | list | tuple | bytes)):
+        return None
     text = str(value).strip()
     for same in (str.strip, lambda choice: choice.strip().casefold()):
         hits = [i for i, choice in enumerate(choices) if same(choice) == same(text)]
         if len(hits) == 1:
             return hits[0]
-    return int(text) if text.isdecimal() and int(text) < len(choices) else None
+    return int(text) if text.isdecimal() and len(text) < 19 and int(text) < len(choices) else None
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
     field = f"{where}: messages"
-    value = _from_json(value)
+    value = _from_json(value, field)
     if not isinstance(value, list | tuple) or not value:
         raise DataError(field, value, "must be a list of {role, content}", "Give a user and an assistant turn.")
     turns = tuple(_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value))
@@ -256,26 +282,31 @@ def _turn(turn: Any, field: str) -> dict[str, str]:
         raise DataError(f"{field}.role", role, f"must be one of {', '.join(ROLES)}", "Rename the role.")
     if role == "assistant" and not content.strip():
         raise DataError(f"{field}.content", content, "is empty", "Fill in the answer, or leave the row out.")
-    return {"role": role, "content": content}
+    return {"role": role, "content": whole_text(content, f"{field}.content")}
 
 
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    value = _from_json(values.get("references"))
-    if value is None or value == "":
+    if values.get("references") is None:
         return ()
     field = f"{where}: references"
+    value = _from_json(_get(values, "references", where), field)
+    if value == "":
+        return ()
     return tuple(_as_text(text, field) for text in (value if isinstance(value, list | tuple) else [value]))
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, field: str) -> Any:
     """Lists in a CSV cell are written as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
+            return decode_json(value)
+        except JSONDecodeError:
             return value
+        except JsonFault as error:
+            raise DataError(field, value, str(error), "Mend the value, or leave the row out.") from error
     return value
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(values) or "none"
+    names = list(values)
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "") or "none"

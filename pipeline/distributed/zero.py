@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed.rendezvous import MEETING_PLACE
 from pipeline.errors import LoradropError
 
 
 def join_process_group() -> None:
-    """torch's process group as DeepSpeed makes it, from the launcher's environment.
+    """torch's process group as DeepSpeed makes it, from the launcher's environment, on the address that it names.
 
     DeepSpeed's shared-memory all-reduce for CPUs is kept out. Only its inference engine calls it; it is compiled at the
     first start (25 s, and again for each environment that shares the user's cache), and every run would leave 69 MB per
@@ -30,7 +31,7 @@ def join_process_group() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Longer than DeepSpeed's 10 minutes: loading differs among nodes, and the lifeline sees who is dead.
     minutes = int(os.environ.get("DEEPSPEED_TIMEOUT", "60"))
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes), init_method=MEETING_PLACE)
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:

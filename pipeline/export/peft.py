@@ -40,7 +40,10 @@ def planned_exports(
     if "draws" not in asked.forms:
         return exported
     active = [site for site in stored.spec.sites if site.rate > 0]
-    odd = [site.position for site in active if site.position not in WEIGHT_POSITIONS]
+    odd = [
+        f"{site.position} per token" if site.position in WEIGHT_POSITIONS else site.position
+        for site in active if not site.masks_weights
+    ]
     if odd and asked.draws:
         raise RunFolderError(
             "export.draws",

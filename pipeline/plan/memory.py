@@ -15,10 +15,9 @@ import torch
 from pipeline.adapters.attach import Adapters, attach, is_linear, linear_shape
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig, ModelConfig, TrainConfig
-from pipeline.config.deepspeed import find_ds_config, zero_stage
+from pipeline.config.deepspeed import read_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.errors import ConfigError, LoradropError
-from pipeline.files import read_json
 from pipeline.model.embedded import is_embedded
 from pipeline.model.load import compute_dtype
 from pipeline.plan.memory_trace import Batch, Peaks, empty_model, trace_pass
@@ -233,7 +232,7 @@ def states_of(train: TrainConfig, trained: int, processes: int, device: str) -> 
     Raises:
         NoPlan: ZeRO-3, or an offloaded optimizer.
     """
-    settings = read_json(find_ds_config(train.deepspeed))
+    settings = read_ds_config(train.deepspeed)
     stage, full = zero_stage(settings), 4 * trained
     if stage == 3:
         raise NoPlan("ZeRO-3 is not planned yet; while loading it holds what zero2 does, later less")

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import DataConfig, RunConfig, TrainConfig
-from pipeline.config.deepspeed import combination_fault, decided_by, fill_ds_config, find_ds_config, zero_stage
+from pipeline.config.deepspeed import (
+    combination_fault,
+    decided_by,
+    fill_ds_config,
+    find_ds_config,
+    read_ds_config,
+    zero_stage,
+)
+from pipeline.data.encode_classifier import refuse_choice_score
 from pipeline.errors import ConfigError
-from pipeline.files import ADAPTER_CONFIG, read_json
+from pipeline.files import ADAPTER_CONFIG
 from pipeline.run_folder.metrics import check_loggers
 
 
@@ -28,9 +36,9 @@ def check_inputs(config: RunConfig) -> None:
     if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
         raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
     check_loggers(config.logging)
-    ds_file = find_ds_config(config.train.deepspeed)
     decided = decided_by(config.train, micro_steps=None, bf16=None)
-    ds_config = fill_ds_config(read_json(ds_file), decided, ds_file.name)
+    name = config.train.deepspeed
+    ds_config = fill_ds_config(read_ds_config(name), decided, find_ds_config(name).name)
     if fault := combination_fault(ds_config, config.model):
         raise fault
     if config.adapter.kind == "adalora" and zero_stage(ds_config) == 3:
@@ -47,7 +55,9 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_rows(data: DataConfig, train: TrainConfig, classifier: bool) -> None:
-    """Refuse ways of forming batches that do not go together."""
+    """Refuse ways of forming batches, and of scoring choices, that do not go together."""
+    if classifier:
+        refuse_choice_score(data)
     packing, streaming = ("train.packing", train.packing), ("data.streaming", data.streaming)
     for (field, wanted), refused, reason in (
         (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),

@@ -76,7 +76,7 @@ def plan_sequences(candidates: Sequence[Sequence[Encoded]]) -> list[Scored]:
 def predict_choices(
     adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], settings: PassSettings
 ) -> np.ndarray:
-    """log p(choice | row, member), normalised over the row's choices: (M, N, C), -inf where a row has fewer.
+    """log p(tokens of the choice | prompt, member): (M, N, C) float64, -inf where a row has fewer choices.
 
     Args:
         candidates: per row its encoded answers.
@@ -89,8 +89,7 @@ def predict_choices(
     for sequence, log_probs in _score(adapters, plan_sequences(candidates), members, settings):
         for j, choice in enumerate(sequence.choices):
             scores[:, sequence.row, choice] += log_probs[:, j]
-    peak = scores.max(axis=-1, keepdims=True)
-    return (scores - peak - np.log(np.exp(scores - peak).sum(axis=-1, keepdims=True))).astype(np.float32)
+    return scores
 
 
 def predict_completions(

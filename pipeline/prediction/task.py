@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from pipeline.data.encode_classifier import (
     encode_regression,
     encode_text,
     output_count,
+    refuse_choice_score,
     refuse_for_causal,
 )
 from pipeline.data.rows import Row
@@ -42,6 +44,7 @@ from pipeline.prediction.passes import (
     predict_values,
 )
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, Predictions, RegressionPredictions
+from pipeline.scores.choices import ChoiceLikelihoods, ChoiceScore
 
 OnChunk = Callable[[int, int], None]
 
@@ -99,6 +102,8 @@ class CausalLMTask:
     label_smoothing: float
     passes: PassSettings
     """Of predictions."""
+    choice_score: ChoiceScore = "sum"
+    """Of predictions; what is learnt is the right choice's tokens, whatever the rule."""
     padding: ClassVar[Literal["left", "right"]] = "left"
     can_stream: ClassVar[bool] = True
 
@@ -122,7 +127,8 @@ class CausalLMTask:
         settings = replace(self.passes, on_chunk=on_chunk)
         ids = tuple(row.id for row in rows)
         if rows[0].kind == "choice":
-            return ChoicePredictions(ids, predict_choices(adapters, candidates, members, settings))
+            log_likelihoods = predict_choices(adapters, candidates, members, settings)
+            return ChoicePredictions.of_texts(ids, with_lengths(log_likelihoods, candidates, rows), self.choice_score)
         flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], members, settings)
         return CompletionPredictions(ids, flat, offsets)
 
@@ -135,6 +141,17 @@ class CausalLMTask:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden = hidden_states(self.base.model, input_ids, torch.ones_like(input_ids), positions)
         return head_of(self.base.model)(hidden[:, -1])
+
+
+def with_lengths(
+    log_likelihoods: np.ndarray, candidates: Sequence[Sequence[Encoded]], rows: Sequence[Row]
+) -> ChoiceLikelihoods:
+    """(M, N, C) log-likelihoods beside the lengths of the choices."""
+    tokens, characters = np.zeros((2, *log_likelihoods.shape[1:]), dtype=np.int64)
+    for n, (answers, row) in enumerate(zip(candidates, rows, strict=True)):
+        tokens[n, : len(answers)] = [answer.supervised for answer in answers]
+        characters[n, : len(answers)] = [len(choice.strip()) for choice in row.choices]
+    return ChoiceLikelihoods(log_likelihoods, tokens, characters)
 
 
 @dataclass(frozen=True)
@@ -213,24 +230,28 @@ def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
     """Load the base model as `model.kind` says.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not as this kind.
+        ConfigError: the model cannot be loaded, or not as this kind; a rule for choices that it has no use for.
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """
     sharded, longest = shards_parameters(config.train.deepspeed), config.data.max_tokens
     rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
-    kind: type[CausalLMTask | ClassificationTask] = CausalLMTask
+    smoothing = config.train.label_smoothing
     if model_kind(config.model) == "classifier":
+        refuse_choice_score(config.data)
         base = load_base(config.model, device, output_count(rows), sharded)
         longest = min(longest, position_limit(base.model) or longest)
         kind = RegressionTask if rows[0].kind == "regression" else ClassificationTask
-    else:
-        refuse_for_causal(rows)
-        base = load_base(config.model, device, sharded=sharded)
-        check_halves(base.model, device)
+        return kind(base, longest, smoothing, _passes(config, base))
+    refuse_for_causal(rows)
+    base = load_base(config.model, device, sharded=sharded)
+    check_halves(base.model, device)
+    return CausalLMTask(base, longest, smoothing, _passes(config, base), config.data.choice_score)
+
+
+def _passes(config: RunConfig, base: BaseModel) -> PassSettings:
     key = MaskKey(config.ensemble.seed, "test")
-    passes = PassSettings(base.tokenizer.pad_token_id, config.evaluate.batch_tokens, key)
-    return kind(base, longest, config.train.label_smoothing, passes)
+    return PassSettings(base.tokenizer.pad_token_id, config.evaluate.batch_tokens, key)
 
 
 def training_examples(task: Task, rows: Sequence[Row], data: DataConfig) -> Sequence[Encoded]:

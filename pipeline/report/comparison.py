@@ -14,6 +14,7 @@ from pipeline.report.systems import METHOD_NAMES, System, base_system
 from pipeline.report.tables import HEADINGS, Cell, align
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 from pipeline.run_folder.members import PredictedMember
+from pipeline.terminal import one_line
 
 Entries = dict[str, Any]
 
@@ -111,7 +112,8 @@ def format_comparison(result: Entries) -> str:
     ]
     rows = [_row(result, system, lead) for system in result["systems"]]
     title = [f"*** {result['label']} ***"] if result["label"] else []
-    return "\n".join([*title, *align([headings, *rows]), _footnote(result, names), *result["left_out"]])
+    lines = [*title, *align([headings, *rows]), _footnote(result, names), *result["left_out"]]
+    return "\n".join(map(one_line, lines))
 
 
 def training_table(result: Entries) -> tuple[list[str], list[list[Cell]]]:

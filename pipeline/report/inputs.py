@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
-from pipeline.files import read_json, read_json_lines, sha256_file
+from pipeline.files import read_json, sha256_file
 from pipeline.run_folder.chain import Origin, require_predictions, require_same_adapter
 from pipeline.run_folder.comparison import Training, read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions, read_predictions
+from pipeline.run_folder.related import Related, read_related, read_search
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     members = read_members(paths.predictions)
     labelled = load_splits(config.data)
     origin = Origin(config.training_sha256(), labelled.fingerprint)
-    predictions = {split: _read_split(paths, split, origin, members) for split in EVALUATED_SPLITS}
+    predictions = {
+        split: _read_split(paths, split, origin, members).scored_by(config.data.choice_score)
+        for split in EVALUATED_SPLITS
+    }
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
-    links, trainings = _read_links(paths), read_comparison(paths)
+    related, trainings = read_related(paths), read_comparison(paths)
     _require_same_trainings(paths, trainings or [], members)
     joined = {
         split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
@@ -79,9 +83,9 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         kind=_common_kind(paths, predictions),
         members=members,
         splits=joined,
-        curves=_read_curves(paths, links, trainings),
+        curves=_read_curves(paths, related, trainings),
         trainings=trainings,
-        search=_read_search(paths, links),
+        search=None if related.search is None else read_search(related.search),
     )
 
 
@@ -89,14 +93,11 @@ def read_training(metrics: Path) -> TrainingCurve:
     """The curves in a metrics.jsonl; a step logged again after a resume counts once. Empty where there is none."""
     loss: dict[int, float] = {}
     validation: dict[int, float] = {}
-    try:
-        for row in read_json_lines(metrics):
-            if row.get("kind") == "train":
-                loss[row["step"]] = float(row["loss"])
-            elif row.get("kind") == "validation":
-                validation[row["step"]] = float(row["nll"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise RunFolderError(str(metrics), None, f"has a damaged line ({error!r})", "Remove that line.") from error
+    for row in read_metrics(metrics, train=["loss"], validation=["nll"]):
+        if row["kind"] == "train":
+            loss[row["step"]] = float(row["loss"])
+        elif row["kind"] == "validation":
+            validation[row["step"]] = float(row["nll"])
     return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())))
 
 
@@ -125,34 +126,13 @@ def _common_kind(paths: RunPaths, predictions: dict[str, Predictions]) -> Kind:
     return kinds.pop()
 
 
-def _read_links(paths: RunPaths) -> dict[str, Any]:
-    """related.json of the run: what it is compared with."""
-    links = read_json(paths.related) if paths.related.is_file() else {}
-    if not isinstance(links, dict) or any(not isinstance(v, dict | None) for v in links.values()):
-        what = "is not a mapping of names to entries"
-        raise RunFolderError(str(paths.related), None, what, "Remove it, or evaluate again.")
-    return links
-
-
 def _read_curves(
-    paths: RunPaths, links: dict[str, Any], trainings: list[Training] | None
+    paths: RunPaths, related: Related, trainings: list[Training] | None
 ) -> dict[str, TrainingCurve]:
     """The curves that have points."""
     if trainings is None:
-        plain = (links.get("plain") or {}).get("run")
-        runs = {"mean_field": paths.root} | ({} if plain is None else {"plain": paths.root / plain})
+        runs = {"mean_field": paths.root} | ({} if related.plain is None else {"plain": related.plain})
     else:
         runs = {one.name: paths.root / one.run for one in trainings}
     curves = {name: read_training(RunPaths(folder).metrics) for name, folder in runs.items()}
     return {name: curve for name, curve in curves.items() if curve.loss}
-
-
-def _read_search(paths: RunPaths, links: dict[str, Any]) -> dict[str, Any] | None:
-    folder = (links.get("search") or {}).get("folder")
-    path = None if folder is None else paths.root / folder / "search.json"
-    if path is None or not path.is_file():
-        return None
-    search = read_json(path)
-    if not isinstance(search, dict) or not all(isinstance(trial, dict) for trial in search.get("trials", ())):
-        raise RunFolderError(str(path), None, "is no record of a search", "Search again.")
-    return search

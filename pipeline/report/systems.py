@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from pipeline.config import AdapterConfig
 from pipeline.config.adapter import KIND_NAMES
-from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.report.inputs import ReportInputs
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.run_folder.members import Group, PredictedMember
@@ -18,6 +17,7 @@ METHOD_NAMES = {
     "input_dropout": "LoRA with input dropout",
     "lora_dropout": "LoRA Dropout",
     "droplora": "DropLoRA",
+    "rank_dropout": "rank dropout",
     "dropkey": "DropKey",
     "dropattention": "DropAttention",
     "hiddencut": "HiddenCut",
@@ -87,7 +87,7 @@ def base_system(members: Sequence[PredictedMember]) -> list[System]:
 
 def mean_field_name(adapter: AdapterConfig) -> str:
     """The run's own adapter without masks; `mean-field` where the masks were on its weights."""
-    has_draws = any(site.position in WEIGHT_POSITIONS for site in adapter.resolved_method().sites)
+    has_draws = any(site.masks_weights for site in adapter.resolved_method().sites)
     return method_name(adapter) + (", mean-field" if has_draws else "")
 
 

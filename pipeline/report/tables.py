@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.report.sentences import interval_text, number_text
+from pipeline.terminal import one_line, printable
 
 Cell = tuple[str, str]
 """Main text, and a smaller one below it (an interval)."""
@@ -31,11 +32,12 @@ def format_table(result: dict[str, Any]) -> str:
     headings = ["", "passes", *columns[result["kind"]]]
     rows = [headings, *([_plain_row(system, result["kind"]) for system in result["systems"]])]
     title = [f"*** {result['label']} ***"] if result["label"] else []
-    return "\n".join([*title, *align(rows), _footnote(result)])
+    return printable("\n".join([*map(one_line, title), *align(rows), _footnote(result)]))
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a plain-text table, the headings first: its first column to the left, the others to the right."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

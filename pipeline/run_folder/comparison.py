@@ -22,9 +22,11 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import config_keys, with_values
+from pipeline.config.method import takes_rescale
 from pipeline.config.search import NamedMethod
 from pipeline.errors import ConfigError, RunFolderError, UserError
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, read_json_lines, sha256_file, write_json
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, sha256_file, write_json
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths
 
 TRAININGS = "trainings"
@@ -112,10 +114,12 @@ def choose(trainings: Sequence[Training]) -> list[Training]:
 
 
 def outcome(training: Training, folder: Path) -> Training:
-    """`training` with what its finished run folder says."""
+    """`training` with what its finished run folder says. Raises `RunFolderError` where that is nothing."""
     paths = RunPaths(folder / training.run)
-    rows = list(read_json_lines(paths.metrics))
+    rows = read_metrics(paths.metrics, train=["seconds"])
     seconds = [row["seconds"] for row in rows if row["kind"] == "train"]
+    if not seconds:
+        raise RunFolderError(str(paths.metrics), None, "has no training step", "Restore it, or train again.")
     return replace(
         training,
         state="done",
@@ -160,9 +164,13 @@ def shared_part(config: RunConfig) -> RunConfig:
 
 
 def _adapter_values(method: str | NamedMethod) -> dict[str, Any]:
-    """Dotted keys that make the adapter that of `method`, with the method's own rates."""
+    """Dotted keys that make the adapter that of `method`, with the method's own rates.
+
+    `adapter.rescale` is shared by the methods that have masks on the LoRA matrices; it says nothing about the others.
+    """
     adapter = {"method": method} if isinstance(method, str) else method.adapter
-    return {**UNSET_RATES, **{f"adapter.{key}": value for key, value in adapter.items()}}
+    unset = UNSET_RATES if takes_rescale(adapter.get("method")) else {**UNSET_RATES, "adapter.rescale": "inverse"}
+    return {**unset, **{f"adapter.{key}": value for key, value in adapter.items()}}
 
 
 def _check_key(key: str) -> None:

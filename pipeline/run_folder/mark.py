@@ -75,7 +75,8 @@ def require_mark(folder: Path, *expected: What) -> What:
             raise RunFolderError("--run-dir", str(folder), "holds no run", "Train first, or give its folder.")
         raise _foreign(folder)
     mark = read_json(folder / MARK, OTHER)
-    if not isinstance(mark, dict) or mark.get("made_by") != "loradrop" or not isinstance(mark.get("layout"), int):
+    known = isinstance(mark, dict) and mark.get("made_by") == "loradrop" and isinstance(mark.get("layout"), int)
+    if not known or mark.get("what") not in list(FOLDERS.values()):
         raise RunFolderError(str(folder / MARK), None, "is damaged", OTHER)
     if mark["layout"] > LAYOUT:
         remedy = "Use that version, or give another --run-dir."
@@ -111,7 +112,7 @@ def _refuse_links(folder: Path) -> None:
     for here, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(here, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 what = f"is a symbolic link that leads out of the run folder (to {os.readlink(path)})"
                 raise RunFolderError(str(path), None, what, "Remove it, or put what it names in its place.")
         folders[:] = [name for name in folders if name != ".ray"]  # Ray's own, gone when the search ends

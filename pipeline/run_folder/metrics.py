@@ -7,12 +7,13 @@ import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config.launch import LoggingConfig, WandbConfig
-from pipeline.errors import SetupError
+from pipeline.errors import RunFolderError, SetupError
 from pipeline.files import full_disk_named, open_append, read_json, read_json_lines, write_json, write_text
 
 WANDB_IDENTITY = "wandb.json"
@@ -97,6 +98,32 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def read_metrics(path: Path, **numbers: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a metrics.jsonl, each with its `kind` and its `step`; none where no file is.
+
+    Args:
+        numbers: kind -> names of the numbers that each row of this kind must have.
+
+    Raises:
+        RunFolderError: naming the line, where one is no such row.
+    """
+    for line, row in enumerate(read_json_lines(path), start=1):
+        kind, step = row.get("kind"), row.get("step")
+        lacking = [] if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else ["step"]
+        if isinstance(kind, str):
+            lacking += [name for name in numbers.get(kind, ()) if not _is_number(row.get(name))]
+        else:
+            lacking.append("kind")
+        if lacking:
+            what = f"is damaged: no {', no '.join(lacking)} that could be one"
+            raise RunFolderError(f"{path}:{line}", None, what, "Remove that line, or restore the file.")
+        yield row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > sys.float_info.max
+
+
 class Metrics:
     """Append-only JSON lines, flushed row by row, and whatever else listens. Silent on all but the main process."""
 
@@ -116,13 +143,13 @@ class Metrics:
     def keep_until(self, step: int, validated: bool) -> None:
         """After a resume: forget rows of steps that are done again, and of the last validation if that is."""
         if self._enabled and self._path.exists():
-            rows = [row for row in read_json_lines(self._path) if row.get("step", 0) <= step]
+            rows = [row for row in read_metrics(self._path) if row["step"] <= step]
             if not validated:
-                rows = [row for row in rows if row["kind"] != "validation" or row.get("step") != step]
+                rows = [row for row in rows if row["kind"] != "validation" or row["step"] != step]
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one row, whole or not at all. Raises `DiskFull`."""
+        """Append one row, whole or not at all. Raises `DiskFull`; `RunFolderError` where a link has the file's name."""
         if not self._enabled:
             return
         with full_disk_named(self._path.parent), open_append(self._path) as file:

@@ -119,18 +119,21 @@ def read_status(paths: RunPaths) -> dict[str, Any]:
 
 
 def update_status(
-    paths: RunPaths, stage: str, state: str, detail: str = "", config_sha256: str | None = None
+    paths: RunPaths, stage: str, state: str, detail: str = "", config_sha256: str | None = None,
+    made: Mapping[str, str] | None = None,
 ) -> None:
     """Record `state` (starting, running, done, stopped, failed) of a stage in status.json.
 
     Args:
         config_sha256: of the training that the stage works for (`RunConfig.training_sha256`); None: as recorded.
+        made: file -> hash, for files that cannot carry their own; None: as recorded.
     """
     status = read_status(paths)
-    before = status.get(stage)
-    if config_sha256 is None and isinstance(before, dict):
-        config_sha256 = before.get("config_sha256")
-    entry = {"state": state, "detail": detail, "config_sha256": config_sha256}
+    before = status.get(stage, {})
+    entry = {
+        "state": state, "detail": detail, "config_sha256": config_sha256 or before.get("config_sha256"),
+        "made": before.get("made") if made is None else dict(made),
+    }
     status[stage] = {name: value for name, value in entry.items() if value}
     write_json(paths.status, status)
 

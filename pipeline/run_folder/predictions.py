@@ -11,7 +11,7 @@ import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.errors import RunFolderError
 from pipeline.files import write_bytes
 from pipeline.scores.bootstrap import Floats, Ints
+from pipeline.scores.choices import ChoiceLikelihoods, ChoiceScore
 from pipeline.scores.ensemble import Space
 
 REMEDY = "Run the evaluate stage (again)."
@@ -83,6 +84,14 @@ class Predictions(ABC):
             KeyError, ValueError: a row that no part holds.
         """
 
+    def scored_by(self, rule: ChoiceScore) -> Self:
+        """The same predictions with choices scored by `rule` (`data.choice_score`), without another pass.
+
+        Raises:
+            RunFolderError: choices of which only the scores are there, and they are not those of `rule`.
+        """
+        return self
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Its arrays as they stand in a file."""
         return {name: getattr(self, name).astype(dtype) for name, dtype in self.stored.items()}
@@ -99,9 +108,16 @@ class ChoicePredictions(Predictions):
     """log_probs (M, N, C) float32, normalised over a row's choices, -inf for choices it does not have."""
 
     log_probs: Floats
+    likelihoods: ChoiceLikelihoods | None = None
+    """What `log_probs` were made of, where choices are texts; None: outputs of a head, or of an older version."""
 
     kind = "choice"
     stored = {"log_probs": np.float32}
+
+    @classmethod
+    def of_texts(cls, row_ids: tuple[str, ...], likelihoods: ChoiceLikelihoods, rule: ChoiceScore) -> Self:
+        """Scored by `rule`."""
+        return cls(row_ids, likelihoods.log_probs(rule), likelihoods)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,11 +127,24 @@ class ChoicePredictions(Predictions):
             total = np.logaddexp.reduce(self.log_probs.astype(np.float64), axis=-1)
         if not np.all(np.abs(total) < _NORMALISATION_TOLERANCE):
             raise ValueError("log_probs is not normalised over the choices, or holds NaN")
+        known = self.likelihoods
+        if known is not None:
+            shapes = (known.log_likelihoods.shape, known.tokens.shape, known.characters.shape)
+            if shapes != (self.log_probs.shape, *[self.log_probs.shape[1:]] * 2):
+                raise ValueError(f"likelihoods and lengths have the shapes {shapes}, log_probs {self.log_probs.shape}")
 
     @property
     def outputs(self) -> Floats:
         """(M, N, C): a row is a cell."""
         return self.log_probs
+
+    def scored_by(self, rule: ChoiceScore) -> Self:
+        """From the log-likelihoods of the texts; without them the scores are those of `sum`."""
+        if self.likelihoods is not None:
+            return replace(self, log_probs=self.likelihoods.log_probs(rule))
+        if rule != "sum":
+            raise RunFolderError("data.choice_score", rule, "needs log-likelihoods that were not kept", EVALUATE_AGAIN)
+        return self
 
     def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
         """(N,) indices of the right choices."""
@@ -130,11 +159,34 @@ class ChoicePredictions(Predictions):
     def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:
         """As wide as the widest part."""
         width = max(part.log_probs.shape[-1] for part in parts)
-        table = np.full((parts[0].members, len(row_ids), width), -np.inf, dtype=np.float32)
         place = {name: n for n, name in enumerate(row_ids)}
-        for part in parts:
-            table[:, [place[name] for name in part.row_ids], : part.log_probs.shape[-1]] = part.log_probs
-        return cls(tuple(row_ids), table)
+        places = [[place[name] for name in part.row_ids] for part in parts]
+
+        def joined(pieces: Sequence[NDArray[Any]], missing: float) -> NDArray[Any]:
+            table = np.full((*pieces[0].shape[:-2], len(row_ids), width), missing, dtype=pieces[0].dtype)
+            for rows, piece in zip(places, pieces, strict=True):
+                table[..., rows, : piece.shape[-1]] = piece
+            return table
+
+        log_probs = joined([part.log_probs.astype(np.float32) for part in parts], -np.inf)
+        found = [part.likelihoods for part in parts if part.likelihoods is not None]
+        if len(found) < len(parts):
+            return cls(tuple(row_ids), log_probs)
+        return cls(tuple(row_ids), log_probs, ChoiceLikelihoods(
+            joined([one.log_likelihoods for one in found], -np.inf),
+            joined([one.tokens for one in found], 0), joined([one.characters for one in found], 0),
+        ))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Scores, and what they were made of."""
+        return super().arrays() | ({} if self.likelihoods is None else vars(self.likelihoods))
+
+    @classmethod
+    def from_arrays(cls, row_ids: tuple[str, ...], arrays: Mapping[str, NDArray[Any]], seconds: float) -> Self:
+        """The inverse."""
+        names = [one.name for one in fields(ChoiceLikelihoods)]
+        likelihoods = ChoiceLikelihoods(*(arrays[name] for name in names)) if names[0] in arrays else None
+        return cls(row_ids, arrays["log_probs"], likelihoods, seconds=seconds)
 
 
 @dataclass(frozen=True)

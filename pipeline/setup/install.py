@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import ErrorList, SetupError, StageFailed, UserError
+from pipeline.errors import ErrorList, SetupError, StageFailed, UserError, one_line
 from pipeline.setup.venv import Environment
 
 GIGABYTE = 10**9
@@ -245,4 +245,4 @@ class Elapsed:
             self.say(text[:80])
 
     def _line(self, text: str) -> str:
-        return f"  [{time.monotonic() - self._start:4.0f} s] {text}"
+        return f"  [{time.monotonic() - self._start:4.0f} s] {one_line(text)}"

@@ -7,7 +7,6 @@ model cannot honour is found before the first one starts; a training that fails 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from pipeline.run_folder.comparison import (
 )
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
 from pipeline.stages.processes import headline, start
-from pipeline.terminal import duration
+from pipeline.terminal import duration, one_line, say
 
 CHECK = "method_check"
 
@@ -112,7 +111,7 @@ class Clock:
 def mark_refused(trainings: Sequence[Training], refusals: dict[str, str]) -> list[Training]:
     """The trainings, those of refused methods marked; every refusal is shown."""
     for method, error in refusals.items():
-        print(f"left out: {method}: {error}", file=sys.stderr)
+        say(one_line(f"left out: {method}: {error}"))
     return [
         replace(one, state="refused", error=refusals[one.method]) if one.method in refusals else one
         for one in trainings
@@ -124,7 +123,7 @@ def print_comparison(folder: Path, seconds: float) -> None:
     from pipeline.report.comparison import format_comparison
 
     print(format_comparison(read_json(RunPaths(folder).result)))
-    print(f"\nfinished in {duration(seconds)}\n  report   {os.path.relpath(folder / 'report.html')}")
+    print(f"\nfinished in {duration(seconds)}\n  report   {one_line(os.path.relpath(folder / 'report.html'))}")
 
 
 def _failed(training: Training, folder: Path, code: int) -> Training:

@@ -26,6 +26,7 @@ from pipeline.plan.preflight import check_inputs
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import resolve_new, resolve_saved
 from pipeline.run_folder.paths import RunPaths
+from pipeline.terminal import one_line, printable
 from pipeline.training.loader import open_loader
 
 COUNTED_ROWS = 20_000
@@ -79,7 +80,8 @@ def show_data(config: RunConfig, rows: int, console: Console | None = None) -> N
     looks = {split: [look(row) for row in getattr(splits, split)[:COUNTED_ROWS]] for split in SPLITS}
     for split in SPLITS:
         for number, seen in enumerate(looks[split][:rows], start=1):
-            console.rule(Text(f"{split} {number} of {len(getattr(splits, split))} · {seen.row.id}"), align="left")
+            name = one_line(seen.row.id)
+            console.rule(Text(f"{split} {number} of {len(getattr(splits, split))} · {name}"), align="left")
             console.print(row_text(seen, tokenizer, marks=console.color_system is None))
     if rows:
         console.rule(style=MASKED)
@@ -123,7 +125,7 @@ def look_of(splits: Splits, tokenizer: Any, longest: int, kind: str) -> Callable
 
 
 def row_text(look: Look, tokenizer: Any, marks: bool) -> Text:
-    """The row's tokens as text, supervised ones coloured (or between « and »), and what cannot be coloured below.
+    """The row as printable text: its tokens, supervised ones coloured (or between « and »), below it what has none.
 
     Args:
         marks: there is no colour: write marks around what is supervised.
@@ -136,10 +138,11 @@ def row_text(look: Look, tokenizer: Any, marks: bool) -> Text:
     in_class = (look.row.label is not None or look.row.score is not None) and look.encoded.labels[0] != IGNORE_INDEX
     labels = [IGNORE_INDEX] * len(look.encoded.labels) if in_class else look.encoded.labels
     for piece, supervised in pieces(look.encoded.input_ids, labels, tokenizer):
-        shown = piece.join(PLAIN_MARKS) if marks and supervised else piece
+        shown = printable(piece).join(PLAIN_MARKS) if marks and supervised else printable(piece)
         text.append(shown, style=SUPERVISED if supervised else MASKED)
     if in_class and look.row.label is not None:
-        text.append("\nclass: ", style=MASKED).append(look.row.choices[look.row.label].strip(), style=SUPERVISED)
+        answer = printable(look.row.choices[look.row.label].strip())
+        text.append("\nclass: ", style=MASKED).append(answer, style=SUPERVISED)
     if look.row.score is not None:
         text.append("\nscore: ", style=MASKED).append(f"{look.row.score:g}", style=SUPERVISED)
     others = [choice for index, choice in enumerate(look.row.choices) if index != look.row.label]

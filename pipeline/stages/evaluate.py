@@ -21,7 +21,6 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped, one_line
-from pipeline.files import read_json
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
@@ -29,6 +28,8 @@ from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
+from pipeline.run_folder.related import finished_trials, read_related
+from pipeline.scores.choices import ChoiceScore
 from pipeline.terminal import Progress, say
 
 
@@ -53,7 +54,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         require_adapter(paths, origin)
     row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
     made_from = predictions_from(origin, described)
-    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name])]
+    rule = config.data.choice_score
+    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name], rule)]
     if not missing:
         say("predictions are complete")
         return
@@ -135,18 +137,13 @@ def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) ->
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     entries = [Entry("mean_field", "mean-field", paths.adapter, draws=draws)]
-    related: dict[str, Any] = read_json(paths.related) if paths.related.exists() else {}
-    if related.get("plain"):
+    related = read_related(paths)
+    if related.plain is not None:
         name = f"plain {KIND_NAMES[kind]}"
-        folder = _resolve(paths, related["plain"]["run"]) / "adapter"
-        entries.append(Entry("plain", name, folder, related["plain"]["adapter_sha256"]))
-    if related.get("search"):
-        search = _resolve(paths, related["search"]["folder"])
-        trials = [t for t in read_json(search / "search.json")["trials"] if t.get("validation_nll") is not None]
-        trials.sort(key=lambda trial: trial["validation_nll"])
-        for trial in trials[:searched]:
-            folder = _resolve(RunPaths(search), trial["run"]) / "adapter"
-            entries.append(Entry("searched", trial["name"], folder, trial["adapter_sha256"]))
+        entries.append(Entry("plain", name, related.plain / "adapter", related.plain_sha256))
+    if related.search is not None:
+        for trial in finished_trials(related.search)[:searched]:
+            entries.append(Entry("searched", trial.name, trial.run / "adapter", trial.adapter_sha256))
     return entries
 
 
@@ -189,9 +186,11 @@ def member_list(
     return members, described
 
 
-def _is_complete(paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str]) -> bool:
+def _is_complete(
+    paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str], rule: ChoiceScore
+) -> bool:
     try:
-        predictions: Predictions = read_predictions(paths.predictions, split)
+        predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
         named = len(read_members(paths.predictions))
     except RunFolderError:
         return False
@@ -204,8 +203,3 @@ def _counter(
 ) -> Callable[[int, int], None]:
     """Show the share of this process as that of all: they have equally many rows of similar lengths."""
     return lambda own, own_total: progress.show(done + rows * own // own_total, [split, f"{processes} processes"])
-
-
-def _resolve(paths: RunPaths, name: str) -> Path:
-    path = Path(name)
-    return path if path.is_absolute() else (paths.root / path).resolve()

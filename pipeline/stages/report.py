@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json, write_text
+from pipeline.files import sha256_file, write_json, write_text
 from pipeline.report.comparison import build_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
+from pipeline.run_folder.paths import update_status
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
@@ -30,4 +31,6 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)
+    made = {path.name: sha256_file(path) for path in (inputs.paths.result, inputs.paths.report)}
+    update_status(inputs.paths, "report", "running", made=made)
     return result

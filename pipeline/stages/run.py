@@ -9,11 +9,12 @@ from pipeline.config import RunConfig, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import with_values
 from pipeline.errors import EXIT_OK, RunFolderError
-from pipeline.files import ADAPTER_WEIGHTS, read_json, sha256_file, write_json, write_text
+from pipeline.files import read_json, write_text
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
+from pipeline.run_folder.related import SEARCH, write_related
 from pipeline.stages.processes import headline, start
 from pipeline.stages.search import run_search
-from pipeline.terminal import duration
+from pipeline.terminal import duration, one_line
 
 REQUESTED = "requested.yaml"
 """In the run folder: what was asked for, before the search chose values."""
@@ -34,7 +35,7 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     write_text(folders.run / REQUESTED, dump_config(config))
     if code := run_search(config, folders):
         return code
-    found = read_json(folders.search / "search.json", "Run the search stage first.")
+    found = read_json(folders.search / SEARCH, "Run the search stage first.")
     chosen = with_values(config, found["best_config"]).trusting(config.model.trust_remote_code)
     headline("train")
     if code := start("train", chosen, folders):
@@ -42,21 +43,12 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     headline(f"plain {KIND_NAMES[config.adapter.kind]}")
     if code := start("train", with_values(chosen, {"adapter.method": "none", **UNSET_RATES}), plain):
         return code
-    write_related(folders)
+    write_related(paths, folders.plain, folders.search)
     for stage in ("evaluate", "report", "export"):
         if code := start(stage, chosen, folders):
             return code
     print_outcome(folders, time.monotonic() - started)
     return EXIT_OK
-
-
-def write_related(folders: Folders) -> None:
-    """related.json: what evaluation compares the run with, by place and hash."""
-    plain = {
-        "run": f"../{folders.plain.name}",
-        "adapter_sha256": sha256_file(folders.plain / "adapter" / ADAPTER_WEIGHTS),
-    }
-    write_json(RunPaths(folders.run).related, {"plain": plain, "search": {"folder": f"../{folders.search.name}"}})
 
 
 def print_outcome(folders: Folders, seconds: float) -> None:
@@ -66,4 +58,4 @@ def print_outcome(folders: Folders, seconds: float) -> None:
     print(format_table(read_json(RunPaths(folders.run).result)))
     print(f"\nfinished in {duration(seconds)}")
     for what, path in (("report", "report.html"), ("adapter", "adapter"), ("export", "export")):
-        print(f"  {what:8} {os.path.relpath(folders.run / path)}")
+        print(f"  {what:8} {one_line(os.path.relpath(folders.run / path))}")

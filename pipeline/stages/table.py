@@ -77,7 +77,9 @@ STAGES = {
               writes=("comparison",), trains=True,
               plan=("trainings",), recipe="compare",
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
-        Stage("test", "the project's own tests (--fast: without the slow tier)", "none", "own",
+        Stage("verify", "what of a run, search, comparison or export is whole, damaged or foreign; nothing is written",
+              "none", "own", "pipeline.stages.verify:verify"),
+        Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
         Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods", loads_model=True),
     )

@@ -1,4 +1,4 @@
-"""`bash launch.sh test`: linter, type checker, fast tier, slow tier."""
+"""`bash launch.sh test`: linter, type checker, fast tier, its arithmetic on other kernels, slow tier."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from pipeline.errors import EXIT_FAILED, EXIT_OK, SetupError
 from pipeline.plan.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
+_FAST = ["pytest", "-q", "-m", "not slow and not gpu", "-n", "2"]
 STEPS = {
     "ruff": ["ruff", "check", "."],
     "mypy": ["mypy", "pipeline", "tune"],
-    "fast tests": ["pytest", "-q", "-m", "not slow and not gpu", "-n", "2"],
+    "fast tests": _FAST,
+    "AVX2 kernels": [*_FAST, "tests/adapters", "tests/loss", "tests/prediction", "tests/training/test_loader.py"],
     "slow tests": ["pytest", "-q", "-m", "slow or gpu", "-n", "2", "--dist", "loadscope", "--durations=15"],
 }
+ENVIRONMENT = {"AVX2 kernels": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+"""Step -> what it sets: a machine with wider vectors then sums as one without. A tolerance must hold on both."""
 
 
 def run_tests(request: Request) -> int:
@@ -34,7 +38,7 @@ def run_tests(request: Request) -> int:
             continue
         print(f"\n── {name} " + "─" * (66 - len(name)), flush=True)
         started = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ENVIRONMENT.get(name, {})}
         code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, check=False).returncode
         outcome[name] = (code == 0, time.monotonic() - started)
     print()

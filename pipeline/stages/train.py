@@ -24,12 +24,13 @@ from pipeline.distributed.world import (
     sum_over_processes,
 )
 from pipeline.errors import Stopped
-from pipeline.files import read_json_lines, write_json, write_text
+from pipeline.files import write_json, write_text
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.loss.terms import GlobalMean
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
 from pipeline.run_folder.chain import Origin
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
@@ -99,7 +100,7 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     """Every optimizer step from where the run stands to train.max_steps."""
     train, world, engine, adapters = run.config.train, run.world, run.engine, run.adapters
     consistency, base = adapters.specs[0].consistency, run.task.base
-    before = recent_losses(read_json_lines(run.paths.metrics), run.counters.step, train.spike.window_steps)
+    before = recent_losses(read_metrics(run.paths.metrics, train=["loss"]), run.counters.step, train.spike.window_steps)
     guards = Guards(engine, adapters, run.trained, train, run.paths, world, before)
     work = work_of(base.model, run.trained.values(), train.activation_checkpointing)
     meter = Meter(work, world.device, base.identity.compute_dtype)

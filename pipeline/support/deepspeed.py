@@ -27,6 +27,7 @@ from pipeline.distributed.launcher import launcher_command, launcher_environment
 from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines, write_json
 from pipeline.plan.preflight import check_inputs
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths, step_name
 from pipeline.support.tiny import write_tiny_data, write_tiny_model
 
@@ -192,7 +193,7 @@ def _moment_deviation(run: Path, reference: Path) -> tuple[list[str], float]:
 
 
 def _curve(run: Path) -> Iterator[float]:
-    for row in read_json_lines(RunPaths(run).metrics):
+    for row in read_metrics(RunPaths(run).metrics, train=["loss", "gradient_norm"]):
         if row["kind"] == "train":
             yield from (row["loss"], row["gradient_norm"])
 

@@ -9,11 +9,10 @@ from torch import nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
-from pipeline.config.deepspeed import decided_by, fill_ds_config, find_ds_config, zero_stage
+from pipeline.config.deepspeed import decided_by, fill_ds_config, find_ds_config, read_ds_config, zero_stage
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
-from pipeline.files import read_json
 
 
 def trained_parameters(adapters: Adapters) -> dict[str, nn.Parameter]:
@@ -33,10 +32,9 @@ def build_engine(
     Raises:
         ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
     """
-    path = find_ds_config(train.deepspeed)
-    source = read_json(path)
+    source = read_ds_config(train.deepspeed)
     decided = decided_by(train, micro_steps, compute_dtype == torch.bfloat16)
-    ds_config = fill_ds_config(source, decided, path.name)
+    ds_config = fill_ds_config(source, decided, find_ds_config(train.deepspeed).name)
     if zero_stage(source) == 3:
         zero.require_one_dtype(adapters.model, compute_dtype)
         zero.leave_head_outside(adapters.model)

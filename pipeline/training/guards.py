@@ -54,7 +54,7 @@ class StepNumbers:
     gradient_norm: float
     """Global 2-norm before clipping."""
     spike: float | None
-    """loss / running median, where it exceeds train.spike.factor."""
+    """loss / running median, where that exceeds train.spike.factor and the loss train.spike.floor_nats."""
     consistency: float | None = None
     """Mean consistency term, unweighted, in the same unit as `loss`; None where the step has none."""
 
@@ -110,7 +110,7 @@ class Guards:
         settings, enough = self._train.spike, (self._recent.maxlen or 2) // 2
         median = statistics.median(self._recent) if len(self._recent) >= enough else math.inf
         self._recent.append(loss)
-        if loss <= settings.factor * median:
+        if loss <= max(settings.factor * median, settings.floor_nats):
             return None
         if settings.action == "stop":
             raise LossSpike(

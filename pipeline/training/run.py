@@ -14,11 +14,11 @@ from pipeline.data.rows import Row
 from pipeline.distributed import lifeline
 from pipeline.distributed.world import World, agree, barrier, gather_objects
 from pipeline.errors import RunFolderError, Stopped
-from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, remove_asides, sha256_file
+from pipeline.files import ADAPTER_WEIGHTS, remove_asides, sha256_file
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
 from pipeline.run_folder.chain import Origin
-from pipeline.run_folder.metrics import Metrics, open_loggers
+from pipeline.run_folder.metrics import Metrics, open_loggers, read_metrics
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
 from pipeline.training.checkpoint import (
@@ -178,7 +178,7 @@ class Run:
         barrier()
         best = [
             row
-            for row in read_json_lines(self.paths.metrics)
+            for row in read_metrics(self.paths.metrics)
             if row["kind"] == "validation" and row["step"] == self.counters.best_step
         ]
         if self.world.is_main:

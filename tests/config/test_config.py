@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,39 @@ def test_the_rate_of_one_site_of_a_sum() -> None:
         load_config(None, ["adapter.method=none", "adapter.rates.lora_A=0.2"])
     with pytest.raises(ConfigError, match=r"adapter\.rates\.lora_C.*Did you mean adapter\.rates\.lora_"):
         load_config(None, ["adapter.rates.lora_C=0.2"])
+
+
+def test_droplora_drops_per_token_and_rank_dropout_per_draw() -> None:
+    sites = {name: load_config(None, [f"adapter.method={name}", "adapter.rate=0.3"]).adapter.resolved_method().sites
+             for name in ("droplora", "rank_dropout")}  # fmt: skip
+    assert sites["droplora"] == (Site(position="lora_rank", pattern="element", rate=0.3),)
+    assert sites["rank_dropout"] == (Site(position="lora_rank", pattern="column", rate=0.3),)
+    assert [sites[name][0].masks_weights for name in sites] == [False, True]
+    listed = load_config(None, ["adapter.method=[{position: lora_rank, rate: 0.3}]"]).adapter.resolved_method()
+    assert listed.sites == sites["rank_dropout"]  # the position's own default
+
+
+SUMS = ("lora_dropout+hiddenkey", "dropkey+hiddencut")
+
+
+@pytest.mark.parametrize("method", [*(p for p in PRESETS if p != "none"), *SUMS])
+def test_rescale_is_followed_or_refused(method: str) -> None:
+    """By the masks on the LoRA matrices; the other sites of a sum keep what their paper has."""
+    default = load_config(None, [f"adapter.method={method}"]).adapter.resolved_method().sites
+    if not any(site.position in ("lora_A", "lora_B", "lora_rank") for site in default):
+        with pytest.raises(ConfigError, match=rf"adapter\.rescale = 'none'.*{re.escape(method)}.*\.rescale=inverse"):
+            load_config(None, [f"adapter.method={method}", "adapter.rescale=none"])
+        return
+    sites = load_config(None, [f"adapter.method={method}", "adapter.rescale=none"]).adapter.resolved_method().sites
+    for site, before in zip(sites, default, strict=True):
+        follows = site.position in ("lora_A", "lora_B", "lora_rank")
+        assert site == (before.model_copy(update={"compensation": "none"}) if follows else before)
+
+
+def test_rescale_says_nothing_about_a_list_of_sites_and_nothing_where_nothing_is_dropped() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rescale = 'none' goes with a preset; set the compensation"):
+        load_config(None, ["adapter.method=[{position: lora_A, rate: 0.3}]", "adapter.rescale=none"])
+    assert not load_config(None, ["adapter.method=none", "adapter.rescale=none"]).adapter.resolved_method().sites
 
 
 def test_a_rate_for_a_method_with_several_rates_names_its_sites() -> None:

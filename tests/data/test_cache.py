@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.cache import FILE, StoredExamples, cached_examples, lengths_of, remove_old, write_examples
+import pipeline.data.cache
+from pipeline.data.cache import (
+    FILE,
+    StoredExamples,
+    cached_examples,
+    entry_name,
+    lengths_of,
+    remove_old,
+    write_examples,
+)
 from pipeline.data.encode import Encoded, encode_training_rows
 from pipeline.data.rows import Row
 from pipeline.errors import DataError
@@ -46,6 +55,16 @@ class Encoder:
 
 def entries(cache: Path) -> list[Path]:
     return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def test_another_way_to_make_tokens_makes_another_entry(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    for number in (1, pipeline.data.cache.ENCODING):  # 1: when choices were never closed
+        monkeypatch.setattr(pipeline.data.cache, "ENCODING", number)
+        names.add(entry_name(ROWS, tokenizer, "CausalLMTask 64"))
+    assert len(names) == 2
 
 
 def test_what_is_stored_is_what_was_encoded(tmp_path: Path) -> None:

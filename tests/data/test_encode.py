@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.encode import (
     IGNORE_INDEX,
     Encoded,
+    begins_another,
     encode_candidates,
     encode_training,
     encode_training_rows,
@@ -20,7 +21,7 @@ from pipeline.data.encode import (
 )
 from pipeline.data.rows import Row
 from pipeline.errors import DataError
-from pipeline.support.tiny import CHATML, CORPUS, byte_level_tokenizer
+from pipeline.support.tiny import CHATML, CORPUS, byte_level_tokenizer, word_tokenizer
 
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'seen' }}")
@@ -82,6 +83,33 @@ def test_candidates_share_their_prompt_tokens(byte_level: PreTrainedTokenizerFas
     assert set(negative.labels[: len(prompt)]) == {IGNORE_INDEX}
     assert supervised_text(negative, byte_level) == [" negative"]
     assert positive == encode_training(REVIEW, byte_level, 64)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=2, max_size=5))
+def test_one_answer_begins_another(answers: list[list[int]]) -> None:
+    wanted = any(a and len(a) < len(b) and b[: len(a)] == a for a in answers for b in answers)
+    assert begins_another(answers) == wanted
+
+
+def test_an_end_closes_all_choices_where_one_begins_another(byte_level: PreTrainedTokenizerFast) -> None:
+    row = Row("r", "Answer:", (" 12", " no", " 1"), 2)
+    candidates = encode_candidates(row, byte_level, 64)
+    assert [supervised_text(one, byte_level) for one in candidates] == [[" 12<|im_end|>"], [" no<|im_end|>"],
+                                                                       [" 1<|im_end|>"]]
+    assert encode_training(row, byte_level, 64) == candidates[2]
+    longest = max(len(one.input_ids) for one in candidates)
+    cut = encode_candidates(row, byte_level, longest - 1)
+    assert max(len(one.input_ids) for one in cut) == longest - 1, "the end is part of the answer that has to fit"
+    apart = encode_candidates(Row("r", "Answer:", (" 12", " no", " 21"), 2), byte_level, 64)
+    assert [supervised_text(one, byte_level) for one in apart] == [[" 12"], [" no"], [" 21"]]
+
+
+def test_what_counts_are_tokens_not_letters() -> None:
+    words = word_tokenizer(["<unk>", "</s>", "Answer:", "1", "12"], unk_token="<unk>", eos_token="</s>")
+    for choices, ends in (((" 1", " 12"), False), ((" 1", " 1 12"), True)):
+        for one in encode_candidates(Row("r", "Answer:", choices, 0), words, 64):
+            check_labels(one)
+            assert (one.labels[-1] == 1) == ends
 
 
 def test_bos_where_the_tokenizer_adds_it_and_no_eos_inside(sentencepiece: PreTrainedTokenizerFast) -> None:
@@ -249,3 +277,5 @@ def test_texts_without_tokens_and_tokenizers_without_eos_are_refused(byte_level:
         encode_training(Row("r", "no", (" no", "perhaps"), 0), tokenizer, 9)
     with pytest.raises(DataError, match="model.path: its tokenizer has no eos token.*Set eos_token"):
         encode_training(Row("r", "no", completion="yes"), tokenizer, 9)
+    with pytest.raises(DataError, match="no eos token, so the choices of row r, of which one begins another.*Set eos"):
+        encode_training(Row("r", "no", (" no", " no yes"), 0), tokenizer, 9)

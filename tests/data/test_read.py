@@ -92,7 +92,8 @@ def test_long_cells_are_read(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\nQ,A,B\n", ["a.csv:2", "has 3 cells, and the header names 2", "Mend the row"]),
         ("a.csv", b"prompt,prompt\nQ,A\n", ["a.csv:1", "names the column 'prompt' twice", "Rename"]),
         ("a.json", b'{"data": []}', ["a.json", "must hold an array of objects", "Pick out"]),
-        ("a.json", b'{"a": 1}\n{"a": 2}\n', ["a.json:2", "is not valid JSON", "ends in .jsonl"]),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', ["a.json", "must hold an array of objects", "ends in .jsonl"]),
+        ("a.json", b'[{"prompt": "Q", "completion": "A"},\n {"a" 2}]', ["a.json:2", "':' delimiter, column 7"]),
         ("a.parquet", b"nonsense", ["a.parquet", "is not a Parquet file", "Write it again"]),
     ],
 )

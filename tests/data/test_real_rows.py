@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 from helpers import ROOT
+from transformers import AutoTokenizer
 
 from pipeline.config import DataConfig, TemplateConfig
 from pipeline.data.check import check_data
+from pipeline.data.encode import encode_candidates
+from pipeline.data.rows import Row
 from pipeline.data.splits import Splits, load_splits
+from pipeline.model.embedded import embedded_folder
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -45,6 +51,29 @@ def test_multiple_choice_in_json_arrays(name: str, count: int) -> None:
     rows = [row for part in (splits.train, splits.validation, splits.calibration, splits.test) for row in part]
     assert len(rows) + splits.repeated == count
     assert all(f"Answer{row.label + 1}" in row.prompt for row in rows if row.label is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["arc_easy/ARC-Easy.test.json", "openbookqa/openbookqa.train.json"])
+def test_rows_with_a_choice_that_begins_another(name: str) -> None:
+    """Answers written out: those that are closed are those whose tokens a comparison of all pairs finds."""
+    folder = embedded_folder("embedded:smollm2-135m-instruct")
+    if folder is None or not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not in ../shared/data, or the embedded model not in the cache")
+    tokenizer, closed, rows = AutoTokenizer.from_pretrained(folder), 0, 0
+    for number, record in enumerate(json.loads((SHARED / name).read_text(encoding="utf-8"))):
+        listed = record["instruction"].partition("\n\n")[2].partition("\n\nAnswer format")[0]
+        texts = [f" {text.strip()}" for text in re.split(r"Answer\d: ", listed)[1:]]
+        if len(set(texts)) < len(texts) or len(texts) < 2 or not all(text.strip() for text in texts):
+            continue
+        alone = [tokenizer(text)["input_ids"] for text in texts]
+        wanted = any(a != b and b[: len(a)] == a for a in alone for b in alone)
+        row = Row(str(number), record["instruction"], tuple(texts), 0)
+        found = {one.input_ids[-1] == tokenizer.eos_token_id for one in encode_candidates(row, tokenizer, 512)}
+        assert found == {wanted}
+        closed, rows = closed + wanted, rows + 1
+    print(f"{name}: {closed} of {rows} rows")
+    assert 0 < closed < rows / 10
 
 
 def test_e2e_keeps_the_texts_of_one_meaning_together() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from helpers.listeners import watch
 
 from pipeline.config import RunConfig, build_config
 from pipeline.config.launch import LaunchConfig
@@ -74,34 +73,6 @@ def test_a_run_continues_on_other_nodes_and_stages_but_not_as_another_run() -> N
     assert build_config({"train": {"seed": 1}}).result_sha256() != one.result_sha256()
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
-
-
-@pytest.fixture
-def two_namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between them; skipped where the machine does not allow them."""
-    names = (f"ld{os.getpid() % 100000}a", f"ld{os.getpid() % 100000}b")
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    try:
-        for name in names:
-            run("ip", "netns", "add", name)
-        ends = ("add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
-        run("ip", "link", *ends)
-        for number, name in enumerate(names, start=1):
-            run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable0")
-            run("ip", "-n", name, "link", "set", "cable0", "up")
-            run("ip", "-n", name, "link", "set", "lo", "up")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine does not allow network namespaces: {error.stderr.decode().strip()}")
-    else:
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
 def losses(run_dir: Path) -> list[float]:
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if row["kind"] == "train"]
@@ -118,18 +89,15 @@ def test_two_nodes_train_what_two_processes_of_one_node_train(
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--run-dir", str(one), "launch.processes=2"], cwd=ROOT, env=env, check=True)
     shared = ["launch.nodes=2", "launch.processes=1", "launch.master_addr=10.77.0.1", "launch.master_port=29321"]
-    nodes = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, *command, "--run-dir", str(two), *shared],
-            cwd=ROOT, env={**env, "NODE_RANK": str(number), "GLOO_SOCKET_IFNAME": "cable0"}, start_new_session=True,
-        )
-        for number, name in enumerate(two_namespaces)
-    ]
-    try:
-        assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
+    nodes = [["ip", "netns", "exec", name, *command, "--run-dir", str(two), *shared] for name in two_namespaces]
+    with ThreadPoolExecutor() as pool:
+        started = [
+            pool.submit(watch, node, 300, cwd=ROOT, env={**env, "NODE_RANK": str(number)})
+            for number, node in enumerate(nodes)
+        ]
+    watched = [one.result() for one in started]
+    assert [one.code for one in watched] == [0, 0], watched[0].output + watched[1].output
+    for number, one in enumerate(watched, start=1):
+        assert one.outside == {("python", f"10.77.0.{number}")}, "not the address given alone"
     assert losses(two) == losses(one) and len(losses(one)) == 3
     assert (two / "logs" / "train.node1.log").exists()

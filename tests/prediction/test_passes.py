@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
-from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, predict_choices, predict_completions
+from pipeline.prediction import passes
+from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, predict_completions
 from pipeline.scores.ensemble import average
 from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
@@ -51,6 +53,11 @@ def adapters() -> Adapters:
     return adapted_llama(*SPECS)
 
 
+def predict_choices(*arguments: Any) -> np.ndarray:
+    """log p(choice), normalised over the choices of a row."""
+    return torch.from_numpy(passes.predict_choices(*arguments)).log_softmax(-1).numpy()
+
+
 def separately(adapters: Adapters, rows: list[list[Encoded]], members: list[Member] = MEMBERS) -> np.ndarray:
     """A pass of its own for every member and every row."""
     width = max(map(len, rows))
@@ -73,9 +80,14 @@ def test_members_in_one_pass_equal_a_pass_for_each(adapters: Adapters, budget: i
     assert len({together[m].tobytes() for m in range(len(MEMBERS))}) == len(MEMBERS)  # they are different members
 
 
-@pytest.mark.parametrize("precision", ["nf4", "bf16", "int8"])
-def test_members_in_one_pass_on_a_low_precision_base(precision: str, tmp_path: Path) -> None:
-    """|Δ log p| ≤ 0.02, and no label flips unless its margin is below that."""
+@pytest.mark.parametrize(("precision", "tolerance"), [("nf4", 2e-5), ("bf16", 0.2), ("int8", 2e-5)])
+def test_members_in_one_pass_on_a_low_precision_base(precision: str, tolerance: float, tmp_path: Path) -> None:
+    """No log p differs by more than rounding, and no label flips unless its margin is below that of two log p.
+
+    The quantized bases compute in float32. In bfloat16 this model's logits are below 8, so their ulp is 2^-5 at most.
+    Where a processor sums a longer batch in another order, each may be rounded to the neighbour; log p of a choice is
+    z_y - log Σ exp z over up to 3 tokens: 3 · 2 · 2^-5 = 0.19. (Seen: 0 with bfloat16 instructions, 0.05 with AVX2.)
+    """
     adapters = trained_start(attach(load_tiny(tmp_path, "llama", precision), list(SPECS), "all-linear", seed=0))
     rows = candidates()
     alone = separately(adapters, rows)
@@ -84,18 +96,18 @@ def test_members_in_one_pass_on_a_low_precision_base(precision: str, tmp_path: P
     margin = ordered[..., -1] - ordered[..., -2]
     for budget in (150, 10**9):
         together = predict_choices(adapters, rows, MEMBERS, PassSettings(PAD, budget, KEY))
-        assert np.abs(together[finite] - alone[finite]).max() <= 0.02
+        assert np.abs(together[finite] - alone[finite]).max() <= tolerance
         flipped = together.argmax(-1) != alone.argmax(-1)
-        assert not (flipped & (margin > 0.02)).any()
+        assert not (flipped & (margin > 2 * tolerance)).any()
 
 
 def test_scores_are_those_of_a_stock_model_row_by_row() -> None:
-    """log p of every choice from the dense float64 model, without padding, members or chunks."""
+    """log p of every choice's tokens from the dense float64 model, without padding, members or chunks."""
     base = tiny_llama(layers=1)
     dense = stock_double(base)
     adapters = trained_start(attach(base, [SPECS[0]], "all-linear", seed=0))
     members, rows = [Member(None), Member(0), Member(0, 2)], candidates()
-    ours = predict_choices(adapters, rows, members, PassSettings(PAD, 200, KEY))
+    ours = passes.predict_choices(adapters, rows, members, PassSettings(PAD, 200, KEY))
     plan = adapters.plan(members, 1, KEY)
     for m, member in enumerate(members):
         updates = {}
@@ -113,8 +125,7 @@ def test_scores_are_those_of_a_stock_model_row_by_row() -> None:
                 log_probs = logits[0, :-1].log_softmax(-1)
                 supervised = [(t, label) for t, label in enumerate(answer.labels) if label != IGNORE_INDEX]
                 scores.append(sum(float(log_probs[t - 1, label]) for t, label in supervised))
-            wanted = torch.tensor(scores, dtype=torch.float64).log_softmax(0).numpy()
-            assert np.abs(ours[m, n, : len(row)] - wanted).max() <= 1e-5
+            assert np.abs(ours[m, n, : len(row)] - scores).max() <= 1e-5 * np.abs(scores).max()
 
 
 @settings(max_examples=15)

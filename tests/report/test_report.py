@@ -260,6 +260,13 @@ def test_terminal_table_has_a_line_per_system(finished):
     assert max(len(line) for line in lines[:-1]) <= 110
 
 
+def test_terminal_table_shows_control_characters_of_labels_and_names(finished):
+    systems = [{**one, "name": f"{one['name']}\x1b[31m\nforged"} for one in finished.result["systems"]]
+    text = format_table({**finished.result, "label": "mine\u202e\nforged", "systems": systems})
+    assert text.startswith(r"*** mine\u202e\nforged ***") and r"\x1b[31m\nforged" in text
+    assert "\x1b" not in text and len(text.splitlines()) == len(format_table(finished.result).splitlines())
+
+
 def test_absent_parts_are_left_out_in_words(run):
     run.paths.related.unlink()
     run.paths.metrics.unlink()
@@ -346,7 +353,7 @@ def test_damaged_side_files_are_named(run):
     write_links(run.root)
     with run.paths.metrics.open("a") as file:
         file.write("{broken\n")
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: has a damaged line"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:\d+: is damaged"):
         score(run.root)
     run.paths.config.write_text("train: {max_stepz: 3}\n")
     with pytest.raises(ConfigError, match="max_steps"):

@@ -65,6 +65,15 @@ def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
     assert plan_trainings(longer)[0][1].train == planned[0][1].train  # a training knows nothing of the others
 
 
+def test_a_shared_rescale_is_that_of_the_methods_that_have_a_choice() -> None:
+    config = load_config(None, [
+        "compare.methods=[none, lora_dropout, droplora, hiddenkey]", "compare.learning_rates=[1e-3]",
+        "adapter.rescale=none",
+    ])  # fmt: skip
+    rescale = [own.adapter.rescale for _, own in plan_trainings(config)]
+    assert rescale == ["inverse", "none", "none", "inverse"]
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -110,6 +119,9 @@ def test_the_outcome_is_that_of_the_adapter_that_was_published(tmp_path: Path) -
     found = outcome(Training("a", "a", {}, 0, "ab", "failed", "once"), tmp_path)
     assert (found.state, found.error, found.validation_nll) == ("done", "", 0.6)
     assert (found.steps, found.seconds, found.step_seconds) == (3, 12.0, 2.0)
+    write_text(paths.metrics, "")
+    with pytest.raises(RunFolderError, match="has no training step"):
+        outcome(Training("a", "a", {}, 0, "ab"), tmp_path)
 
 
 def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from pipeline.config import load_config
 from pipeline.distributed.devices import machine_memory, peak_flops, resident_high_water
 from pipeline.errors import RunFolderError, SetupError
-from pipeline.files import read_json_lines, write_json
-from pipeline.run_folder.metrics import Metrics, check_loggers
+from pipeline.files import LONGEST_LINE, read_json_lines, write_json
+from pipeline.report.inputs import read_training
+from pipeline.run_folder.metrics import Metrics, check_loggers, read_metrics
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.throughput import Meter, Work
 
@@ -125,3 +128,51 @@ def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="symbolic link"):
         Metrics(tmp_path / "metrics.jsonl", True).write("train", step=1, loss=1.0)
     assert (tmp_path / "profile").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\xff\n", "metrics.jsonl:1: is damaged"),
+        (b'{"kind": "train", "step": 1, "loss": 2.0}\n\xff\xfe\n', "metrics.jsonl:2: is damaged"),
+        (b"[1]\n", "metrics.jsonl:1: is damaged (no JSON object)"),
+        (b"[" * 100_000 + b"\n", "metrics.jsonl:1: is damaged"),
+        (b'{"kind": "train", "step": ' + b"9" * 5000 + b"}\n", "metrics.jsonl:1: is damaged"),
+        (b'{"step": 1}\n', "metrics.jsonl:1: is damaged: no kind"),
+        (b'{"kind": ["x"], "step": -1}\n', "metrics.jsonl:1: is damaged: no step, no kind"),
+        (b'{"kind": "train", "step": 1, "loss": "low"}\n', "metrics.jsonl:1: is damaged: no loss"),
+        (b'{"kind": "train", "step": 1, "loss": ' + b"9" * 400 + b"}\n", "metrics.jsonl:1: is damaged: no loss"),
+        (b'{"kind": "' + b"x" * LONGEST_LINE, "metrics.jsonl:1: is damaged (more than 16 MiB)"),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named_whoever_reads_it(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    readers: list[Callable[[], object]] = [
+        lambda: read_training(path), lambda: list(read_metrics(path, train=["loss"])),
+    ]
+    if "no loss" not in expected:
+        readers.append(lambda: Metrics(path, enabled=True).keep_until(5, validated=True))
+    for read in readers:
+        with pytest.raises(RunFolderError) as caught:
+            read()
+        assert expected in str(caught.value)
+
+
+def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1, "loss": NaN}\n{"kind": "train", "step": 2, "lo\xc3')
+    assert [row["step"] for row in read_metrics(path, train=["loss"])] == [1]
+
+
+def test_a_metrics_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    other = tmp_path / "authorized_keys"
+    other.write_text("")
+    (tmp_path / "metrics.jsonl").symlink_to(other)
+    with pytest.raises(RunFolderError, match="is a symbolic link to .*authorized_keys: nothing is appended"):
+        Metrics(tmp_path / "metrics.jsonl", enabled=True).write("train", step=1)
+    assert other.read_text() == ""
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunFolderError, match="is no regular file"):
+        list(read_metrics(tmp_path / "metrics.jsonl"))

@@ -1,5 +1,7 @@
 """Prediction files: what is written is read, and what is damaged is named."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from pipeline.run_folder.predictions import (
     read_predictions,
     write_predictions,
 )
+from pipeline.scores.choices import ChoiceLikelihoods
 
 
 def choice(log_probs=None):
@@ -34,6 +37,40 @@ def test_choice_predictions_round_trip(tmp_path):
     assert isinstance(read, ChoicePredictions)
     assert read.row_ids == ("a", "ü-2") and read.seconds == 1.5 and read.members == 3
     assert read.log_probs.dtype == np.float32 and np.array_equal(read.log_probs, choice().log_probs)
+
+
+def texts(*row_ids, choices=3, members=2, seed=0):
+    """Predictions of choices that are texts."""
+    random = np.random.default_rng(seed)
+    shape = (len(row_ids), choices)
+    known = ChoiceLikelihoods(
+        -9 * random.random((members, *shape)), random.integers(1, 9, shape), random.integers(1, 30, shape)
+    )
+    return ChoicePredictions.of_texts(row_ids, known, "sum")
+
+
+def test_choices_that_are_texts_keep_what_every_rule_needs(tmp_path):
+    made = texts("a", "b")
+    write_predictions(tmp_path, "test", made)
+    read = read_predictions(tmp_path, "test")
+    assert read.likelihoods.log_likelihoods.dtype == np.float64
+    for name, kept in vars(made.likelihoods).items():
+        assert np.array_equal(getattr(read.likelihoods, name), kept)
+    assert read.scored_by("per_token").log_probs.tolist() == made.likelihoods.log_probs("per_token").tolist()
+    short = replace(made.likelihoods, tokens=made.likelihoods.tokens[:1])
+    with pytest.raises(ValueError, match="likelihoods and lengths have the shapes"):
+        ChoicePredictions(("a", "b"), made.log_probs, short)
+
+
+def test_merged_texts_score_as_their_parts():
+    wide, narrow = texts("c", "a"), texts("b", choices=2, seed=1)
+    whole = ChoicePredictions.merged([wide, narrow], ["a", "b", "c"])
+    for rule in ("sum", "per_token", "per_character"):
+        found, (first, second) = whole.scored_by(rule).log_probs, (p.scored_by(rule).log_probs for p in (wide, narrow))
+        assert np.array_equal(found[:, [2, 0]], first) and np.array_equal(found[:, 1, :2], second[:, 0])
+        assert np.isneginf(found[:, 1, 2]).all()
+    mixed = ChoicePredictions.merged([wide, ChoicePredictions(("b",), narrow.log_probs)], ["a", "b", "c"])
+    assert mixed.likelihoods is None, "what is not there for every row is not kept"
 
 
 def test_completion_predictions_round_trip(tmp_path):

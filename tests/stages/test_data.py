@@ -139,3 +139,36 @@ def test_public_data_of_four_kinds(model: Path, kind: str) -> None:
     counts = [figures(text, split)[1] for split in ("train", "validation", "calibration", "test")]
     assert counts == ["20", "5", "5", "6"]
     assert 0.005 < float(figures(text, "train")[3].rstrip("%")) / 100 < 0.95
+
+
+HOSTILE = "\x1b[2J\x1b]0;mine\x07\u202e\x9b1m\u2066"
+SHOWN = r"\x1b[2J\x1b]0;mine\x07\u202e\x9b1m\u2066"
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_control_characters_of_rows_are_shown_not_obeyed(model: Path, tmp_path: Path, colour: bool) -> None:
+    rows = [
+        {"id": f"{i}{HOSTILE}\nforged", "prompt": f"Q{i}{HOSTILE}\n?", "choices": [" yes", HOSTILE], "label": i % 2}
+        for i in range(40)
+    ]
+    path = written(tmp_path / "rows.jsonl", rows)
+    text = shown(model, path, rows=3, colour=colour)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colours
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", plain)
+    assert SHOWN in plain and rf"{SHOWN}\nforged" in plain and f"{SHOWN}\n?" in plain
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    for file in model.iterdir():
+        (encoder / file.name).write_bytes(file.read_bytes())
+    (encoder / "config.json").write_text('{"model_type": "bert"}')
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown(encoder, path, rows=3, colour=colour))
+    assert "\x1b" not in plain and f"class: {SHOWN}" in plain
+
+
+def test_a_file_name_reaches_the_terminal_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"{HOSTILE}\nforged.jsonl"
+    for content in ("", '{"a": 1}\n', "{"):
+        path.write_text(content)
+        assert main(["train", f"data.path={path}", "--dry-run", "--run-dir", str(tmp_path / "run")]) == 2
+        text = "".join(capsys.readouterr())
+        assert "\x1b" not in text and "\u202e" not in text and len(text.splitlines()) == 1 and r"\x1b[2J" in text

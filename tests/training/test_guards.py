@@ -85,6 +85,22 @@ def test_padding_may_be_anything() -> None:
     assert found is None or not found.startswith("model.embed_tokens")
 
 
+def test_a_jump_near_zero_is_no_spike(alone: None, tmp_path: Path) -> None:
+    """One row in 16 that is not learnt yet, where the others are: 11 times the median, and nothing is wrong."""
+    learnt = [0.0035] * 20
+
+    def spike(loss: float, *settings: str) -> float | None:
+        return guards_of(tiny_adapters(), tmp_path, list(settings), learnt).check(
+            30, [loss], GlobalMean(1), no_rows).spike
+
+    assert spike(0.0388) is None and spike(0.5) is None
+    assert spike(0.51) == pytest.approx(0.51 / 0.0035), "the median stays what it is compared with"
+    assert spike(0.0388, "train.spike.floor_nats=0") == pytest.approx(0.0388 / 0.0035)
+    assert spike(0.0388, "train.spike.action=stop") is None
+    with pytest.raises(ConfigError, match=r"train\.spike\.floor_nats"):
+        load_config(None, ["train.spike.floor_nats=-1"])
+
+
 def test_a_spike_is_told_or_stops(alone: None, tmp_path: Path) -> None:
     settings = ["train.spike.factor=3", "train.spike.window_steps=4"]
     guards = guards_of(tiny_adapters(), tmp_path, settings)
@@ -99,6 +115,8 @@ def test_a_spike_is_told_or_stops(alone: None, tmp_path: Path) -> None:
     stopping = guards_of(tiny_adapters(), tmp_path, [*settings, "train.spike.action=stop"], [1.0, 1.0, 1.2, 1.0])
     with pytest.raises(LossSpike, match=r"step 10: the loss is 4, 4\.0 × the median"):
         stopping.check(9, [3.0, 1.0], GlobalMean(1), no_rows)
+    assert guards_of(tiny_adapters(), tmp_path, [*settings, "train.spike.floor_nats=4"], [1.0, 1.0, 1.2, 1.0]).check(
+        9, [3.0, 1.0], GlobalMean(1), no_rows).spike is None
     with pytest.raises(ConfigError, match=r"train\.spike\.factor"):
         load_config(None, ["train.spike.factor=0.5"])
 

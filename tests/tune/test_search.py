@@ -14,66 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from helpers import ROOT
-from helpers.tune_stub import write_data
+from helpers.searches import ended, run, start, starts, wait_for, write_config
 
 from pipeline import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, dump_config, load_config, sha256_file
-from tune.ledger import Ledger
 
 pytestmark = pytest.mark.slow
-PATIENCE_SECONDS = 150
-
-
-SPACE = """
-adapter.rate: {uniform: [0.1, 0.6]}
-adapter.rank: {choice: [8, 16]}
-train.learning_rate: {loguniform: [2e-4, 2e-3]}
-"""
-
-
-def write_config(folder: Path, space: str = SPACE, **search: Any) -> None:
-    write_data(folder / "rows.jsonl")
-    (folder / "space.yaml").write_text(space, encoding="utf-8")
-    settings = {
-        "data": {"path": "rows.jsonl", "validation_rows": 16, "calibration_rows": 8, "test_rows": 8},  # relative
-        "train": {"validate_every_steps": 2},
-        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, **search},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-
-
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    helpers = ROOT / "tests" / "helpers"
-    path = os.pathsep.join([str(ROOT), str(helpers.parent), str(helpers)])
-    return subprocess.Popen(
-        [sys.executable, str(helpers / "tune_stub.py"), "config.yaml", "search"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": path, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def run(folder: Path, **environment: str) -> tuple[int, str]:
-    process = start(folder, **environment)
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    return process.returncode, output
-
-
-def wait_for(folder: Path, event: str, count: int) -> None:
-    """Until the ledger holds `count` such events."""
-    ledger, patience = folder / "search" / "ledger.jsonl", time.monotonic() + PATIENCE_SECONDS
-    while not ledger.exists() or ledger.read_text().count(f'"event": "{event}"') < count:
-        assert time.monotonic() < patience, f"no {count} events {event}"
-        time.sleep(0.05)
-
-
-def starts(folder: Path) -> list[tuple[str, str, str]]:
-    lines = (folder / "search" / "ledger.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    return [(e["trial"], json.dumps(e["values"]), e["config_sha256"]) for e in events if e["event"] == "start"]
-
-
-def ended(folder: Path) -> dict[str, str]:
-    """Trials that have ended, with their settings."""
-    return {r.name: json.dumps(r.values) for r in Ledger(folder / "search" / "ledger.jsonl").in_order() if r.ended}
 
 
 def read_result(folder: Path) -> dict[str, Any]:

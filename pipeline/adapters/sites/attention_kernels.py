@@ -22,7 +22,11 @@ from torch.nn import functional as F
 HIDDEN_BELOW = -4096.0
 """An additive mask this low hides a key: below any logit, above what the models' finite masks hold (-1e4 or less)."""
 _DROPPED = -10240.0
-"""About -1e4 and exact in bfloat16 and float16."""
+"""C, exact in bfloat16 and float16; scale · c · C is between -7240 and -14482.
+
+In float32 exp(x) is exactly 0 below x = -104. So a dropped key has weight 0 unless its logit is 7136 above those of all
+kept keys; 16-bit kernels sum in float32 and have the same limit.
+"""
 _FLASH_MAX_WIDTH = 256
 
 
@@ -62,27 +66,46 @@ def scaled_dot_product(heads: AttentionInputs) -> Tensor:
 def column_attention(heads: AttentionInputs, dropped: Tensor) -> Tensor:
     """DropKey on whole keys, in one extra dimension of the heads: no mask is built and every fused kernel fits.
 
-    q' = [q, c], k' = [k, C · dropped] with scale · c · C ≈ -1e4, padded to a multiple of 8. c is a power of two
-    and C has three significant bits, so both are exact in every dtype and kept keys get +0 exactly. Their sums with
-    q·k are fp32 in every kernel: where *all* visible keys are dropped, logits are off by 1e-3 at most.
+    q' = [q, c · keeps], k' = [k, C · dropped], padded to a multiple of 8; keeps is 0 for a query all of whose visible
+    keys are dropped and 1 else. c ≈ 1 / scale is a power of two and C has three significant bits, so both are exact in
+    every dtype. Kept keys, and all keys of a query that keeps none, get +0: their logits are those of the kernel
+    without masks, no rounding added. Dropped keys get about -1e4 and weight exactly 0, whatever that sum is rounded to.
 
     Args:
         dropped: bool (B, H, T), or (B, G, T) where the heads of a group share their mask.
     """
     q, k, v = heads.query, heads.key, heads.value
+    keeps = keeps_a_key(heads, dropped)
     if dropped.shape[1] != k.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     size = q.shape[-1]
     extra = -(-(size + 1) // 8) * 8 - size
     q_extra, k_extra = q.new_zeros(*q.shape[:-1], extra), k.new_zeros(*k.shape[:-1], extra)
-    q_extra[..., 0] = 2.0 ** round(-math.log2(heads.scale))
+    q_extra[..., 0] = keeps.to(q.dtype) * 2.0 ** round(-math.log2(heads.scale))
     k_extra[..., 0] = dropped.to(k.dtype) * _DROPPED
-    wide = AttentionInputs(
-        torch.cat([q, q_extra], -1), torch.cat([k, k_extra], -1), F.pad(v, (0, extra)), as_model_mask(heads.mask),
-        heads.scale, heads.causal, heads.dropout,
+    wide = replace(
+        heads, query=torch.cat([q, q_extra], -1), key=torch.cat([k, k_extra], -1), value=F.pad(v, (0, extra))
     )
     return scaled_dot_product(wide)[..., :size]
+
+
+def keeps_a_key(heads: AttentionInputs, dropped: Tensor) -> Tensor:
+    """bool (B, H, T or 1): the queries that see a key which `dropped` (as in `column_attention`) leaves.
+
+    Where the model has no mask this costs a running sum, else a product with the mask (B, 1, T, T): nothing is made
+    per head, query and key.
+    """
+    kept = ~dropped
+    if heads.mask is None:
+        found = kept.cumsum(-1) > 0 if heads.causal else kept.any(-1, keepdim=True)
+    else:
+        visible = visible_pairs(heads)
+        if visible.shape[1] == 1:  # counts: sums of 0 and 1 are above 0 in every dtype where one of them is
+            found = (visible[:, 0].to(heads.query.dtype) @ kept.mT.to(heads.query.dtype)).mT > 0
+        else:
+            found = (visible & kept.repeat_interleave(visible.shape[1] // kept.shape[1], dim=1).unsqueeze(2)).any(-1)
+    return found.repeat_interleave(heads.query.shape[1] // found.shape[1], dim=1)
 
 
 def pair_attention(heads: AttentionInputs, dropped: Tensor) -> Tensor:
@@ -140,10 +163,3 @@ def kept_pairs(visible: Tensor, dropped: Tensor) -> Tensor:
     """Visible and not dropped; for a query that would be left with nothing, all it sees."""
     keep = visible & ~dropped
     return torch.where(keep.any(-1, keepdim=True), keep, visible)
-
-
-def as_model_mask(mask: Tensor | None) -> Tensor | None:
-    """An additive mask with what it hides at the dtype's lowest value, far below a dropped key; others as they are."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask.masked_fill(mask <= HIDDEN_BELOW, torch.finfo(mask.dtype).min)

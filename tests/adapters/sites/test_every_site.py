@@ -81,8 +81,8 @@ def test_packed_examples_and_padding_do_not_enter_each_others_loss(pattern: str)
     torch.testing.assert_close(others_apart[own], apart[own], rtol=1e-4, atol=1e-5)
     assert float((others - together)[:, 0:6].abs().min()) > 1e-3
     alone, alone_apart = per_token(adapters, rows)
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=5e-3)
-    torch.testing.assert_close(apart, alone_apart, rtol=1e-2, atol=5e-3)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apart, alone_apart, rtol=1e-4, atol=1e-4)
 
 
 @pattern
