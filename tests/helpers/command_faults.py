@@ -244,12 +244,10 @@ ARTEFACTS = {
 
 def damaged(bench: Runs, what: str, how: str) -> str:
     """A file, or a folder, is deleted, cut, changed by a bit, or another run's, between two stages."""
-    stage = bench.chance.choice(STAGES[1:] if what in ("predictions", *SPLITS, "members", "result") else STAGES)
-    run = bench.copy({"train": "done", "evaluate": "done" if what != "adapter" else "evaluate"}.get(stage, stage))
+    later = what in ("predictions", *SPLITS, "members", "result")  # is not there before
+    stage = bench.chance.choice(("report", "done") if later else STAGES)
+    run = bench.copy("done" if what == "result" else stage if stage != "train" else "done")
     path = run / ARTEFACTS[what]
-    if not path.exists():
-        bench.fired[:] = ["not there"]
-        return bench.finish(run)
     if how == "deleted":
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif how == "swapped":
@@ -262,7 +260,7 @@ def damaged(bench: Runs, what: str, how: str) -> str:
     predicted = frozenset(f"{split}.npz" for split in SPLITS)
     broken = frozenset({f"{what}.npz"}) if what in SPLITS else predicted
     if what not in (*SPLITS, "members", "predictions", "result"):
-        broken = frozenset({"adapter", "validation.npz"})  # training writes both
+        broken = frozenset({"adapter", *predicted})  # what is trained again is predicted with again
     return bench.finish(run, says=(str(run),), broken=broken)
 
 

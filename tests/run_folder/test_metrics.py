@@ -122,6 +122,14 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
         assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
 
 
+def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "profile")
+    with pytest.raises(RunFolderError, match="symbolic link"):
+        Metrics(tmp_path / "metrics.jsonl", True).write("train", step=1, loss=1.0)
+    assert (tmp_path / "profile").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
