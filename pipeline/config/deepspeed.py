@@ -131,12 +131,15 @@ def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigEr
             "model.quantization", "int8", "ZeRO-3 would shard nothing: bitsandbytes keeps a second reference to the"
             " whole 8-bit weights in every process", "Set model.quantization=nf4, or train.deepspeed=zero2.",
         )
-    if model.compute_dtype == "float16":
-        return ConfigError(
-            "model.compute_dtype", "float16", "ZeRO-3 holds the adapters in the base's precision, and float16 would"
-            " need loss scaling", "Set model.compute_dtype=bfloat16 or float32, or train.deepspeed=zero2.",
-        )
-    return None
+    return sharded_float16() if model.compute_dtype == "float16" else None
+
+
+def sharded_float16() -> ConfigError:
+    """Of ZeRO-3 over a base in float16, also where the device chose it."""
+    return ConfigError(
+        "model.compute_dtype", "float16", "ZeRO-3 holds the adapters in the base's precision, and the loss scale of"
+        " float16 is undone in float32", "Set model.compute_dtype=bfloat16 or float32, or train.deepspeed=zero2.",
+    )
 
 
 def _check_stage_3(filled: dict[str, Any], where: str) -> None:

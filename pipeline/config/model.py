@@ -26,7 +26,8 @@ class ModelConfig(Section):
     double_quantization: bool = True
     """Quantize the 4-bit scales too (arXiv 2305.14314, section 3)."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of matrix products; auto = bfloat16 on an accelerator that has it, float32 on CPU."""
+    """Precision of matrix products; auto = bfloat16 on an accelerator that has it, float16 on older ones, float32 on
+    CPU. Under float16 the loss of a step is scaled by a power of two, which is undone before gradients are used."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """transformers attention implementation."""
     trust_remote_code: bool = False

@@ -38,6 +38,7 @@ from pipeline.training.engine import build_engine, micro_steps_of
 from pipeline.training.environment import describe_environment
 from pipeline.training.guards import Guards, StepNumbers, recent_losses, require_same_inputs
 from pipeline.training.loader import BatchLoader, StepBatch, open_loader
+from pipeline.training.loss_scale import LossScale
 from pipeline.training.repair import make_up_validation, restore_best
 from pipeline.training.run import OnValidation, Run
 from pipeline.training.schedule import require_steps, schedule_factor, warmup_steps
@@ -102,6 +103,7 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
     consistency, base = adapters.specs[0].consistency, run.task.base
     before = recent_losses(read_metrics(run.paths.metrics, train=["loss"]), run.counters.step, train.spike.window_steps)
     guards = Guards(engine, adapters, run.trained, train, run.paths, world, before)
+    scale = LossScale(run.trained.values(), base.compute_dtype)
     work = work_of(base.model, run.trained.values(), train.activation_checkpointing)
     meter = Meter(work, world.device, base.identity.compute_dtype)
     progress = Progress(train.max_steps, run.counters.step, world.is_main)
@@ -111,6 +113,7 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
         batch = loader.of_step(step)
         supervised, length = sum_over_processes([batch.supervised, batch.tokens], world.device)  # global
         mean = GlobalMean(supervised, micro_steps * world.world_size)
+        scale.choose(supervised, world.world_size)
 
         losses: list[float] = []
         divergences: list[float] = []
@@ -125,12 +128,12 @@ def training_loop(run: Run, loader: BatchLoader, micro_steps: int) -> None:
                 loss = nll + consistency.weight * divergence
                 # Once a step: of each of its passes a part, and the engine divides every pass by micro_steps.
                 penalty = run.budget.penalty() * (micro_steps / len(batch.micros))
-                engine.backward(mean.for_engine(loss) + penalty)
+                engine.backward((mean.for_engine(loss) + penalty) * scale.factor)
             losses.append(float(nll.detach()))
             if rows.pairs is not None:
                 divergences.append(float(divergence.detach()))
             if last:  # what is not finite is never applied
-                numbers = guards.check(step, losses, mean, rows_of, divergences)
+                numbers = guards.check(step, losses, mean, rows_of, divergences, scale.describe())
                 run.budget.observe(step + 1)  # the whole gradients, before the step clears them
             engine.step()  # updates at the boundary alone
 

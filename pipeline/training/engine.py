@@ -9,7 +9,14 @@ from torch import nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
-from pipeline.config.deepspeed import decided_by, fill_ds_config, find_ds_config, read_ds_config, zero_stage
+from pipeline.config.deepspeed import (
+    decided_by,
+    fill_ds_config,
+    find_ds_config,
+    read_ds_config,
+    sharded_float16,
+    zero_stage,
+)
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -30,12 +37,14 @@ def build_engine(
         compute_dtype: the base's. Under ZeRO-3 the adapters have it, too, with fp32 masters; else they are fp32.
 
     Raises:
-        ConfigError: the DeepSpeed JSON contradicts the run or leaves something open.
+        ConfigError: the DeepSpeed JSON contradicts the run or leaves something open, or ZeRO-3 meets float16.
     """
     source = read_ds_config(train.deepspeed)
     decided = decided_by(train, micro_steps, compute_dtype == torch.bfloat16)
     ds_config = fill_ds_config(source, decided, find_ds_config(train.deepspeed).name)
     if zero_stage(source) == 3:
+        if compute_dtype == torch.float16:
+            raise sharded_float16()
         zero.require_one_dtype(adapters.model, compute_dtype)
         zero.leave_head_outside(adapters.model)
     if train.activation_checkpointing:

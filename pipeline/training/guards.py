@@ -79,7 +79,8 @@ class Guards:
         self._patience = 2 if masked else 0
 
     def check(
-        self, step: int, losses: Sequence[float], mean: GlobalMean, rows_of: RowsOf, divergences: Sequence[float] = ()
+        self, step: int, losses: Sequence[float], mean: GlobalMean, rows_of: RowsOf,
+        divergences: Sequence[float] = (), scale: str = "",
     ) -> StepNumbers:
         """Judge a 0-based step by its own losses and by the reduced gradients, before the update.
 
@@ -87,6 +88,7 @@ class Guards:
             losses: Σ nll of each micro-batch of this process.
             mean: how sums over the global batch become the loss.
             divergences: Σ consistency term of each micro-batch, where there is one.
+            scale: what to add about gradients that are not finite: the loss scale, where there is one.
 
         Raises:
             NotFinite: naming the first bad module or parameter; the batch is saved under diagnosis/.
@@ -98,7 +100,8 @@ class Guards:
             [math.fsum(losses), math.fsum(divergences), squares], self._world.device
         )
         if not math.isfinite(total + apart + squares):
-            self._explain(step, [sum(terms) for terms in zip_longest(losses, divergences, fillvalue=0.0)], rows_of)
+            terms = [sum(terms) for terms in zip_longest(losses, divergences, fillvalue=0.0)]
+            self._explain(step, terms, rows_of, scale)
         if step <= self._patience + 1:
             self._require_gradients(step)
         loss = mean.of(total)
@@ -145,7 +148,7 @@ class Guards:
                 " not depend on (leave those out of adapter.target_modules)."
             )
 
-    def _explain(self, step: int, losses: Sequence[float], rows_of: RowsOf) -> None:
+    def _explain(self, step: int, losses: Sequence[float], rows_of: RowsOf, scale: str) -> None:
         """Find where it broke, save the global batch, raise `NotFinite`. A collective."""
         by_process = gather_objects(list(losses))
         bad = [(p, m) for p, own in enumerate(by_process) for m, loss in enumerate(own) if not math.isfinite(loss)]
@@ -158,7 +161,7 @@ class Guards:
         else:
             process, micro = None, None
             where = self._first_bad_gradient()
-            what = f"the losses are finite, a gradient is not; first in the backward pass: {where}"
+            what = f"the losses are finite, a gradient is not{scale}; first in the backward pass: {where}"
         folder = self._paths.diagnosis / step_name(step + 1)
         record = {
             "step": step + 1, "what": what, "where": where, "process": process, "micro_batch": micro,
