@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +54,16 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
         stub_command(), cwd=folder, env=stub_environment(**environment),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave nothing of a search, whatever has become of it."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # Ray's processes are of its group
 
 
 def run(folder: Path, **environment: str) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.searches import ended, run, start, wait_for, write_config
+from helpers.searches import end, ended, run, start, wait_for, write_config
 
 from pipeline import EXIT_FAILED, EXIT_OK, EXIT_STOPPED
 
@@ -22,13 +22,16 @@ SAID_WITHIN = 45
 def test_a_search_ends_when_ray_dies(tmp_path: Path, killed: str, asked: bool) -> None:
     write_config(tmp_path)
     process = start(tmp_path, STUB_SECONDS="0.5")
-    wait_for(tmp_path, "report", 1)
-    scratch = Path((tmp_path / "search" / ".ray" / "scratch").read_text().strip())
-    tree = psutil.Process(process.pid).children(recursive=True)
-    next(one for one in tree if one.name() == killed).kill()
-    if asked:
-        os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=SAID_WITHIN)
+    try:
+        wait_for(tmp_path, "report", 1)
+        scratch = Path((tmp_path / "search" / ".ray" / "scratch").read_text().strip())
+        tree = psutil.Process(process.pid).children(recursive=True)
+        next(one for one in tree if one.name() == killed).kill()
+        if asked:
+            os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=SAID_WITHIN)
+    finally:
+        end(process)
     assert process.returncode in ({EXIT_FAILED, EXIT_STOPPED} if asked else {EXIT_FAILED}), output
     assert "the same command continues" in output
     assert killed in output or process.returncode == EXIT_STOPPED
