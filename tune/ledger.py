@@ -76,7 +76,8 @@ class Ledger:
         self.path = path
         self.header: dict[str, Any] | None = None
         self.trials: dict[str, TrialRecord] = {}
-        self._file = open_append(path)  # first: a link is refused, not followed
+        with open_append(path) as file:  # first: a link is refused, not followed
+            self._descriptor = os.dup(file.fileno())  # plain, because Ray pickles what its callbacks hold
         self._cut_torn_line()
         try:
             for event in read_json_lines(path):
@@ -89,8 +90,8 @@ class Ledger:
         """Write one event and wait until it is on disk."""
         row = {"event": event, **fields}
         line = json.dumps(row, allow_nan=False) + "\n"
-        self._file.write(line.encode())  # unbuffered, one call: a signal cannot come between two halves of a line
-        os.fsync(self._file.fileno())
+        os.write(self._descriptor, line.encode())  # one call: a signal cannot come between two halves of a line
+        os.fsync(self._descriptor)
         self._apply(json.loads(line))
 
     def open_search(self, identity: str, space: Mapping[str, Any]) -> None:
