@@ -6,6 +6,7 @@ peak is the largest of four moments: loading, the forward pass with its loss, th
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,17 @@ NF4_BLOCK, NESTED_BLOCK = 64, 256
 """Weights per scale of bitsandbytes' 4-bit types; scales per second-level scale (double quantization)."""
 PER_QUANTIZED_LAYER = {False: 64, True: 64 + 1024}
 """Bytes of the code tables that every 4-bit layer carries: 16 fp32 values, and 256 more for its nested scales."""
-OVERHEAD = {"cpu": 45 * MIB, "cuda": 0}
-"""Tokenizer, process group, DeepSpeed's own. On CPU measured (SmolLM2's tokenizer); torch's count of allocated GPU
-memory holds none of it, but see `CONTEXT`."""
+OVERHEAD = {"cpu": 495 * MIB, "cuda": 0}
+"""Python with torch, transformers and DeepSpeed (450 MiB), tokenizer and process group. On CPU measured (SmolLM2's
+tokenizer); torch's count of allocated GPU memory holds none of it, but see `CONTEXT`."""
+HOLES = 1.5
+"""Part of a pass's blocks that glibc's heap takes once more, at the most. torch aligns blocks to 64 bytes, and a freed
+block is too small, by the margin that glibc's memalign asks for, for the next of its size: holes stay, whether shapes
+vary or not. Measured from 0.3 to 1.5 (SmolLM2-135M, `benchmarks/memory_plan.py --heap`)."""
+PAGES = "MALLOC_MMAP_THRESHOLD_"
+"""glibc's variable for the size from which on blocks are no part of the heap."""
+SMALL = 1024**2
+"""A value of it under which there are no holes to speak of."""
 CONTEXT = 600 * MIB
 """What a CUDA context and the libraries' workspaces take of a GPU beside torch's allocations: a usual value."""
 STEP_COPIES = 3
@@ -81,6 +90,8 @@ class MemoryPlan:
     step: int
     """Temporaries of the optimizer's step."""
     overhead: int
+    holes: int
+    """Free memory inside the heap that it keeps, on CPU."""
     device: str
     capacity: int
     """Of the device; on CPU this process's share of the machine."""
@@ -105,7 +116,7 @@ class MemoryPlan:
     @property
     def moments(self) -> dict[str, int]:
         """Moment -> bytes."""
-        running = self.resident + self.kept + self.weights.largest
+        running = self.resident + self.kept + self.weights.largest + self.holes
         allocated = self.bucket if self.device == "cuda" else 0  # on CPU it fills as activations go
         return {
             "loading": self.load_peak,
@@ -147,8 +158,15 @@ def plan_memory(
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise NoPlan(f"a pass of this model cannot be traced without its weights ({first_line(error)})") from error
     states = states_of(train, weights.trained, processes, device)
-    return MemoryPlan(weights=weights, passes=passes, overhead=OVERHEAD[device], device=device, capacity=capacity,
-                      **asdict(states))
+    holes = int(HOLES * passes.heap) if device == "cpu" and not heap_is_bounded() else 0
+    return MemoryPlan(weights=weights, passes=passes, overhead=OVERHEAD[device], holes=holes, device=device,
+                      capacity=capacity, **asdict(states))
+
+
+def heap_is_bounded() -> bool:
+    """Whether the environment, which training processes inherit, has glibc give every larger block its own pages."""
+    value = os.environ.get(PAGES, "")
+    return value.isdecimal() and int(value) <= SMALL
 
 
 def base_description(model: ModelConfig) -> tuple[Path | None, Any]:

@@ -10,7 +10,7 @@ from pipeline.data.encode import encode_training_rows
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.model.load import load_tokenizer
-from pipeline.plan.memory import MIB, MemoryPlan, NoPlan, first_line, plan_memory
+from pipeline.plan.memory import MIB, PAGES, SMALL, MemoryPlan, NoPlan, first_line, plan_memory
 from pipeline.plan.memory_trace import Batch
 
 SEEN_ROWS = 2000
@@ -26,6 +26,8 @@ def memory_table(config: RunConfig, processes: int) -> str:
         batch, source = expected_batch(config.data, model, train.packing)
         plan = plan_memory(model, adapter, train, processes, batch)
         verdict = "fits" if plan.fits else f"DOES NOT FIT; {suggestion(model, adapter, train, processes, batch)}"
+        if not plan.fits and plan.peak - plan.holes <= plan.capacity:
+            verdict += f"; or, slower, with {PAGES}={SMALL} in the environment, which leaves no holes"
     except NoPlan as error:
         return f"memory: no plan ({error})"
     checkpointing = "on" if train.activation_checkpointing else "off"
@@ -59,6 +61,7 @@ def parts(model: ModelConfig, deepspeed: str, plan: MemoryPlan, processes: int) 
         ("forward pass: activations, logits", int(plan.passes.forward)),
         ("backward pass", int(plan.passes.backward)),
         ("one dequantized layer", plan.weights.largest),
+        ("holes in the C library's heap, at the most", plan.holes),
         ("libraries, tokenizer", plan.overhead),
     ]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ from pipeline.model.load import switch_off_dropout
 
 SHORT, LONG = 2, 4
 """Layers of the two traces."""
+MAPPED = 32 * 1024**2
+"""Bytes from which on glibc gives a block pages of its own, and gives them back (DEFAULT_MMAP_THRESHOLD_MAX). Smaller
+ones come from its heap once such a one has been freed."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Peaks:
     """Until the backward pass starts: what is kept for it, the logits and their loss."""
     backward: float
     """In the backward pass, with the adapter's gradients as they come."""
+    heap: float = 0.0
+    """The most of it in blocks that a heap would hold, in either pass."""
 
     def towards(self, other: Peaks, layers: int) -> Peaks:
         """The line through traces of SHORT (self) and LONG (other) layers, at `layers`."""
         part = (layers - SHORT) / (LONG - SHORT)
-        forward, backward = other.forward - self.forward, other.backward - self.backward
-        return Peaks(self.forward + part * forward, self.backward + part * backward)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Peaks(*(short + part * (long - short) for short, long in pairs))
 
 
 def trace_pass(
@@ -157,7 +162,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
-        self._now = self._peak = self._forward = 0
+        self._now = self._peak = self._forward = self._heap = self._most_heap = 0
         self._held = {tensor.untyped_storage()._cdata for tensor in given}
 
     def start_backward(self) -> None:
@@ -166,7 +171,7 @@ class Live(TorchDispatchMode):
 
     def peaks(self) -> Peaks:
         """The most that was held in either pass."""
-        return Peaks(float(self._forward), float(self._peak))
+        return Peaks(float(self._forward), float(self._peak), float(self._most_heap))
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,10 +186,16 @@ class Live(TorchDispatchMode):
         key = storage._cdata
         if key not in self._held:
             self._held.add(key)
-            self._now += storage.nbytes()
-            self._peak = max(self._peak, self._now)
+            self._count(storage.nbytes())
             weakref.finalize(storage, self._release, key, storage.nbytes())
 
     def _release(self, key: int, size: int) -> None:
         self._held.discard(key)
-        self._now -= size
+        self._count(-size)
+
+    def _count(self, size: int) -> None:
+        self._now += size
+        self._peak = max(self._peak, self._now)
+        if abs(size) < MAPPED:
+            self._heap += size
+            self._most_heap = max(self._most_heap, self._heap)

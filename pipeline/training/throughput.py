@@ -79,8 +79,10 @@ class Meter:
     def read(self, seconds: float) -> dict[str, float | None]:
         """The numbers of the step that took `seconds`; counting starts anew.
 
-        padding_share: positions of this process without a token that counts. memory_gib: the most this process has
-        ever held, on its accelerator or, without one, resident. mfu, hfu: None where the peak is not known.
+        padding_share: positions of this process without a token that counts. memory_gib: the most that this process
+        has held since its start, GiB: of an accelerator what torch has allocated there (without the CUDA context, and
+        without what its allocator keeps free); without one all that was resident, imports, loading, validation and the
+        free blocks in the C library's heap included. mfu, hfu: None where the peak is not known.
         """
         positions = sum(size for size, _, _ in self._rows)
         real = float(sum(int(count) for _, count, _ in self._rows))

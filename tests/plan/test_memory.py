@@ -15,9 +15,19 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.model.load import load_base
-from pipeline.plan.memory import NoPlan, States, plan_memory, quantized_bytes, states_of, weigh
+from pipeline.plan.memory import (
+    HOLES,
+    PAGES,
+    MemoryPlan,
+    NoPlan,
+    States,
+    plan_memory,
+    quantized_bytes,
+    states_of,
+    weigh,
+)
 from pipeline.plan.memory_table import expected_batch, memory_table
-from pipeline.plan.memory_trace import LONG, SHORT, Batch, Live, Peaks, shortened, trace_pass
+from pipeline.plan.memory_trace import LONG, MAPPED, SHORT, Batch, Live, Peaks, shortened, trace_pass
 from pipeline.support.tiny import tiny_llama
 
 LINEAR_SHAPES = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
@@ -92,7 +102,45 @@ def test_live_counts_what_is_held() -> None:
         del b, c
         live.start_backward()
         d = given * 2
-    assert live.peaks() == Peaks(1200.0, 400.0) and d.numel() == 100
+    assert live.peaks() == Peaks(1200.0, 400.0, 1200.0) and d.numel() == 100
+
+
+def test_blocks_with_pages_of_their_own_are_no_part_of_the_heap() -> None:
+    with Live([]) as live:
+        a = torch.zeros(MAPPED // 4)
+        b = torch.zeros(MAPPED // 4 - 1)
+        del b
+        c = torch.zeros(100)
+    assert live.peaks() == Peaks(0.0, 2.0 * MAPPED - 4, MAPPED - 4.0) and a.numel() > c.numel()
+
+
+def test_holes_are_planned_where_the_heap_is_not_bounded(
+    tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, passes = tiny_config(tiny_settings), Peaks(6e9, 7e9, 2e9)
+    monkeypatch.setattr(pipeline.plan.memory, "trace_pass", lambda *arguments: passes)
+
+    def plan(value: str) -> MemoryPlan:
+        monkeypatch.setenv(PAGES, value)
+        return plan_memory(config.model, config.adapter, config.train, 1, Batch(16, 2))
+
+    found, bounded = plan(""), plan("1048576")
+    assert found.holes == int(HOLES * 2e9) and bounded.holes == 0
+    assert plan("4194304").holes == plan("much").holes == found.holes
+    for moment, holes in (("loading", 0), ("optimizer step", 0), ("forward pass", 3e9), ("backward pass", 3e9)):
+        assert found.moments[moment] - bounded.moments[moment] == holes
+    monkeypatch.setenv(PAGES, "65536")
+    assert "in the C library's heap" not in memory_table(config, 1)
+    monkeypatch.delenv(PAGES)
+    assert "in the C library's heap" in memory_table(config, 1)
+    needed = bounded.peak
+    monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: needed)
+    assert "or, slower, with MALLOC_MMAP_THRESHOLD_=1048576 in the environment" in memory_table(config, 1)
+    monkeypatch.setenv(PAGES, "1048576")
+    assert ": fits" in memory_table(config, 1)
+    monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: needed - 1)
+    text = memory_table(config, 1)
+    assert "DOES NOT FIT" in text and "or, slower" not in text
 
 
 def test_the_trace_is_what_a_chain_of_layers_keeps() -> None:
@@ -109,9 +157,9 @@ def test_the_trace_is_what_a_chain_of_layers_keeps() -> None:
 
 
 def test_peaks_follow_the_line_through_both_traces() -> None:
-    short, long = Peaks(10.0, 30.0), Peaks(14.0, 50.0)
+    short, long = Peaks(10.0, 30.0, 8.0), Peaks(14.0, 50.0, 9.0)
     assert short.towards(long, SHORT) == short and short.towards(long, LONG) == long
-    assert short.towards(long, 10) == Peaks(26.0, 110.0)
+    assert short.towards(long, 10) == Peaks(26.0, 110.0, 12.0)
 
 
 @pytest.mark.slow
