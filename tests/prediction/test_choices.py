@@ -20,6 +20,7 @@ from pipeline.data.encode import IGNORE_INDEX, encode_candidates, encode_trainin
 from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.errors import ConfigError, RunFolderError
+from pipeline.plan.preflight import check_inputs
 from pipeline.prediction.task import CausalLMTask, open_task
 from pipeline.run_folder.predictions import ChoicePredictions, read_predictions, write_predictions
 from pipeline.support.tiny import byte_level_tokenizer, tiny_decoder, write_encoder
@@ -153,5 +154,7 @@ def test_rules_that_cannot_be_applied_are_refused(tmp_path: Path) -> None:
         "data": {"path": str(tmp_path / "rows.jsonl"), "choice_score": "per_character", "validation_rows": 2,
                  "calibration_rows": 2, "test_rows": 2},
     })
-    with pytest.raises(ConfigError, match="data.choice_score = 'per_character': .* Set data.choice_score=sum"):
-        open_task(config, load_splits(config.data), torch.device("cpu"))
+    splits = load_splits(config.data)
+    for refused in (lambda: check_inputs(config), lambda: open_task(config, splits, torch.device("cpu"))):
+        with pytest.raises(ConfigError, match="data.choice_score = 'per_character': .* Set data.choice_score=sum"):
+            refused()
