@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,15 @@ from pipeline.adapters.peft_adalora import peft_adalora, plain_lora, with_peft_s
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import WEIGHT_POSITIONS, Consistency, Site
 from pipeline.errors import ConfigError, RunFolderError
-from pipeline.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, sha256_file, write_json
+from pipeline.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    manifest_faults,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 METHOD_FILE = "loradrop.json"
 _PREFIX = "base_model.model."
@@ -117,9 +126,19 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """Read any PEFT LoRA or AdaLoRA adapter; sites come from loradrop.json where there is one.
 
     Raises:
-        RunFolderError: missing or broken files, a kind of adapter that is no plain LoRA, or matrices that are
-            empty (a sharded save that was not gathered).
+        RunFolderError: missing or broken files, others than its manifest names (where it has one), a kind of adapter
+            that is no plain LoRA, or matrices that are empty (a sharded save that was not gathered).
     """
+    if (folder / MANIFEST).exists() and (faults := manifest_faults(folder)):
+        raise RunFolderError(str(folder), None, f"is damaged ({'; '.join(faults)})", "Put the whole folder back.")
+    try:
+        return _read_adapter(folder)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        fault = f"holds no adapter that can be read ({error!r})"
+        raise RunFolderError(str(folder), None, fault, "Save the adapter again with PEFT.") from error
+
+
+def _read_adapter(folder: Path) -> StoredAdapter:
     config = read_json(folder / ADAPTER_CONFIG, "Give the folder of a PEFT adapter.")
     _refuse_other_kinds(folder, config)
     weights = folder / ADAPTER_WEIGHTS
