@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_CORNERS = 2048
+EDGE = 0.05
+"""Share of a range, at either end, in which a chosen value is said to lie at its edge."""
 
 Values = dict[str, Any]
 """Dotted key -> value: one point of the space."""
@@ -33,6 +35,11 @@ class Options:
     def count(self) -> int:
         """Number of distinct values."""
         return len(self.values)
+
+    def at_edge(self, value: Any) -> bool:
+        """Whether a number is the smallest or largest of several."""
+        numbers = [one for one in self.values if isinstance(one, int | float) and not isinstance(one, bool)]
+        return len(numbers) > 1 and len(numbers) == len(self.values) and value in (min(numbers), max(numbers))
 
     def describe(self) -> dict[str, list[Any]]:
         """As a space file states it."""
@@ -65,6 +72,11 @@ class Range:
     def extremes(self) -> tuple[float | int, ...]:
         """Values to validate before anything starts: both ends."""
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+    def at_edge(self, value: float) -> bool:
+        """Whether a number is within the outer twentieths of the range."""
+        low, high, place = (math.log(x) if self.log else x for x in (self.low, self.high, value))
+        return high > low and not low + EDGE * (high - low) < place < high - EDGE * (high - low)
 
     def count(self) -> int | None:
         """Number of distinct values; None where there is no end of them."""

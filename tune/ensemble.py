@@ -13,8 +13,9 @@ from pipeline import (
     LabelledSplit,
     RunFolderError,
     RunPaths,
+    average,
     choose_adapters,
-    ensemble_nll,
+    choose_cheapest,
     join_labels,
     load_splits,
     read_predictions,
@@ -23,29 +24,44 @@ from tune.ledger import TrialRecord
 from tune.trial import TRIALS
 
 
-def choose_ensemble(
-    data: DataConfig, average: Literal["probability", "logit"], most: int, folder: Path, finished: Sequence[TrialRecord]
-) -> dict[str, Any]:
-    """Greedy forward selection among the finished trials (best first), at most `most` of them.
-
-    `by_size` holds the validation NLL of ensembles of growing size: the chosen adapters in the order of their
-    choice, then the best of the others.
+def validation_losses(
+    data: DataConfig, folder: Path, finished: Sequence[TrialRecord], by: str
+) -> tuple[list[LabelledSplit], list[float]]:
+    """Each finished trial's validation predictions, and what `select.by` makes of them; less is better.
 
     Raises:
         RunFolderError: a trial's predictions are damaged, or not of the validation rows in the order of the others'.
+        ConfigError: the rows have no such score.
     """
     splits = _labelled(data, folder, finished)
-    labels, space = splits[0].labels, splits[0].averaging_space(average)
-    outputs = [split.outputs[0] for split in splits]
-    chosen = choose_adapters(outputs, labels, most, space)
-    order = [*chosen, *(k for k in range(len(finished)) if k not in chosen)][:most]
-    stack = np.stack([outputs[k] for k in order])
-    by_size = {str(size): ensemble_nll(stack[:size], labels, space) for size in range(1, len(order) + 1)}
+    return splits, [split.loss(split.outputs[:1], by).point() for split in splits]
+
+
+def choose_ensemble(
+    splits: Sequence[LabelledSplit], names: Sequence[str], space: Literal["probability", "logit"], most: int, by: str
+) -> dict[str, Any]:
+    """Greedy forward selection among trials, at most `most` of them; the smallest ensemble within one paired standard
+    error of the best one wins, a single adapter included.
+
+    `by_size` holds the validation loss of ensembles of growing size, in the order of the selection.
+
+    Args:
+        splits: each trial's validation predictions.
+        names: the trials.
+        by: `select.by`.
+    """
+    first, outputs = splits[0], [split.outputs[0] for split in splits]
+    averaged = first.averaging_space(space)
+    order = choose_adapters(outputs, most, lambda one: first.loss(one[None], by).point(), averaged)
+    stack, sizes = np.stack([outputs[k] for k in order]), range(1, len(order) + 1)
+    losses = [first.loss(average(stack[:size], averaged)[None], by) for size in sizes]
+    chosen = sizes[choose_cheapest(sizes, losses, first.rows, first.units)]
     return {
-        "adapters": [finished[k].name for k in chosen],
-        "size": len(chosen),
-        "validation_nll": by_size[str(len(chosen))],
-        "by_size": by_size,
+        "adapters": [names[k] for k in order[:chosen]],
+        "size": chosen,
+        "selected_by": by,
+        "validation_loss": losses[chosen - 1].point(),
+        "by_size": {str(size): loss.point() for size, loss in zip(sizes, losses, strict=True)},
     }
 
 

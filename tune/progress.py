@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import duration, one_line, say
+from pipeline import SELECTION_NAMES, duration, one_line, say
 from tune.ledger import Ledger, TrialRecord
 
 
@@ -65,7 +65,7 @@ def shown(value: Any) -> str:
 
 def print_summary(result: dict[str, Any]) -> None:
     """The trials, best first, and what was chosen."""
-    trials = sorted(result["trials"], key=lambda t: (t["state"] != "done", t["validation_nll"] or float("inf")))
+    trials = sorted(result["trials"], key=_place)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     keys = list(trials[0]["config"])
     for heading in ("trial", *(key.rpartition(".")[2] for key in keys), "steps", "NLL", "accuracy", "state"):
@@ -83,11 +83,18 @@ def print_summary(result: dict[str, Any]) -> None:
     best = "  ".join(f"{key}={shown(value)}" for key, value in result["best_config"].items())
     tell(f"Best: {result['best']} ({best})")
     tell(
-        f"Ensemble (*): {ensemble['size']} of the best adapters, validation NLL {ensemble['validation_nll']:.4f}, "
-        "chosen from cached predictions."
+        f"Ensemble (*): {ensemble['size']} of the adapters, the fewest within one standard error of the best number. "
+        f"Chosen on cached validation predictions by {SELECTION_NAMES[ensemble['selected_by']]}."
     )
     for warning in result["warnings"]:
         tell(f"Warning: {warning}")
+
+
+def _place(trial: dict[str, Any]) -> tuple[bool, float, float]:
+    """Finished trials first, by what chose among them; the others by the NLL they were seen with."""
+    infinite = float("inf")
+    loss, nll = trial["validation_loss"], trial["validation_nll"]
+    return trial["state"] != "done", infinite if loss is None else loss, infinite if nll is None else nll
 
 
 def _scores(record: TrialRecord) -> str:

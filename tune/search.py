@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import (
     ADAPTER_WEIGHTS,
     EXIT_STOPPED,
@@ -33,7 +35,7 @@ from pipeline import (
 )
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
-from tune.ensemble import choose_ensemble
+from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import LEDGER, Ledger, TrialRecord, pending
 from tune.progress import SearchProgress, tell
 from tune.space import load_space
@@ -102,17 +104,21 @@ def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> d
         said = f"the first, {failed[0].name}, said: {failed[0].error}" if failed else "none ran to the end"
         raise StageFailed(f"no trial of the search finished; {said} (log: {folder / TRIALS})")
     _require_different(records, folder)
-    best = finished[0]
+    by = config.select.by
+    splits, losses = validation_losses(config.data, folder, finished, by)
+    scored = {record.name: loss for record, loss in zip(finished, losses, strict=True)}
+    best = finished[int(np.argmin(losses))]
     return {
         "label": config.label,
         "space": space.describe(),
-        "trials": [_entry(record) for record in records],
+        "selected_by": by,
+        "trials": [_entry(record, scored.get(record.name)) for record in records],
         "best": best.name,
         "best_config": best.values,
         "ensemble": choose_ensemble(
-            config.data, config.ensemble.average, config.search.adapters, folder, finished
+            splits, [record.name for record in finished], config.ensemble.average, config.search.adapters, by
         ),
-        "warnings": _warnings(finished),
+        "warnings": [*_warnings(finished), *edge_warnings(space, best)],
     }
 
 
@@ -183,13 +189,24 @@ def _warnings(finished: list[TrialRecord]) -> list[str]:
     ]
 
 
-def _entry(record: TrialRecord) -> dict[str, Any]:
+def edge_warnings(space: Space, best: TrialRecord) -> list[str]:
+    """Chosen values that lie at the edge of their dimension: the best may lie beyond it."""
+    found = [
+        f"{key} = {best.values[key]:.3g}"
+        for key, dimension in space.dimensions.items()
+        if key in best.values and dimension.at_edge(best.values[key])
+    ]
+    return [f"The chosen {', '.join(found)} lies at the edge of what was searched: widen it there."] if found else []
+
+
+def _entry(record: TrialRecord, loss: float | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": record.name,
         "config": record.values,
         "config_sha256": record.config_sha256,
         "validation_nll": record.nll,
         "validation_accuracy": record.accuracy,
+        "validation_loss": loss,
         "steps": record.steps,
         "reports": record.reports,
         "state": record.state,

@@ -21,13 +21,46 @@ class EnsembleConfig(Section):
     """Seed of the test-time masks."""
 
 
+class SelectConfig(Section):
+    """By what validation rows choose between settings, adapters and ensemble sizes."""
+
+    by: Literal["nll_scaled", "nll", "accuracy", "matthews", "f1", "pearson", "spearman"] = "nll_scaled"
+    """`nll_scaled`: NLL under a temperature that the other half of the rows decided, so that what is merely too sharp
+    or too flat, which a temperature mends, is not taken for worse (where rows have no temperature: `nll`). The others:
+    NLL as predicted, or the score of that name. The best step within a run, and which trials of a search end early, go
+    by NLL always."""
+
+
+SELECTABLE = {
+    "choice": ("nll_scaled", "nll", "accuracy", "matthews", "f1"), "completion": ("nll_scaled", "nll"),
+    "regression": ("nll_scaled", "nll", "pearson", "spearman"),
+}  # fmt: skip
+"""Kind of rows -> what they can be selected by."""
+
+
+def check_selection(by: str, kind: str, choices: int) -> None:
+    """Refuse a score that rows of a kind do not have.
+
+    Args:
+        kind: choice, completion or regression.
+        choices: the most that a row has.
+
+    Raises:
+        ConfigError: names the scores that there are.
+    """
+    fitting = [one for one in SELECTABLE[kind] if choices == 2 or one not in ("matthews", "f1")]
+    if by not in fitting:
+        what = f"is no score of {kind} rows" + (f" with {choices} choices" if kind == "choice" else "")
+        raise ConfigError("select.by", by, what, f"Set select.by to one of {', '.join(fitting)}.")
+
+
 class EvaluateConfig(Section):
     """Predictions and scores."""
 
     batch_tokens: Positive = 4096
     """Tokens (rows × members × padded length) in one forward pass."""
     ece_bins: Positive = 15
-    """Equal-mass bins of the expected calibration error."""
+    """Equal-mass bins of the debiased calibration error; the plug-in one has 15 of equal width, as the literature."""
     bootstrap_samples: Positive = 2000
     """Resamples behind each 95 % interval."""
 
@@ -38,7 +71,7 @@ class ExportConfig(Section):
     forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
     """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
     draws: NonNegative | None = None
-    """Mask draws to export; None = the ensemble size chosen on validation."""
+    """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 
     @model_validator(mode="before")
     @classmethod

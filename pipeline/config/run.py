@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from pipeline.config.adapter import AdapterConfig
 from pipeline.config.data import DataConfig
-from pipeline.config.evaluate import EnsembleConfig, EvaluateConfig, ExportConfig
+from pipeline.config.evaluate import EnsembleConfig, EvaluateConfig, ExportConfig, SelectConfig
 from pipeline.config.launch import LaunchConfig, LoggingConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.search import CompareConfig, SearchConfig
@@ -27,6 +27,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
+    select: SelectConfig = SelectConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     search: SearchConfig = SearchConfig()
@@ -66,7 +67,7 @@ class RunConfig(Section):
         """
         values = self._deciding()
         del values["evaluate"]["batch_tokens"]
-        for section in ("logging", "export", "label"):
+        for section in ("logging", "export", "label", "select"):
             del values[section]
         return _sha256(values)
 

@@ -14,8 +14,9 @@ from pipeline.data.template import check_template
 from pipeline.errors import DataError
 
 
-def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = False) -> None:
-    """Read the first `limit` rows of each local file; files that end within it also tell whether they suffice.
+def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = False) -> list[Row]:
+    """Read and return the first `limit` rows of each local file; files that end within it also tell whether they
+    suffice.
 
     Hub and embedded data are checked by name only; their rows are checked when they are loaded.
 
@@ -41,10 +42,10 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = 
     elif classifier is False:
         refuse_for_causal(found)
     if not all(is_local(source.path) for source in sources):
-        return
+        return found
     if all(whole.values()):
         divide(files, config)
-        return
+        return found
     for split in EVALUATED_SPLITS:
         if whole.get(split) and len(files[split]) < (getattr(config, f"{split}_rows") or 1):
             there = len(files[split])
@@ -52,6 +53,7 @@ def check_data(config: DataConfig, limit: int = 1000, classifier: bool | None = 
                 f"data.{split}_rows", getattr(config, f"{split}_rows"), f"the {split} file has {there} rows",
                 f"Set data.{split}_rows={there} or less.",
             )
+    return found
 
 
 def at_hand(config: DataConfig) -> bool:

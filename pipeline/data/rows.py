@@ -43,6 +43,9 @@ class Row:
     """Second text of a pair, for encoders; None where there is one text."""
     score: float | None = None
     """Number to be predicted of a regression row."""
+    unit: str | None = None
+    """What the row is one of several observations of (a document, a subject), for intervals: rows that share it are not
+    independent. None: its question."""
 
     @property
     def kind(self) -> Literal["choice", "regression", "completion", "chat"]:
@@ -67,8 +70,8 @@ class Row:
 
     @property
     def content(self) -> str:
-        """Canonical JSON of everything but the id."""
-        return _canonical({name: value for name, value in vars(self).items() if name != "id"})
+        """Canonical JSON of all that a model may read: everything but the id and the unit."""
+        return _canonical({name: value for name, value in vars(self).items() if name not in ("id", "unit")})
 
 
 class IdRegister:
@@ -82,8 +85,12 @@ class IdRegister:
         self._first_use: dict[str, str] = {}
         self._copies: Counter[str] = Counter()
 
-    def name(self, row: Row, given: Any, where: str) -> Row:
-        """`row` with its id. Raises `DataError` where `given` names an earlier row of the file, or cannot be a name."""
+    def name(self, row: Row, given: Any, where: str, unit: Any = None) -> Row:
+        """`row` with its id (and unit).
+
+        Raises:
+            DataError: `given` names an earlier row of the file, or cannot be a name.
+        """
         identity = _given_id(given, f"{where}: id") or self._content_id(row)
         if identity in self._first_use:
             raise DataError(
@@ -91,7 +98,7 @@ class IdRegister:
                 "Make the ids unique, or leave the column out.",
             )
         self._first_use[identity] = where
-        return replace(row, id=identity)
+        return replace(row, id=identity, unit=_given_id(unit, f"{where}: unit") or None)
 
     def _content_id(self, row: Row) -> str:
         digest = hashlib.sha256(row.content.encode()).hexdigest()[:16]

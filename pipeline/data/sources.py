@@ -130,7 +130,7 @@ def parse(
         try:
             if isinstance(values, DataError):
                 raise values
-            row = ids.name(to_row(values, template, where), values.get("id"), where)
+            row = ids.name(to_row(values, template, where), values.get("id"), where, values.get("unit"))
             if rows and row.kind != rows[0].kind:
                 raise DataError(where, None, f"is a {row.kind} row among {rows[0].kind} rows", "Keep one kind.")
             rows.append(row)

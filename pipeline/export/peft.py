@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def planned_exports(
     size = asked.draws
     if size is None:
         size = chosen_size(result) if result else cached
+        if result and not size:
+            say("no draws are exported: validation chose the adapter without masks; export.draws=N exports N draws")
     return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
 
 
@@ -83,28 +85,17 @@ def write_exports(
         write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
 
 
-def ensemble_entry(average: str, exported: list[Exported], result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The exported draws as an ensemble: their weights, how they are averaged, their temperature; None without any."""
-    draws = [e.folder for e in exported if e.member.draw is not None]
+def ensemble_entry(
+    exported: Sequence[Exported], readout: Callable[[Sequence[int]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The exported draws as an ensemble: their weights, and what `readout` says of these draws; None without any."""
+    draws = {e.member.draw: e.folder for e in exported if e.member.draw is not None}
     if not draws:
         return None
-    return {
-        "members": draws,
-        "weights": [1.0 / len(draws)] * len(draws),
-        "average": average,
-        "temperature": _temperature(result, len(draws)),
-    }
+    return {"members": list(draws.values()), "weights": [1.0 / len(draws)] * len(draws), **readout(list(draws))}
 
 
 def chosen_size(result: Mapping[str, Any]) -> int:
-    """Mask draws that validation chose; at least 2, since one draw alone is worse than the mean-field adapter."""
+    """Mask draws that validation chose: none where it chose the mean-field adapter."""
     entry = result.get("ensemble")
-    return max(2, int(entry["chosen_size"])) if entry else 0
-
-
-def _temperature(result: Mapping[str, Any], size: int) -> float | None:
-    """The temperature that the report fitted for an ensemble of this size, where it did."""
-    for system in result.get("systems", []):
-        if system["key"] == f"masks_{size}" and system["temperature"]:
-            return float(system["temperature"]["mean"])
-    return None
+    return int(entry["chosen_size"]) if entry else 0

@@ -13,6 +13,7 @@ from pipeline.config.deepspeed import (
     read_ds_config,
     zero_stage,
 )
+from pipeline.config.evaluate import check_selection
 from pipeline.data.encode_classifier import refuse_choice_score
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG
@@ -50,7 +51,10 @@ def check_inputs(config: RunConfig) -> None:
     from pipeline.model.kind import local_kind
 
     kind = local_kind(config.model)
-    check_data(config.data, classifier=None if kind is None else kind == "classifier")
+    rows = check_data(config.data, classifier=None if kind is None else kind == "classifier")
+    if rows:
+        answered = "completion" if rows[0].kind == "chat" else rows[0].kind
+        check_selection(config.select.by, answered, max(len(row.choices) for row in rows))
     _check_rows(config.data, config.train, classifier=kind == "classifier")
 
 

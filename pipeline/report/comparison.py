@@ -7,11 +7,12 @@ from statistics import median
 from typing import Any
 
 from pipeline.report.inputs import ReportInputs
+from pipeline.report.remarks import remarks
 from pipeline.report.result import score_entries
 from pipeline.report.scoring import ScoredSystem, score_system
 from pipeline.report.sentences import interval_text, number_text, pick, write_reading
-from pipeline.report.systems import METHOD_NAMES, System, base_system
-from pipeline.report.tables import HEADINGS, Cell, align
+from pipeline.report.systems import System, base_system, method_label
+from pipeline.report.tables import HEADINGS, Cell, align, closing_lines, scaled_lines, score_text, seconds_text
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 from pipeline.run_folder.members import PredictedMember
 from pipeline.terminal import one_line
@@ -21,10 +22,8 @@ Entries = dict[str, Any]
 _LEAD = {"choice": "nll", "completion": "nll", "regression": "rmse"}
 """Kind of rows -> the score whose difference to plain LoRA the table shows."""
 _COLUMNS = {
-    "choice": ["accuracy", "NLL [95 % interval]", "ECE", "NLL scaled", "ECE scaled"],
-    "completion": ["NLL [95 % interval]"],
-    "regression": ["Pearson [95 % interval]", "RMSE"],
-}
+    "choice": ("accuracy", "nll", "ece"), "completion": ("nll",), "regression": ("pearson", "rmse"),
+}  # fmt: skip
 
 
 def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tuple[Entries, list[ScoredSystem]]:
@@ -48,6 +47,7 @@ def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tup
         "ensemble": None,
         "left_out": [f"{one.name} {one.state}: {one.error}" for one in trainings if one.state in ("failed", "refused")],
     }
+    result |= {"remarks": remarks(inputs, result)}
     return {**result, "reading": _reading(result)}, scored
 
 
@@ -56,8 +56,8 @@ def compared_systems(
 ) -> list[tuple[System, list[Training]]]:
     """Per method its chosen settings, their mask ensemble, its other settings; each with the trainings it stands for.
 
-    Trainings that differ in nothing but the seed are candidates of one system: scores are means over them, intervals
-    hold the variance over rows and over seeds. The chosen settings of the reference method have the key `plain`.
+    Trainings that differ in nothing but the seed are the runs of one system: scores are means over them. The chosen
+    settings of the reference method have the key `plain`.
     """
     place = {(m.extra.get("train_seed"), str(m.extra.get("values")), m.extra.get("method"), m.draw): i
              for i, m in enumerate(members) if m.group == "compared"}
@@ -73,25 +73,19 @@ def compared_systems(
             members_of = [(one.seed, str(one.values), one.method) for one in group]
             title = f"{name}, {values_text(group[0].values)}"
             single = tuple((place[*who, None],) for who in members_of)
+            seeds = tuple(one.seed for one in group)
             if not group[0].chosen:
-                systems.append((System(f"variant_{number}_{position}", title, title, single), group))
+                systems.append((System(f"variant_{number}_{position}", title, title, single, seeds=seeds), group))
                 continue
             key = "plain" if method == REFERENCE else f"method_{number}"
             short_name = "plain LoRA" if key == "plain" else name
-            systems.append((System(key, title, short_name, single, group[0].name), group))
+            systems.append((System(key, title, short_name, single, group[0].name, seeds), group))
             draws = tuple(tuple(i for who_draw, i in place.items() if who_draw[:3] == who and who_draw[3] is not None)
                           for who in members_of)
             if draws[0]:
                 masks = f"{name}, {len(draws[0])} mask{'s' if len(draws[0]) > 1 else ''}"
-                systems.append((System(f"ensemble_{number}", masks, masks, draws), group))
+                systems.append((System(f"ensemble_{number}", masks, masks, draws, seeds=seeds), group))
     return systems
-
-
-def method_label(method: str) -> str:
-    """What people call a method of a comparison; one with a name of its own keeps it."""
-    if method == REFERENCE:
-        return "Plain LoRA"
-    return " + ".join(METHOD_NAMES.get(part, part) for part in method.split("+"))
 
 
 def step_costs(trainings: Sequence[Training]) -> dict[str, float]:
@@ -103,16 +97,16 @@ def step_costs(trainings: Sequence[Training]) -> dict[str, float]:
 
 
 def format_comparison(result: Entries) -> str:
-    """The table on the terminal: chosen settings marked, the other ones below."""
-    names = {system["key"]: system["short_name"] for system in result["systems"]}
-    lead = _LEAD[result["kind"]]
-    headings = [
-        "", f"valid. {HEADINGS[lead]}", *_COLUMNS[result["kind"]], f"{HEADINGS[lead]} − {names[result['reference']]}",
-        "train s", "cost",
-    ]
-    rows = [_row(result, system, lead) for system in result["systems"]]
-    title = [f"*** {result['label']} ***"] if result["label"] else []
-    lines = [*title, *align([headings, *rows]), _footnote(result, names), *result["left_out"]]
+    """The tables on the terminal: chosen settings marked, the other ones below them."""
+    names, kind = {system["key"]: system["short_name"] for system in result["systems"]}, result["kind"]
+    lead = _LEAD[kind]
+    spread = any("run_sd" in system["test"]["before"][lead] for system in result["systems"])
+    rows = [["", *(HEADINGS[score] for score in _COLUMNS[kind]), f"{HEADINGS[lead]} − {names[result['reference']]}",
+             *(["runs ±"] if spread else []), "train s", "cost"]]
+    rows += [_row(result, system, spread) for system in result["systems"]]
+    title = [result["label"]] if result["label"] else []
+    tables = [*align(rows), *scaled_lines(result)]
+    lines = [*title, *tables, _footnote(result, names), *closing_lines(result), *result["left_out"]]
     return "\n".join(map(one_line, lines))
 
 
@@ -150,48 +144,45 @@ def _training_entry(one: Training, cost: dict[str, float]) -> Entries:
     }
 
 
-def _row(result: Entries, system: Entries, lead: str) -> list[str]:
+def _row(result: Entries, system: Entries, spread: bool) -> list[str]:
+    lead, before = _LEAD[result["kind"]], system["test"]["before"]
     is_ensemble = system["key"].startswith("ensemble")
     mark = " *" if system.get("chosen") and not is_ensemble else ""
     difference = pick(result, system=system["key"], split="test", score=lead, scaling="before")
     row = [
-        system["name"] + mark, number_text(system["validation"]["before"][lead]), *_test_scores(system, result["kind"]),
+        system["name"] + mark, *(score_text(score, before[score]) for score in _COLUMNS[result["kind"]]),
         interval_text(difference[0], signed=True) if difference else "",
     ]
-    if "train_seconds" not in system or is_ensemble:
+    if spread:
+        row.append(number_text(before[lead]["run_sd"]) if "run_sd" in before[lead] else "")
+    if "cost" not in system or is_ensemble:
         return [*row, "", ""]
-    return [*row, number_text(system["train_seconds"], 0),
+    return [*row, seconds_text(system["train_seconds"]),
             "" if system["cost"] is None else number_text(system["cost"], 2)]
-
-
-def _test_scores(system: Entries, kind: str) -> list[str]:
-    """The cells of `_COLUMNS`."""
-    before = system["test"]["before"]
-    if kind == "regression":
-        return [interval_text(before["pearson"]), number_text(before["rmse"]["value"])]
-    if kind == "completion":
-        return [interval_text(before["nll"])]
-    after = system["test"]["after"]
-    scaled = [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
-    return [number_text(before["accuracy"]["value"]), interval_text(before["nll"]), *scaled]
 
 
 def _footnote(result: Entries, names: dict[str, str]) -> str:
     rows, lead = result["rows"], HEADINGS[_LEAD[result["kind"]]]
-    scaled = f"; scaled = temperature fitted on {rows['calibration']} calibration rows"
-    return (
-        f"* settings that {rows['validation']} validation rows choose for the method (by NLL, in nats). "
-        f"{rows['test']} test rows{scaled if result['kind'] == 'choice' else ''}.\n"
-        f"{lead} − {names[result['reference']]}: paired on the same rows, 95 % interval. train s: in optimizer steps; "
-        f"cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}."
-    )
+    several = any(len(system["train_seeds"]) > 1 for system in result["systems"])
+    lines = [
+        f"* settings that {rows['validation']} validation rows choose, by {result['selected_by']['name']}.",
+        f"{rows['test']} test rows; 95 % intervals, over rows{' and seeds' if several else ''}; NLL in nats.",
+        f"{lead} − {names[result['reference']]}: paired by row{' and seed' if several else ''}. train s: in optimizer "
+        f"steps, per run; cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}.",
+    ]
+    if several:
+        lines.append(f"runs ±: standard deviation of {lead} between single runs.")
+    if result["kind"] == "choice":
+        lines.append(f"T: temperature, fitted on {rows['calibration']} calibration rows and shrunk towards 1 (~: those "
+                     "rows do not carry it).")
+    return "\n".join(lines)
 
 
-def _reading(result: Entries) -> str:
-    """Which settings were chosen, and how the methods, as chosen, differ from plain LoRA."""
+def _reading(result: Entries) -> list[str]:
+    """Which settings were chosen, and how the methods, as chosen, differ from plain LoRA; a few lines."""
     chosen = [system for system in result["systems"] if system.get("chosen")]
     single = [system for system in chosen if not system["key"].startswith("ensemble")]
     picked = "; ".join(f"{method_label(system['method'])}: {values_text(system['values'])}" for system in single)
     keys = {system["key"] for system in chosen}
     of_chosen = [c for c in result["comparisons"] if c["system"] in keys]
-    return f"Validation chooses {picked}. " + write_reading({**result, "comparisons": of_chosen})
+    return [f"Validation chooses {picked}.", *write_reading({**result, "comparisons": of_chosen})]

@@ -28,6 +28,8 @@ class TrainingCurve:
     """Training loss, nats per supervised token."""
     validation_nll: dict[int, float]
     """Validation NLL, nats."""
+    seconds: float | None = None
+    """In optimizer steps: validation, checkpoints and loading apart. None where it was not logged."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,16 @@ def read_training(metrics: Path) -> TrainingCurve:
     """The curves in a metrics.jsonl; a step logged again after a resume counts once. Empty where there is none."""
     loss: dict[int, float] = {}
     validation: dict[int, float] = {}
+    seconds: dict[int, float] = {}
     for row in read_metrics(metrics, train=["loss"], validation=["nll"]):
         if row["kind"] == "train":
             loss[row["step"]] = float(row["loss"])
+            if isinstance(row.get("seconds"), int | float):
+                seconds[row["step"]] = float(row["seconds"])
         elif row["kind"] == "validation":
             validation[row["step"]] = float(row["nll"])
-    return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())))
+    total = sum(seconds.values()) if seconds else None
+    return TrainingCurve(dict(sorted(loss.items())), dict(sorted(validation.items())), total)
 
 
 def _read_split(paths: RunPaths, split: str, origin: Origin, members: list[PredictedMember]) -> Predictions:

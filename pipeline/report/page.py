@@ -13,8 +13,9 @@ from pipeline import __version__
 from pipeline.report import plots, tables
 from pipeline.report.comparison import training_table
 from pipeline.report.inputs import ReportInputs
+from pipeline.report.remarks import chance_line
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
-from pipeline.scores.classification import reliability
+from pipeline.scores.calibration import reliability
 
 _TEMPLATE = "page.html"
 _ROWS_PER_POINT = 40
@@ -34,6 +35,8 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         name=inputs.paths.root.resolve().name,
         version=__version__,
         summary=tables.summary_table(result),
+        scaled=tables.scaled_table(result),
+        chance=chance_line(result),
         comparisons=tables.comparison_table(result),
         trials=tables.trial_table(search) if search else None,
         plots={name: Markup(svg) for name, svg in _plots(inputs, result, scored).items() if svg is not None},

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report.inputs import TrainingCurve
 from pipeline.report.tables import HEADINGS
-from pipeline.scores.classification import Reliability
+from pipeline.scores.calibration import Reliability
 
 _INK, _FAINT = "#010203", "#040506"
 """Stand-ins, replaced by the page's own colours so that dark pages work."""
@@ -88,14 +88,15 @@ def training_plot(curves: Mapping[str, tuple[str, TrainingCurve]]) -> str:
 
     def fill(axes: list[Axes]) -> None:
         for key, (name, curve) in curves.items():
-            axes[0].plot(list(curve.loss), list(curve.loss.values()), color=colour(key), label=name, linewidth=1.4)
+            axes[0].plot(list(curve.loss), list(curve.loss.values()), color=colour(key), label=name, linewidth=1.4,
+                         marker="o" if len(curve.loss) == 1 else None)
             steps, values = list(curve.validation_nll), list(curve.validation_nll.values())
             axes[1].plot(steps, values, color=colour(key), label=name, linewidth=1.4, marker="o", markersize=4)
         axes[0].set_title("Training loss per supervised token or row")
         axes[1].set_title("Validation NLL (nats)")
         for axis in axes:
-            axis.set_xlabel("step")
-            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+            axis.set_xlabel("step")  # and no zero forced into sight: differences between curves would vanish
+            axis.margins(y=0.1)
         axes[0].legend()
 
     return draw("plot-training", (11.0, 3.4), 2, fill)
@@ -141,8 +142,8 @@ def ensemble_plot(ensemble: Mapping[str, Any], lines: Sequence[tuple[str, str, d
             axis.plot(sizes, curve[score], color=COLOURS["masks"], marker="o", markersize=4, label="mask ensemble")
             for key, name, values in lines:
                 axis.axhline(values[scaling], color=colour(key), linewidth=1.2, linestyle="--", label=name)
-            chosen = ensemble["chosen_size"]
-            axis.axvline(chosen, color=_INK, linewidth=0.8, linestyle=":", label="chosen on validation")
+            if chosen := ensemble["chosen_size"]:
+                axis.axvline(chosen, color=_INK, linewidth=0.8, linestyle=":", label="chosen on validation")
             axis.set(title=titles[scaling], xlabel="mask draws averaged", xticks=sizes)
         axes[0].set_ylabel("test NLL (nats)" if score == "nll" else f"test {score.upper()}")
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -8,43 +8,36 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.report.choices import ensemble_entry
 from pipeline.report.inputs import ReportInputs
-from pipeline.report.scoring import (
-    BEFORE,
-    BOOTSTRAP_SEED,
-    SELECTING_SCORE,
-    Resamples,
-    ScoredSystem,
-    resample,
-    score_system,
-    size_curve,
-)
+from pipeline.report.remarks import chance, remarks
+from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, resample, score_system
 from pipeline.report.sentences import REFERENCES, write_reading
-from pipeline.report.systems import (
-    build_systems,
-    curve_sizes,
-    ensemble_space,
-    indices,
-    mask_system,
-    method_name,
-    table_sizes,
-)
+from pipeline.report.systems import build_systems, ensemble_space, method_name
 from pipeline.scores import temperature
-from pipeline.scores.bootstrap import LEVEL, Floats, percentile_interval
-from pipeline.scores.classification import bin_count, plugin_ece
-from pipeline.scores.ensemble import SUBSET_LIMIT, choose_size
+from pipeline.scores.bootstrap import LEVEL
+from pipeline.scores.calibration import PLUGIN_BINS, bin_count, sampling_interval
+from pipeline.scores.ensemble import SUBSET_LIMIT
+from pipeline.scores.seeds import CLAIM_SEEDS, Runs, difference, within_bounds
+from pipeline.scores.selection import selection_name
 
-COMPARED_SCORES = ("nll", "accuracy", "pearson", "spearman", "rmse")
+COMPARED_SCORES = ("nll", "accuracy", "brier", "ece", "pearson", "spearman", "rmse")
 ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
-SIZE_RULE = "smallest size whose validation {}, unscaled, is within one standard error of the best size's"
+PLUGIN_ESTIMATOR = "mean absolute gap of the top choice over equal-width bins, biased upwards (arXiv 1706.04599)"
+_BOUNDS = {
+    "accuracy": (0.0, 1.0), "nll": (0.0, np.inf), "brier": (0.0, 2.0), "ece": (0.0, 1.0), "ece_plugin": (0.0, 1.0),
+    "ece_classwise": (0.0, 1.0), "matthews": (-1.0, 1.0), "f1": (0.0, 1.0), "pearson": (-1.0, 1.0),
+    "spearman": (-1.0, 1.0), "rmse": (0.0, np.inf), "mse": (0.0, np.inf),
+}  # fmt: skip
 
 
 def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
     """Score every system: the content of result.json, and what plots need besides."""
     scored = [score_system(inputs, system) for system in build_systems(inputs)]
     singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
-    own = {"ensemble": _ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
+    own = {"ensemble": ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
     result = {**score_entries(inputs, scored, singles), **own}
+    result |= {"remarks": remarks(inputs, result)}
     return {**result, "reading": write_reading(result)}, scored
 
 
@@ -52,8 +45,8 @@ def score_entries(
     inputs: ReportInputs, scored: Sequence[ScoredSystem], singles: Sequence[ScoredSystem]
 ) -> dict[str, Any]:
     """What is scored and how, every system's scores, and paired differences; those of `singles` on validation, too."""
-    config = inputs.config
-    test, validation = resample(inputs, scored, "test"), resample(inputs, singles, "validation")
+    config, test_split = inputs.config, inputs.splits["test"]
+    test, validation = resample(inputs, scored, "test"), resample(inputs, scored, "validation")
     return {
         "label": config.label,
         "config_sha256": config.sha256(),
@@ -62,54 +55,82 @@ def score_entries(
         "train_seed": config.train.seed,
         "kind": inputs.kind,
         "rows": {name: split.rows for name, split in inputs.splits.items()},
+        "units": {name: split.unit_count for name, split in inputs.splits.items()},
         "evaluate_seconds": {name: split.seconds for name, split in inputs.splits.items()},
         "average": ensemble_space(inputs),
-        "ece": {"estimator": ECE_ESTIMATOR, "bins": bin_count(inputs.splits["test"].rows, config.evaluate.ece_bins)},
+        "selected_by": {"key": config.select.by, "name": selection_name(config.select.by, inputs.kind)},
+        "ece": {"estimator": ECE_ESTIMATOR, "bins": bin_count(test_split.unit_count, config.evaluate.ece_bins)},
+        "ece_plugin": {"estimator": PLUGIN_ESTIMATOR, "bins": PLUGIN_BINS},
+        "temperature_prior_sd": temperature.PRIOR_SD,
         "bootstrap": {"samples": config.evaluate.bootstrap_samples, "seed": BOOTSTRAP_SEED, "level": LEVEL},
+        "claim_seeds": CLAIM_SEEDS,
         "subset_limit": SUBSET_LIMIT,
-        "systems": [_system_entry(inputs, one, test) for one in scored],
+        "chance": chance(inputs),
+        "systems": [_system_entry(inputs, one, {"validation": validation, "test": test}) for one in scored],
         "comparisons": [*_comparisons(scored, test, "test"), *_comparisons(singles, validation, "validation")],
     }
 
 
-def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: Resamples) -> dict[str, Any]:
+def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: dict[str, Resamples]) -> dict[str, Any]:
     used = sorted({index for candidate in one.system.candidates for index in candidate})
+    trained = "mean_field" if one.system.key.startswith("masks_") else one.system.curve  # draws of the same training
+    curve = inputs.curves.get(trained or "")
     return {
         "key": one.system.key,
         "name": one.system.name,
         "short_name": one.system.short_name,
         "passes": one.system.passes,
         "subsets": len(one.system.candidates),
+        "train_seeds": list(one.system.seeds),
         "members": [inputs.members[index].name for index in used],
-        "temperature": None if one.temperatures is None else _temperature_entry(one.temperatures),
-        "validation": {
-            scaling: {score: statistic.point() for score, statistic in one.statistics["validation", scaling].items()}
-            for scaling in one.scalings("validation")
+        "train_seconds": None if curve is None else curve.seconds,
+        "evaluate_seconds": inputs.splits["test"].seconds * one.system.passes / len(inputs.members),
+        "temperature": _temperature_entry(one),
+        "top_choices": _top_choices(inputs, one),
+        **{
+            split: {scaling: _scores(one, split, scaling, resamples[split]) for scaling in one.scalings(split)}
+            for split in ("validation", "test")
         },
-        "test": {scaling: _test_entry(inputs, one, scaling, resamples) for scaling in one.scalings("test")},
     }
 
 
-def _temperature_entry(temperatures: Floats) -> dict[str, Any]:
+def _temperature_entry(one: ScoredSystem) -> dict[str, Any] | None:
+    if one.temperatures is None:
+        return None
+    ends = one.temperature_ends
     return {
-        "mean": float(temperatures.mean()),
-        "min": float(temperatures.min()),
-        "max": float(temperatures.max()),
-        "at_bound": any(temperature.at_bound(value) for value in temperatures.tolist()),
+        "mean": float(one.temperatures.mean()),
+        "min": float(one.temperatures.min()),
+        "max": float(one.temperatures.max()),
+        "low": float(ends[:, 0].min()),
+        "high": float(ends[:, 1].max()),
+        "at_bound": any(temperature.at_bound(value) for value in one.temperatures.tolist()),
+        "carried": one.carried,
     }
 
 
-def _test_entry(inputs: ReportInputs, one: ScoredSystem, scaling: str, resamples: Resamples) -> dict[str, Any]:
-    entries: dict[str, Any] = {
-        score: asdict(percentile_interval(statistic.point(), resamples[one.system.key, scaling, score]))
-        for score, statistic in one.statistics["test", scaling].items()
-    }
-    if inputs.kind == "completion":
-        entries["perplexity"] = {end: float(np.exp(value)) for end, value in entries["nll"].items()}
-    elif inputs.kind == "choice":
-        predictions, labels = one.predictions["test", scaling], inputs.splits["test"].labels
-        entries["ece_plugin"] = float(plugin_ece(predictions, labels, inputs.config.evaluate.ece_bins).mean())
+def _top_choices(inputs: ReportInputs, one: ScoredSystem) -> list[float] | None:
+    """Share of test rows (and candidates) that each choice is the most probable one of; None without choices."""
+    if inputs.kind != "choice":
+        return None
+    predictions = one.predictions["test", BEFORE]
+    counts = np.bincount(predictions.argmax(axis=-1).ravel(), minlength=predictions.shape[-1])
+    return [float(share) for share in counts / counts.sum()]
+
+
+def _scores(one: ScoredSystem, split: str, scaling: str, resamples: Resamples) -> dict[str, Any]:
+    scores = one.statistics[split, scaling]
+    entries = {score: _score_entry(score, resamples[one.system.key, scaling, score]) for score in scores}
+    if list(scores) == ["nll"]:  # completion
+        entries["perplexity"] = {end: float(np.exp(entries["nll"][end])) for end in ("value", "low", "high")}
     return entries
+
+
+def _score_entry(score: str, runs: Runs) -> dict[str, float]:
+    biased = score == "ece_plugin" and len(runs.points) == 1
+    interval = sampling_interval(runs.mean, runs.resamples[0]) if biased else runs.interval()
+    entry = asdict(within_bounds(interval, *_BOUNDS[score]))
+    return entry if runs.spread is None else {**entry, "run_sd": runs.spread}
 
 
 def _comparisons(scored: Sequence[ScoredSystem], resamples: Resamples, split: str) -> Iterator[dict[str, Any]]:
@@ -130,43 +151,16 @@ def _comparison(
     one: ScoredSystem, reference: ScoredSystem, resamples: Resamples, where: tuple[str, str, str]
 ) -> dict[str, Any]:
     split, scaling, score = where
-    value = one.statistics[split, scaling][score].point() - reference.statistics[split, scaling][score].point()
-    paired = resamples[one.system.key, scaling, score] - resamples[reference.system.key, scaling, score]
-    interval = percentile_interval(value, paired)
+    found = difference(
+        resamples[one.system.key, scaling, score], resamples[reference.system.key, scaling, score]
+    )
     return {
         "split": split, "scaling": scaling, "score": score,
         "system": one.system.key, "versus": reference.system.key,
-        "difference": interval.value, "low": interval.low, "high": interval.high,
-        "excludes_zero": interval.excludes_zero,
-    }
-
-
-def _ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict[str, Any] | None:
-    """NLL (or squared error) by number of mask draws, and the size that validation chooses."""
-    draws = indices(inputs.members, "mask_draw")
-    if not draws:
-        return None
-    known = {one.system.key: one for one in scored}
-    systems = [mask_system(method_name(inputs.config.adapter), draws, size) for size in curve_sizes(len(draws))]
-    by_size = [known.get(system.key) or score_system(inputs, system) for system in systems]
-    candidates = [1, *table_sizes(len(draws))]
-    score = SELECTING_SCORE[inputs.kind]
-    offered = [one for one in by_size if one.system.passes in candidates]
-    chosen = choose_size(size_curve(offered, "validation", BEFORE, score))
-    return {
-        "score": score,
-        "sizes": [system.passes for system in systems],
-        "validation": {s: _curve_entry(by_size, "validation", s, score) for s in by_size[0].scalings("validation")},
-        "test": {s: _curve_entry(by_size, "test", s, score) for s in by_size[0].scalings("test")},
-        "candidates": candidates,
-        "chosen_size": chosen,
-        "rule": SIZE_RULE.format(score.upper()),
-    }
-
-
-def _curve_entry(scored: Sequence[ScoredSystem], split: str, scaling: str, score: str) -> dict[str, list[float]]:
-    curve = size_curve(scored, split, scaling, score)
-    return {score: curve.mean.tolist(), f"{score}_spread": curve.spread.tolist()}
+        "difference": found.interval.value, "low": found.interval.low, "high": found.interval.high,
+        "excludes_zero": found.interval.excludes_zero, "seeds": found.seeds, "run_sd": found.spread,
+        "claims": found.claims,
+    }  # fmt: skip
 
 
 def _left_out(inputs: ReportInputs) -> list[str]:

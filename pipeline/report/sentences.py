@@ -9,21 +9,18 @@ REFERENCES = ("base", "plain")
 """Keys of the systems that others are compared with."""
 _FEW_ROWS = 50
 """Below this a percentile bootstrap covers clearly less than 95 %."""
-_LOWER_IS_BETTER = ("lower (better)", "higher (worse)")
-_HIGHER_IS_BETTER = ("lower (worse)", "higher (better)")
-_WORDS = {
-    "nll": _LOWER_IS_BETTER, "accuracy": _HIGHER_IS_BETTER, "pearson": _HIGHER_IS_BETTER, "rmse": _LOWER_IS_BETTER,
+_NAMES = {
+    "nll": "NLL", "ece": "ECE (debiased)", "accuracy": "accuracy", "pearson": "Pearson's correlation", "rmse": "RMSE",
 }
-_NAMES = {"nll": "NLL", "accuracy": "accuracy", "pearson": "Pearson's correlation", "rmse": "RMSE"}
+_HIGHER_IS_BETTER = ("accuracy", "pearson")
 
 
-def write_reading(result: dict[str, Any]) -> str:
-    """One paragraph: the scores of the run's adapter, which differences exclude 0, and what limits them."""
-    sentences = [_own_scores(result)]
-    for versus in REFERENCES:
-        sentences += [_verdict(result, versus, score) for score in _WORDS]
-    sentences += [_validation(result), _chosen_size(result), _chosen_adapters(result), _limits(result)]
-    return " ".join(sentence for sentence in sentences if sentence)
+def write_reading(result: dict[str, Any]) -> list[str]:
+    """A few short lines: the scores of the run's adapter; how it, and the read-out that validation chose, differ from
+    each reference; what was chosen; limits. All other differences stand in the table."""
+    lines = [_own_scores(result), *(_verdicts(result, versus) for versus in REFERENCES)]
+    lines += [" ".join(filter(None, (_validation(result), _chosen_size(result), _chosen_adapters(result))))]
+    return [line for line in [*lines, _limits(result)] if line]
 
 
 def interval_text(entry: dict[str, float], digits: int = 3, signed: bool = False) -> str:
@@ -31,6 +28,11 @@ def interval_text(entry: dict[str, float], digits: int = 3, signed: bool = False
     value = entry["difference"] if "difference" in entry else entry["value"]
     low, high = (number_text(entry[end], digits, signed) for end in ("low", "high"))
     return f"{number_text(value, digits, signed)} [{low}, {high}]"
+
+
+def ece_text(entry: dict[str, float], digits: int = 3) -> str:
+    """As `interval_text`; where the estimate is 0 (chance outweighs it) its upper bound alone: `≤ 0.045`."""
+    return interval_text(entry, digits) if entry["value"] > 0.0 else f"≤ {number_text(entry['high'], digits)}"
 
 
 def number_text(value: float, digits: int = 3, signed: bool = False) -> str:
@@ -61,27 +63,32 @@ def _own_scores(result: dict[str, Any]) -> str:
             f"nats, {after} after temperature scaling.")
 
 
-def _verdict(result: dict[str, Any], versus: str, score: str) -> str:
-    """Which systems differ from a reference, before and (NLL) after temperature scaling."""
-    before = pick(result, split="test", versus=versus, score=score, scaling="before")
-    after = pick(result, split="test", versus=versus, score=score, scaling="after") if score == "nll" else []
-    if not before:
-        return ""
+def _verdicts(result: dict[str, Any], versus: str) -> str:
+    """In which scores the systems in question are better or worse than a reference; those alike are named together."""
     names = {system["key"]: system["short_name"] for system in result["systems"]}
-    text = f"Against {names[versus]}, {_NAMES[score]} is {_clauses(before, names, score)}"
-    return text + (f"; after temperature scaling of both it is {_clauses(after, names, score)}." if after else ".")
+    shown = {"mean_field", (result["ensemble"] or {}).get("chosen")}
+    if "mean_field" not in names:  # a comparison
+        shown = {key for key in names if key.startswith(("plain", "method_"))}
+    found: dict[str, dict[str, list[str]]] = {}
+    for one in pick(result, split="test", versus=versus):
+        score, scaled = one["score"], " scaled" if one["scaling"] == "after" else ""
+        if one["system"] in shown and score in _NAMES and not (scaled and score == "accuracy"):
+            verdicts = found.setdefault(names[one["system"]], {})
+            verdicts.setdefault(_verdict(one), []).append(_NAMES[score] + scaled)
+    alike: dict[str, list[str]] = {}
+    for name, verdicts in found.items():
+        text = "; ".join(f"{words} in {join(verdicts[words])}" for words in _VERDICTS if words in verdicts)
+        alike.setdefault(text, []).append(name)
+    return " ".join(f"Against {names[versus]}, {join(systems)}: {text}." for text, systems in alike.items())
 
 
-def _clauses(compared: Sequence[dict[str, Any]], names: dict[str, str], score: str) -> str:
-    groups = {
-        _WORDS[score][0]: [c for c in compared if c["excludes_zero"] and c["difference"] < 0],
-        _WORDS[score][1]: [c for c in compared if c["excludes_zero"] and c["difference"] > 0],
-        "not distinguishable": [c for c in compared if not c["excludes_zero"]],
-    }
-    groups = {words: found for words, found in groups.items() if found}
-    if len(groups) == 1 and len(compared) > 1:
-        return f"{next(iter(groups))} for all {len(compared)} systems"
-    return ", and ".join(f"{words} for {_join([names[c['system']] for c in found])}" for words, found in groups.items())
+_VERDICTS = ("better", "worse", "open (too few seeds for a claim)", "not distinguishable")
+
+
+def _verdict(compared: dict[str, Any]) -> str:
+    if not compared["claims"]:
+        return _VERDICTS[2 if compared["excludes_zero"] else 3]
+    return _VERDICTS[(compared["difference"] > 0.0) != (compared["score"] in _HIGHER_IS_BETTER)]
 
 
 def _validation(result: dict[str, Any]) -> str:
@@ -98,9 +105,9 @@ def _validation(result: dict[str, Any]) -> str:
 def _chosen_size(result: dict[str, Any]) -> str:
     if result["ensemble"] is None:
         return ""
-    size = result["ensemble"]["chosen_size"]
-    members = "one mask draw" if size == 1 else f"an ensemble of {size} mask draws"
-    return f"Validation chooses {members}: the {result['ensemble']['rule']}."
+    ensemble = result["ensemble"]
+    chosen = "no mask ensemble" if ensemble["chosen"] == "mean_field" else f"{ensemble['chosen_name']} averaged"
+    return f"Validation chooses {chosen}: the {ensemble['rule']}."
 
 
 def _chosen_adapters(result: dict[str, Any]) -> str:
@@ -108,19 +115,21 @@ def _chosen_adapters(result: dict[str, Any]) -> str:
     systems = [system for system in result["systems"] if system["key"].startswith("adapters_")]
     if not systems:
         return ""
-    return f"Greedy selection on validation takes {systems[0]['passes']} of {systems[-1]['passes']} searched adapters."
+    return f"Of {systems[-1]['passes']} searched adapters validation takes {systems[0]['passes']}, by the same rule."
 
 
 def _limits(result: dict[str, Any]) -> str:
-    rows = result["rows"]["test"]
-    warning = f" With {rows} test rows the intervals themselves are too narrow to trust." if rows < _FEW_ROWS else ""
+    rows, units = result["rows"]["test"], result["units"]["test"]
+    warning = f" With {units} test rows the intervals themselves are too narrow to trust." if units < _FEW_ROWS else ""
     seeds = str(result["train_seed"])
-    runs = f"over training runs with the seeds {seeds}" if "," in seeds else f"of one training run with seed {seeds}"
-    return (f"“Not distinguishable” means that the 95 % interval of the paired difference includes 0. The intervals "
-            f"are over rows (and over mask draws, where an ensemble has fewer members than were cached) {runs}: "
-            f"another seed may give other numbers, and there is no "
-            f"correction for the number of comparisons.{warning}")
+    over = (f"over rows and over the training seeds {seeds}" if "," in seeds else
+            f"over rows, of one training run with seed {seeds}: another seed may give other numbers")
+    shared = f" ({units} independent units)" if units < rows else ""
+    return (f"“Not distinguishable”: the 95 % interval of the paired difference includes 0. Intervals are {over}; "
+            f"{rows} test rows{shared}; no correction for the number of comparisons.{warning}")
 
 
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+def join(parts: Sequence[str]) -> str:
+    """`a, b and c`; with semicolons where a part has commas of its own."""
+    comma = "; " if any("," in part for part in parts) else ", "
+    return parts[0] if len(parts) == 1 else comma.join(parts[:-1]) + (" and " if comma == ", " else "; ") + parts[-1]

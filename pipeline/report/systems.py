@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pipeline.config import AdapterConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.report.inputs import ReportInputs
+from pipeline.run_folder.comparison import REFERENCE
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.run_folder.members import Group, PredictedMember
-from pipeline.scores.ensemble import Space, choose_adapters, subsets
+from pipeline.scores.ensemble import Space, average, choose_adapters, choose_cheapest, subsets
+from pipeline.scores.selection import SelectBy
 
 METHOD_NAMES = {
     "none": "LoRA without dropout",
@@ -31,7 +33,9 @@ _ALL_SIZES_UP_TO = 16
 class System:
     """A predictor: the average of a few members.
 
-    Where any `passes` of several mask draws would do, there are many candidates: scores are averaged over them.
+    Where any `passes` of several mask draws would do, there are many candidates: scores are averaged over them, and
+    intervals are those of one of them. Runs of several training seeds are candidates of another kind: what is wanted
+    is the mean over seeds and its interval (`scores.seeds`).
     """
 
     key: str
@@ -42,6 +46,14 @@ class System:
     """Q subsets of member indices, all of one size."""
     curve: str | None = None
     """Key of its training curve among the inputs."""
+    seeds: tuple[int, ...] = ()
+    """Training seed of each candidate, where there is one candidate per training run; empty: interchangeable ones."""
+
+    @property
+    def runs(self) -> list[list[int]]:
+        """The candidates of each training run."""
+        numbers = list(range(len(self.candidates)))
+        return [[number] for number in numbers] if self.seeds else [numbers]
 
     @property
     def passes(self) -> int:
@@ -59,6 +71,13 @@ def method_name(adapter: AdapterConfig) -> str:
     return " + ".join([*parts, "Dropout on " + ", ".join(s.position for s in adapter.resolved_method().sites)])
 
 
+def method_label(method: str) -> str:
+    """What people call a method of a comparison; one with a name of its own keeps it."""
+    if method == REFERENCE:
+        return "Plain LoRA"
+    return " + ".join(METHOD_NAMES.get(part, part) for part in method.split("+"))
+
+
 def build_systems(inputs: ReportInputs) -> list[System]:
     """Every system that the members allow, in the order of the summary table."""
     members, config = inputs.members, inputs.config
@@ -73,7 +92,7 @@ def build_systems(inputs: ReportInputs) -> list[System]:
     ]
     draws = indices(members, "mask_draw")
     systems += [mask_system(name, draws, size) for size in table_sizes(len(draws))]
-    return systems + _searched_systems(members, inputs.splits["validation"], ensemble_space(inputs))
+    return systems + _searched_systems(members, inputs.splits["validation"], ensemble_space(inputs), config.select.by)
 
 
 def base_system(members: Sequence[PredictedMember]) -> list[System]:
@@ -118,14 +137,20 @@ def ensemble_space(inputs: ReportInputs) -> Space:
     return inputs.splits["validation"].averaging_space(inputs.config.ensemble.average)
 
 
-def _searched_systems(members: Sequence[PredictedMember], validation: LabelledSplit, space: Space) -> list[System]:
-    """The adapters that validation chose, and all of them where it chose fewer."""
+def _searched_systems(
+    members: Sequence[PredictedMember], validation: LabelledSplit, space: Space, by: SelectBy
+) -> list[System]:
+    """As many adapters as validation chose, one among the candidates, and all of them where it chose fewer."""
     searched = indices(members, "searched")
     if not searched:
         return []
-    order = choose_adapters([validation.outputs[i] for i in searched], validation.labels, len(searched), space)
-    systems = [_searched_system(f"{len(order)}", [searched[i] for i in order])]
-    return systems + ([_searched_system(f"all {len(searched)}", searched)] if len(order) < len(searched) else [])
+    outputs = validation.outputs[searched]
+    order = choose_adapters(list(outputs), len(searched), lambda one: validation.loss(one[None], by).point(), space)
+    sizes = range(1, len(order) + 1)
+    losses = [validation.loss(average(outputs[list(order[:size])], space)[None], by) for size in sizes]
+    chosen = order[: sizes[choose_cheapest(sizes, losses, validation.rows, validation.units)]]
+    systems = [_searched_system(f"{len(chosen)}", [searched[i] for i in chosen])]
+    return systems + ([_searched_system(f"all {len(searched)}", searched)] if len(chosen) < len(searched) else [])
 
 
 def _searched_system(count: str, adapters: Sequence[int]) -> System:

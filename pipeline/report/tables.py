@@ -5,34 +5,75 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.sentences import interval_text, number_text
-from pipeline.terminal import one_line, printable
+from pipeline.report.remarks import chance_line
+from pipeline.report.sentences import ece_text, interval_text, number_text
+from pipeline.terminal import one_line
 
 Cell = tuple[str, str]
-"""Main text, and a smaller one below it (an interval)."""
+"""Main text, and smaller lines below it (an interval)."""
 
 HEADINGS = {
-    "accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "perplexity": "Perplexity",
+    "accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE (debiased)", "ece_plugin": "ECE (plug-in)",
+    "ece_classwise": "ECE (classwise)", "perplexity": "Perplexity",
     "matthews": "Matthews", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE",
 }
+"""Score -> its one name, as in docs/glossary.md."""
 _SCORES = {
-    "choice": ("accuracy", "matthews", "f1", "nll", "brier", "ece"),
+    "choice": ("accuracy", "matthews", "f1", "nll", "brier", "ece", "ece_classwise", "ece_plugin"),
     "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
 }
+_UNSCALED = ("accuracy", "matthews", "f1")
+_TERMINAL = {
+    "choice": ("accuracy", "nll", "ece"), "completion": ("nll", "perplexity"),
+    "regression": ("pearson", "spearman", "rmse"),
+}  # fmt: skip
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The short table that a run ends with: plain text, one line per system, intervals for the NLL."""
-    columns = {
-        "choice": ["accuracy", "NLL [95 % interval]", "ECE", "NLL scaled", "ECE scaled"],
-        "completion": ["NLL [95 % interval]", "perplexity"],
-        "regression": ["Pearson [95 % interval]", "Spearman", "RMSE"],
-    }
-    headings = ["", "passes", *columns[result["kind"]]]
-    rows = [headings, *([_plain_row(system, result["kind"]) for system in result["systems"]])]
-    title = [f"*** {result['label']} ***"] if result["label"] else []
-    return printable("\n".join([*map(one_line, title), *align(rows), _footnote(result)]))
+    """The short table that a run ends with: plain text, one line per system, then what it does not say by itself."""
+    shown = _TERMINAL[result["kind"]]
+    rows = [["", "passes", *(HEADINGS[score] for score in shown), "train s", "test s"]]
+    for system in result["systems"]:
+        scores = [score_text(score, system["test"]["before"][score]) for score in shown]
+        rows.append([system["name"], str(system["passes"]), *scores, *_cost_texts(system)])
+    title = [result["label"]] if result["label"] else []
+    lines = [*title, *align(rows), *scaled_lines(result), _footnote(result), *closing_lines(result)]
+    return "\n".join(map(one_line, lines))
+
+
+def scaled_lines(result: dict[str, Any]) -> list[str]:
+    """The table of scores after temperature scaling; none where rows have no temperature."""
+    if result["kind"] != "choice":
+        return []
+    rows = [["after temperature scaling", "T", HEADINGS["nll"], HEADINGS["ece"]]]
+    for system in result["systems"]:
+        after = system["test"]["after"]
+        scores = [score_text(score, after[score]) for score in ("nll", "ece")]
+        rows.append([system["name"], temperature_text(system["temperature"]), *scores])
+    return align(rows)
+
+
+def closing_lines(result: dict[str, Any]) -> list[str]:
+    """Chance, remarks, each on a line."""
+    return [line for line in (chance_line(result), *(f"! {one}" for one in result["remarks"])) if line]
+
+
+def score_text(score: str, entry: Mapping[str, float]) -> str:
+    """A score with its interval; of a debiased ECE of 0 its upper bound."""
+    texts = ece_text if score in ("ece", "ece_classwise") else interval_text
+    return texts(dict(entry), _digits(score))
+
+
+def seconds_text(seconds: float) -> str:
+    """A tenth where there are few."""
+    return number_text(seconds, 0 if seconds >= 10.0 else 1)
+
+
+def temperature_text(temperature: Mapping[str, Any]) -> str:
+    """`1.32 [1.10, 1.58]`; `~` before one that the rows do not carry, `!` before one at its bound."""
+    mark = "!" if temperature["at_bound"] else "" if temperature["carried"] else "~"
+    return mark + interval_text({"value": temperature["mean"], **{end: temperature[end] for end in ("low", "high")}}, 2)
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -48,30 +89,34 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and rows of the page's summary: every score before and after temperature scaling."""
-    headings, columns = ["System", "Passes"], []
+    """Headings and rows of the page's summary: cost and every score as predicted."""
     shown = [score for score in _SCORES[result["kind"]] if score in result["systems"][0]["test"]["before"]]
-    for score in shown:
-        scaled = result["kind"] == "choice" and score not in ("accuracy", "matthews", "f1")
-        columns += [(score, "before")] + ([(score, "after")] if scaled else [])
-        headings += [HEADINGS[score]] + ([f"{HEADINGS[score]}, scaled"] if scaled else [])
-    if result["kind"] == "choice":
-        headings.append("Temperature")
+    headings = ["System", "Passes", "Train s", "Test s", *(HEADINGS[score] for score in shown)]
     rows = []
     for system in result["systems"]:
-        what = "seeds" if "seeds" in system else "subsets"
-        subsets = f"mean of {system['subsets']} {what}" if system["subsets"] > 1 else ""
-        row = [(system["name"], subsets), (str(system["passes"]), "")]
-        row += [_interval_cell(system["test"][scaling][score], _digits(score)) for score, scaling in columns]
-        rows.append(row + ([_temperature_cell(system["temperature"])] if system["temperature"] else []))
+        scores = [_score_cell(score, system["test"]["before"][score]) for score in shown]
+        rows.append([_name_cell(system), (str(system["passes"]), ""), *((t, "") for t in _cost_texts(system)), *scores])
     return headings, rows
+
+
+def scaled_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]] | None:
+    """Headings and rows of the scores after temperature scaling; None where rows have no temperature."""
+    if result["kind"] != "choice":
+        return None
+    shown = [s for s in _SCORES["choice"] if s in result["systems"][0]["test"]["after"] and s not in _UNSCALED]
+    rows = []
+    for system in result["systems"]:
+        scores = [_score_cell(score, system["test"]["after"][score]) for score in shown]
+        rows.append([_name_cell(system), _temperature_cell(system["temperature"]), *scores])
+    return ["System", "Temperature", *(HEADINGS[score] for score in shown)], rows
 
 
 def comparison_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows of the paired differences, one line per system, reference and split."""
+    places = {score: place for place, score in enumerate(HEADINGS)}
     kinds = sorted({(c["score"], c["scaling"]) for c in result["comparisons"]} - {("accuracy", "after")},
-                   key=lambda kind: (kind[0] != "nll", kind[1] != "before"))
-    headings = ["System", "Minus", "Split"]
+                   key=lambda kind: (kind[0] != "nll", places[kind[0]], kind[1] != "before"))
+    headings = ["System", "Minus"]
     headings += [f"Δ {HEADINGS[score]}" + (", scaled" if scaling == "after" else "") for score, scaling in kinds]
     names = {system["key"]: system["name"] for system in result["systems"]}
     short_names = {system["key"]: system["short_name"] for system in result["systems"]}
@@ -80,7 +125,7 @@ def comparison_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]
         line = lines.setdefault((entry["versus"], entry["split"], entry["system"]), {})
         line[entry["score"], entry["scaling"]] = entry
     rows = [
-        [(names[system], ""), (short_names[versus], ""), (split, ""), *(_difference_cell(line[k]) for k in kinds)]
+        [(names[system], ""), (short_names[versus], f"{split} rows"), *(_difference_cell(line[k]) for k in kinds)]
         for (versus, split, system), line in lines.items()
     ]
     return headings, rows
@@ -98,58 +143,73 @@ def trial_table(search: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]
     """Headings and rows of the searched configurations, best first; trials without a score last."""
     trials: Sequence[Mapping[str, Any]] = search.get("trials", ())
     keys = list(dict.fromkeys(key for trial in trials for key in trial.get("config", {})))
-    headings = ["Trial", *keys, "Steps", "State", "Validation NLL", "Validation accuracy"]
-    ordered = sorted(trials, key=lambda t: (t.get("validation_nll") is None, t.get("validation_nll") or 0.0))
+    headings = ["Trial", *keys, "Steps", "State", "Validation loss", "Validation NLL", "Validation accuracy"]
+    ordered = sorted(trials, key=_trial_order)
     rows = []
     for trial in ordered:
         best = "best" if trial.get("name") == search.get("best") else ""
         values = [_value_text(trial.get("config", {}).get(key)) for key in keys]
-        scores = [_value_text(trial.get(key), ".3f") for key in ("validation_nll", "validation_accuracy")]
+        shown = ("validation_loss", "validation_nll", "validation_accuracy")
+        scores = [_value_text(trial.get(key), ".3f") for key in shown]
         cells = [*values, str(trial.get("steps", "")), str(trial.get("state", "")), *scores]
         rows.append([(str(trial.get("name", "")), best), *((cell, "") for cell in cells)])
     return headings, rows
 
 
-def _plain_row(system: dict[str, Any], kind: str) -> list[str]:
-    before = system["test"]["before"]
-    row = [system["name"], str(system["passes"])]
-    if kind == "regression":
-        numbers = [number_text(before[score]["value"]) for score in ("spearman", "rmse")]
-        return [*row, interval_text(before["pearson"]), *numbers]
-    if kind == "completion":
-        return [*row, interval_text(before["nll"]), number_text(before["perplexity"]["value"], 2)]
-    after = system["test"]["after"]
-    numbers = [number_text(entry["value"]) for entry in (before["ece"], after["nll"], after["ece"])]
-    return [*row, number_text(before["accuracy"]["value"]), interval_text(before["nll"]), *numbers]
+def _trial_order(trial: Mapping[str, Any]) -> tuple[bool, float, bool, float]:
+    """By what chose among them; those without it (stopped, failed) by the NLL they were seen with."""
+    loss, nll = trial.get("validation_loss"), trial.get("validation_nll")
+    return loss is None, loss or 0.0, nll is None, nll or 0.0
 
 
 def _footnote(result: dict[str, Any]) -> str:
+    rows = f"{result['rows']['test']} test rows"
+    if result["units"]["test"] < result["rows"]["test"]:
+        rows += f" ({result['units']['test']} independent units)"
+    cost = "train s: in optimizer steps; test s: to predict the test rows."
     if result["kind"] == "regression":
-        return f"{result['rows']['test']} test rows; RMSE in the units of the scores."
-    rows = f"{result['rows']['test']} test rows; NLL in nats"
+        return f"{rows}, 95 % intervals; RMSE in the units of the scores; {cost}"
     if result["kind"] == "completion":
-        return f"{rows} per token; passes = forward passes per row."
-    return (f"{rows}; ECE debiased, {result['ece']['bins']} equal-mass bins; scaled = temperature fitted on "
-            f"{result['rows']['calibration']} calibration rows.")
+        return f"{rows}, 95 % intervals; NLL in nats per token; {cost}"
+    return (f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
+            f"bound, where the estimate is 0);\nT: temperature, fitted on {result['rows']['calibration']} calibration "
+            f"rows and shrunk towards 1 (~: those rows do not carry it);\n{cost}")
 
 
 def _digits(score: str) -> int:
     return 2 if score == "perplexity" else 3
 
 
-def _interval_cell(entry: Mapping[str, float], digits: int) -> Cell:
+def _name_cell(system: Mapping[str, Any]) -> Cell:
+    what = "seeds" if system["train_seeds"] else "subsets"
+    return system["name"], f"mean of {system['subsets']} {what}" if system["subsets"] > 1 else ""
+
+
+def _cost_texts(system: Mapping[str, Any]) -> list[str]:
+    """Seconds of training, and of predicting the test rows."""
+    train = system["train_seconds"]
+    return ["–" if train is None else seconds_text(train), seconds_text(system["evaluate_seconds"])]
+
+
+def _score_cell(score: str, entry: Mapping[str, float]) -> Cell:
+    digits = _digits(score)
     low, high = number_text(entry["low"], digits), number_text(entry["high"], digits)
-    return number_text(entry["value"], digits), f"{low} – {high}"
+    runs = f"\nruns ± {number_text(entry['run_sd'], digits)}" if "run_sd" in entry else ""
+    if score in ("ece", "ece_classwise") and entry["value"] == 0.0:
+        return f"≤ {high}", runs
+    return number_text(entry["value"], digits), f"{low} – {high}{runs}"
 
 
-def _difference_cell(entry: Mapping[str, float]) -> Cell:
+def _difference_cell(entry: Mapping[str, Any]) -> Cell:
     low, high = (number_text(entry[end], signed=True) for end in ("low", "high"))
-    verdict = "" if entry["excludes_zero"] else " ∋ 0"
-    return number_text(entry["difference"], signed=True), f"{low} … {high}{verdict}"
+    verdict = "" if entry["claims"] else " (few seeds)" if entry["excludes_zero"] else " ∋ 0"
+    return number_text(entry["difference"], signed=True) + verdict, f"{low} … {high}"
 
 
 def _temperature_cell(temperature: Mapping[str, Any]) -> Cell:
-    return number_text(temperature["mean"], 2), "at its bound" if temperature["at_bound"] else ""
+    low, high = (number_text(temperature[end], 2) for end in ("low", "high"))
+    said = "\nat its bound" if temperature["at_bound"] else "" if temperature["carried"] else "\nnot carried"
+    return number_text(temperature["mean"], 2), f"{low} – {high}{said}"
 
 
 def _value_text(value: Any, form: str = ".3g") -> str:

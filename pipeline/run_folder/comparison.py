@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -26,8 +26,11 @@ from pipeline.config.method import takes_rescale
 from pipeline.config.search import NamedMethod
 from pipeline.errors import ConfigError, RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, sha256_file, write_json
+from pipeline.run_folder.labelled import join_labels
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import read_predictions
+from pipeline.scores.selection import SelectBy
 
 TRAININGS = "trainings"
 REFUSALS = "refused.json"
@@ -55,6 +58,8 @@ class Training:
     adapter_sha256: str | None = None
     validation_nll: float | None = None
     """Of the published adapter, nats."""
+    validation_loss: float | None = None
+    """What `select.by` makes of its validation predictions; less is better."""
     steps: int = 0
     seconds: float = 0.0
     """In optimizer steps: validation, checkpoints and loading apart."""
@@ -98,14 +103,14 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
 
 
 def choose(trainings: Sequence[Training]) -> list[Training]:
-    """The same trainings; `chosen` marks, per method, the values with the lowest mean validation NLL over seeds.
+    """The same trainings; `chosen` marks, per method, the values with the lowest mean validation loss over seeds.
 
     Values of which a seed is missing count only where no others have all theirs.
     """
     scores: dict[str, dict[str, list[float]]] = {}
     for one in trainings:
-        if one.state == "done" and one.validation_nll is not None:
-            scores.setdefault(one.method, {}).setdefault(str(one.values), []).append(one.validation_nll)
+        if one.state == "done" and one.validation_loss is not None:
+            scores.setdefault(one.method, {}).setdefault(str(one.values), []).append(one.validation_loss)
     best = {
         method: min(by_values, key=lambda values: (-len(by_values[values]), mean(by_values[values])))
         for method, by_values in scores.items()
@@ -130,6 +135,23 @@ def outcome(training: Training, folder: Path) -> Training:
         seconds=sum(seconds),
         step_seconds=median(seconds),
     )
+
+
+def with_loss(training: Training, folder: Path, rows: Iterable[Any], by: SelectBy) -> Training:
+    """`training` with the loss of its cached validation predictions, if it is done.
+
+    Args:
+        rows: of the validation split, with their right answers.
+
+    Raises:
+        RunFolderError: the predictions are missing, damaged, or of other rows.
+        ConfigError: the rows have no such score.
+    """
+    if training.state != "done":
+        return training
+    paths = RunPaths(folder / training.run)
+    split = join_labels(read_predictions(paths.predictions, "validation"), rows, f"{training.name}: predictions")
+    return replace(training, validation_loss=split.loss(split.outputs[:1], by).point())
 
 
 def write_comparison(paths: RunPaths, label: str, trainings: Sequence[Training]) -> None:
@@ -159,7 +181,7 @@ def values_text(values: Mapping[str, Any]) -> str:
 
 def shared_part(config: RunConfig) -> RunConfig:
     """What may not change between two calls for one comparison: methods, values and read-out may."""
-    free = ("compare", "ensemble", "evaluate", "search", "export", "logging")
+    free = ("compare", "ensemble", "select", "evaluate", "search", "export", "logging")
     return config.model_copy(update={name: RunConfig.model_fields[name].default for name in free})
 
 

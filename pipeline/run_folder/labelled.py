@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.evaluate import check_selection
 from pipeline.errors import RunFolderError
-from pipeline.run_folder.predictions import EVALUATE_AGAIN, Predictions
-from pipeline.scores.bootstrap import Floats, Ints, RowMean
+from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions
+from pipeline.scores.bootstrap import Floats, Ints, RowMean, Statistic, unit_count
 from pipeline.scores.ensemble import Space
+from pipeline.scores.selection import SelectBy, choice_loss, regression_loss
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class LabelledSplit:
     """(N + 1,) first cell of each row; None where a row is one cell."""
     seconds: float
     units: Ints | None = None
-    """(N,) index of the question each row belongs to: rows that share one are not independent. None: all differ."""
+    """(N,) number of the unit (question, document) each row belongs to: rows that share one are not independent.
+    None: all differ."""
+    kind: Kind = "choice"
     own_space: Space | None = None
     """The one space in which these members can be averaged; None: any."""
 
@@ -43,6 +47,27 @@ class LabelledSplit:
     def averaging_space(self, configured: Space) -> Space:
         """The space in which members are averaged: `configured` (`ensemble.average`), where these have a choice."""
         return self.own_space or configured
+
+    @property
+    def unit_count(self) -> int:
+        """Independent units among the rows."""
+        return unit_count(self.rows, self.units)
+
+    def loss(self, outputs: Floats, by: SelectBy) -> Statistic:
+        """By what these rows choose between predictors: less is better.
+
+        Args:
+            outputs: (Q, L, C), of candidates for one place: their mean, where the loss is a mean over rows.
+
+        Raises:
+            ConfigError: rows of this kind have no such score.
+        """
+        check_selection(by, self.kind, outputs.shape[-1])
+        if self.kind == "regression":
+            return regression_loss(by, outputs, self.labels)
+        if self.kind == "completion":
+            return self.row_mean(-outputs[..., 0].mean(axis=0, keepdims=True))
+        return choice_loss(by, outputs, self.labels, self.units)
 
     def row_mean(self, cell_values: Floats) -> RowMean:
         """The mean per cell of (Q, L) values, as a statistic of the N independent rows."""
@@ -73,12 +98,13 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> La
         labels=predictions.right_answers(ordered, where),
         offsets=predictions.first_cells,
         seconds=predictions.seconds,
-        units=independent_units([row.question or row.id for row in ordered]),
+        units=independent_units([row.unit or row.question or row.id for row in ordered]),
         own_space=predictions.own_space,
+        kind=predictions.kind,
     )
 
 
-def independent_units(questions: Sequence[str]) -> Ints | None:
-    """(N,) number of each row's question, in order of appearance; None where no two rows share one."""
-    numbers = {question: number for number, question in enumerate(dict.fromkeys(questions))}
-    return None if len(numbers) == len(questions) else np.array([numbers[question] for question in questions])
+def independent_units(names: Sequence[str]) -> Ints | None:
+    """(N,) number of each row's unit, in order of appearance; None where no two rows share one."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return None if len(numbers) == len(names) else np.array([numbers[name] for name in names])

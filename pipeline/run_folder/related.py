@@ -33,8 +33,8 @@ class FinishedTrial:
 
     name: str
     run: Path
-    nll: float
-    """On validation."""
+    rank: tuple[bool, float]
+    """Trials that ended in full first, by what the search chose by; those stopped early by their validation NLL."""
     adapter_sha256: str | None
 
 
@@ -92,9 +92,13 @@ def finished_trials(folder: Path) -> list[FinishedTrial]:
     trials = [trial for trial in found["trials"] if trial.get("validation_nll") is not None]
     try:
         listed = [
-            FinishedTrial(str(t["name"]), folder / t["run"], float(t["validation_nll"]), t["adapter_sha256"])
-            for t in trials
+            FinishedTrial(str(t["name"]), folder / t["run"], _rank(t), t["adapter_sha256"]) for t in trials
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(str(folder / SEARCH), None, f"is damaged ({error!r})", "Search again.") from error
-    return sorted(listed, key=lambda trial: trial.nll)
+    return sorted(listed, key=lambda trial: trial.rank)
+
+
+def _rank(trial: dict[str, Any]) -> tuple[bool, float]:
+    loss = trial.get("validation_loss")
+    return loss is None, float(trial["validation_nll"] if loss is None else loss)

@@ -1,1 +1,1 @@
-"""Scores of predictions, their intervals, ensembles and temperatures. Pure numpy; nothing of ours but errors."""
+"""Scores of predictions, their intervals, ensembles, temperatures, choices: numpy, and nothing of ours but errors."""

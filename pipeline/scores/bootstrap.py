@@ -33,6 +33,39 @@ class Statistic(Protocol):
 
 
 @dataclass(frozen=True)
+class Refitted:
+    """A statistic of predictors that were fitted on other rows (a temperature), which its resamples draw anew."""
+
+    fitted: Statistic
+    """Of the predictors as they are."""
+    refitted: Statistic
+    """Of R predictors, each fitted on one resample of those other rows: resample s scores number s mod R."""
+
+    def point(self) -> float:
+        """That of the predictors as they are."""
+        return self.fitted.point()
+
+    def resampled(self, weights: Floats) -> Floats:
+        """Over both kinds of rows."""
+        return self.refitted.resampled(weights)
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A score of which more is better, as a loss."""
+
+    score: Statistic
+
+    def point(self) -> float:
+        """Less is better."""
+        return -self.score.point()
+
+    def resampled(self, weights: Floats) -> Floats:
+        """Less is better."""
+        return -self.score.resampled(weights)
+
+
+@dataclass(frozen=True)
 class RowMean:
     """sum_i w_i value_i / sum_i w_i size_i, for values (Q, N) and sizes (N,) (1, or the tokens of a row)."""
 
@@ -77,10 +110,14 @@ def bootstrap(
         units: (N,) index from 0 of the independent unit (document) each row belongs to; whole units are drawn.
             None: every row is a unit.
     """
-    chunks = _weights(rows if units is None else int(units.max()) + 1, samples, seed)
     return np.concatenate([
-        np.stack([one.resampled(w if units is None else w[:, units]) for one in statistics], axis=1) for w in chunks
+        np.stack([one.resampled(w) for one in statistics], axis=1) for w in row_weights(rows, samples, seed, units)
     ])
+
+
+def unit_count(rows: int, units: Ints | None) -> int:
+    """Independent units among N rows."""
+    return rows if units is None else int(units.max()) + 1
 
 
 def percentile_interval(value: float, resamples: Floats) -> Interval:
@@ -104,11 +141,12 @@ def paired_difference_interval(
     return percentile_interval(first.point() - second.point(), pair[:, 0] - pair[:, 1])
 
 
-def _weights(units: int, samples: int, seed: int) -> Iterator[Floats]:
-    """How often each unit was drawn, (S, units), in chunks that fit memory."""
-    random = np.random.default_rng(seed)
-    step = max(64, _CHUNK_NUMBERS // units)
+def row_weights(rows: int, samples: int, seed: int, units: Ints | None = None) -> Iterator[Floats]:
+    """How often each row was drawn (with all of its unit), (S, N), in chunks that fit memory."""
+    random, count = np.random.default_rng(seed), unit_count(rows, units)
+    step = max(64, _CHUNK_NUMBERS // rows)
     for start in range(0, samples, step):
-        count = min(step, samples - start)
-        drawn = random.integers(units, size=(count, units)) + units * np.arange(count)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units).astype(np.float64)
+        size = min(step, samples - start)
+        drawn = random.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
+        yield weights if units is None else weights[:, units]

@@ -9,19 +9,19 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.scores.bootstrap import Floats, Ints
-from pipeline.scores.classification import nll, row_nll
-from pipeline.scores.regression import gaussian_nll
+from pipeline.scores.bootstrap import Floats, Ints, Statistic, bootstrap
+from pipeline.scores.classification import row_nll
 
 Space = Literal["probability", "logit", "value"]
 
 SUBSET_LIMIT = 32
 """Subsets of one size that are scored where there are more."""
+CHOICE_SAMPLES = 500
+"""Resamples behind the standard error of a choice."""
 _ROUNDING = 1e-9
 """Members that agree make ensembles that differ by rounding alone."""
 
@@ -104,39 +104,37 @@ def ensemble_curve(
     ])
 
 
-def choose_size(curve: EnsembleCurve) -> int:
-    """The smallest size whose score (lower is better) is within one standard error of the best size's.
+def choose_cheapest(
+    costs: Sequence[float], losses: Sequence[Statistic], rows: int, units: Ints | None = None
+) -> int:
+    """The cheapest candidate whose loss is within one standard error of the best one's: its index.
 
-    The standard error is that of the *paired* difference to the best size over rows, sd(difference) / sqrt(N),
-    which a bootstrap over rows converges to. Use a curve of the validation split.
+    The standard error is that of the *paired* difference to the best candidate, by bootstrap over the N rows (whole
+    units). Of equally cheap candidates within it the one with the lowest loss wins. Use losses of validation rows.
     """
-    best = curve.row_values[int(np.argmin(curve.mean))]
-    differences = zip(curve.sizes, curve.row_values - best, strict=True)
-    return min(size for size, d in differences if d.mean() <= d.std() / math.sqrt(len(d)) + _ROUNDING)
-
-
-def ensemble_nll(log_probs: Floats, labels: NDArray[Any], space: Space = "probability") -> float:
-    """NLL of the average of all members (M, N, C), in nats; in the space `value` it is `gaussian_nll`."""
-    score = gaussian_nll if space == "value" else nll
-    return float(score(average(log_probs, space), labels))
+    points = np.array([loss.point() for loss in losses])
+    best = int(points.argmin())
+    table = bootstrap(losses, rows, CHOICE_SAMPLES, 0, units)
+    errors = (table - table[:, [best]]).std(axis=0, ddof=1)
+    within = [k for k in range(len(points)) if points[k] - points[best] <= errors[k] + _ROUNDING]
+    return min(within, key=lambda k: (costs[k], points[k]))
 
 
 def choose_adapters(
-    log_probs: Sequence[Floats], labels: NDArray[Any], k_max: int, space: Space = "probability"
+    log_probs: Sequence[Floats], k_max: int, loss: Callable[[Floats], float], space: Space = "probability"
 ) -> tuple[int, ...]:
     """Greedy forward selection without replacement (Caruana et al. 2004, doi 10.1145/1015330.1015432).
 
-    Starts from the adapter with the lowest `ensemble_nll`, adds the one that lowers that of the ensemble most (or
-    raises it least) up to `k_max`, and returns the prefix of that order with the lowest one.
+    Starts from the adapter with the lowest loss and adds the one that lowers that of the ensemble most (or raises it
+    least) up to `k_max`: the whole order, of which `choose_cheapest` takes a beginning.
 
     Args:
         log_probs: One (N, C) per adapter, of the validation split.
+        loss: Of an average (N, C).
     """
-    stack, order, losses = np.stack(log_probs), list[int](), list[float]()
+    stack, order = np.stack(log_probs), list[int]()
     while len(order) < min(k_max, len(stack)):
         rest = [k for k in range(len(stack)) if k not in order]
-        trials = [ensemble_nll(stack[[*order, k]], labels, space) for k in rest]
-        best = int(np.argmin(trials))
-        order.append(rest[best])
-        losses.append(trials[best])
-    return tuple(order[: int(np.argmin(losses)) + 1])
+        trials = [loss(average(stack[[*order, k]], space)) for k in rest]
+        order.append(rest[int(np.argmin(trials))])
+    return tuple(order)

@@ -1,26 +1,34 @@
-"""Temperature scaling (arXiv 1706.04599): one number, fitted on the calibration split. Pure numpy.
+"""Temperature scaling (arXiv 1706.04599), shrunk towards 1: one number, fitted on the calibration split.
 
-It needs the whole distribution over the choices; predictions of which only the reference answer's token
-probabilities are kept (completion data) cannot be scaled.
+It acts on log-probabilities normalised over a row's choices, and needs all of them: predictions of which only the
+reference answer's token probabilities are kept (completion data) cannot be scaled.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from pipeline.scores.bootstrap import Floats, Ints
 
+PRIOR_SD = 0.35
+"""Standard deviation of the prior of log T, a normal one around 0: before the rows speak, T is in [1/2, 2] with 95 %.
+
+Rows that are nearly all right have their best likelihood at T -> 0 and say next to nothing about T: 200 calibrated
+predictions at 98.9 % accuracy raise the test NLL by .03 in the mean without the prior, by less than .001 with it."""
 MIN_TEMPERATURE = 0.05
 MAX_TEMPERATURE = 20.0
-"""Bounds of a fit. Where all rows are right, or worse than chance, the best temperature would be 0 or infinite."""
+"""Bounds of a fit; with the prior only a predictor that is wrong by far in many rows gets there."""
 
-_HALVINGS = 50
+_HALVINGS = 32
+_NORMAL_95 = 1.96
 
 
 def fit_temperature(log_probs: Floats, labels: Ints) -> float:
-    """The T in [0.05, 20] that minimises the NLL of softmax(log_probs / T), for log_probs (N, C).
+    """The T in [0.05, 20] that minimises sum_i nll_i(T) + (log T)² / (2 · 0.35²), in nats, for log_probs (N, C).
 
-    A predictor without any preference (all choices equal in every row) has no best T and gets 1.
+    nll_i is that of softmax(log_probs_i / T): the mode of the posterior under the prior of `PRIOR_SD`.
 
     Raises:
         ValueError: no rows, or a label whose choice has probability 0 (no T can mend that).
@@ -28,24 +36,32 @@ def fit_temperature(log_probs: Floats, labels: Ints) -> float:
     return float(fit_temperatures(log_probs[None], labels)[0])
 
 
-def fit_temperatures(log_probs: Floats, labels: Ints) -> Floats:
+def fit_temperatures(log_probs: Floats, labels: Ints, weights: Floats | None = None) -> Floats:
     """`fit_temperature` of each of Q predictors at once: (Q, N, C) -> (Q,).
 
-    The NLL is convex in b = 1/T, with the slope mean_i (E_b[l_i] - l_i,label); its root is found by halving
-    the interval of log b.
+    The slope over b = 1/T is sum_i w_i (E_b[l_i] - l_i,label), that over log b has the prior's beside it; its root is
+    found by halving the interval of log b.
+
+    Args:
+        weights: (Q, N) how often each row counts; None: once.
     """
     logs = log_probs.astype(np.float64)
     right = logs[:, np.arange(len(labels)), labels]  # (Q, N)
     if right.size == 0 or not np.isfinite(right).all():
         raise ValueError("temperature: needs at least one row, and every label's choice with a probability above 0")
+    counts = np.ones_like(right) if weights is None else weights
+    best = logs.max(axis=-1)  # sums over the first axis are several times faster than over a short last one
+    relative, right = np.ascontiguousarray(np.moveaxis(logs - best[..., None], -1, 0)), right - best
+    finite = np.where(np.isfinite(relative), relative, 0.0)
     low = np.full(len(logs), np.log(1.0 / MAX_TEMPERATURE))
     high = np.full(len(logs), np.log(1.0 / MIN_TEMPERATURE))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2.0
-        rising = _slope(logs, right, np.exp(middle)) > 0.0
-        low, high = np.where(rising, low, middle), np.where(rising, middle, high)
-    flat = np.array([_has_no_preference(one) for one in logs])
-    return np.where(flat, 1.0, np.exp(-(low + high) / 2.0))
+        likelihoods = np.exp(relative * np.exp(middle)[:, None])
+        expected = (likelihoods * finite).sum(axis=0) / likelihoods.sum(axis=0)
+        slope = (counts * (expected - right)).sum(axis=-1) * np.exp(middle) + middle / PRIOR_SD**2
+        low, high = np.where(slope > 0.0, low, middle), np.where(slope > 0.0, middle, high)
+    return np.exp(-(low + high) / 2.0)
 
 
 def apply_temperature(log_probs: Floats, temperature: float | Floats) -> Floats:
@@ -59,18 +75,28 @@ def apply_temperature(log_probs: Floats, temperature: float | Floats) -> Floats:
     return scaled - np.logaddexp.reduce(scaled, axis=-1, keepdims=True)
 
 
+def information(log_probs: Floats, temperature: float) -> float:
+    """What rows (N, C) say about log T at T: the Fisher information sum_i Var(l_i) / T², l_i under softmax(l_i / T).
+
+    The standard deviation of log T given the rows is 1 / sqrt(information + 1 / PRIOR_SD²).
+    """
+    probabilities = np.exp(apply_temperature(log_probs, temperature))
+    finite = np.where(np.isfinite(log_probs), log_probs.astype(np.float64), 0.0)
+    mean = (probabilities * finite).sum(axis=-1, keepdims=True)
+    return float((probabilities * (finite - mean) ** 2).sum()) / temperature**2
+
+
+def is_carried(log_probs: Floats, temperature: float) -> bool:
+    """Whether the rows say more about the temperature than the prior does; else it is more shrinkage than fit."""
+    return information(log_probs, temperature) > 1.0 / PRIOR_SD**2
+
+
 def at_bound(temperature: float) -> bool:
     """Whether a fit ended at its lower or upper bound, up to the search's precision."""
     return temperature <= MIN_TEMPERATURE * 1.001 or temperature >= MAX_TEMPERATURE / 1.001
 
 
-def _slope(logs: Floats, right: Floats, inverse: Floats) -> Floats:
-    """d NLL / d b at b = inverse (Q,): (Q,)."""
-    probabilities = np.exp(apply_temperature(logs, 1.0 / inverse))
-    expected = (probabilities * np.where(np.isfinite(logs), logs, 0.0)).sum(axis=-1)
-    return (expected - right).mean(axis=-1)
-
-
-def _has_no_preference(logs: Floats) -> bool:
-    finite = np.where(np.isfinite(logs), logs, logs.max(axis=-1, keepdims=True))
-    return bool((np.ptp(finite, axis=-1) == 0.0).all())
+def posterior_interval(log_probs: Floats, temperature: float) -> tuple[float, float]:
+    """Ends of 95 % of the posterior of T, taken as normal in log T."""
+    factor = math.exp(_NORMAL_95 / math.sqrt(information(log_probs, temperature) + 1.0 / PRIOR_SD**2))
+    return temperature / factor, temperature * factor

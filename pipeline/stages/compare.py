@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import RunConfig, dump_config
+from pipeline.data.splits import load_splits
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
 from pipeline.files import read_json, write_text
 from pipeline.run_folder.chain import is_trained
@@ -24,6 +25,7 @@ from pipeline.run_folder.comparison import (
     plan_trainings,
     shared_part,
     values_text,
+    with_loss,
     write_comparison,
 )
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
@@ -50,7 +52,7 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
         if code := start(CHECK, config, here):
             return code
         trainings = mark_refused(trainings, read_json(here.run / REFUSALS))
-    trainings, code = train_all(trainings, [own for _, own in planned], here.run, config.label)
+    trainings, code = train_all(trainings, [own for _, own in planned], here.run, config)
     if code == EXIT_STOPPED:
         return code
     if not any(one.state == "done" for one in trainings):
@@ -64,9 +66,13 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
 
 
 def train_all(
-    trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, label: str
+    trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, shared: RunConfig
 ) -> tuple[list[Training], int]:
-    """Run what is not done yet, one after another; compare.json says after each how it ended."""
+    """Run what is not done yet, one after another; compare.json says after each how it ended.
+
+    Args:
+        shared: the comparison's own configuration: its data, its label, by what validation chooses.
+    """
     found, paths, clock = list(trainings), RunPaths(folder), Clock()
     for i, (training, own) in enumerate(zip(trainings, configs, strict=True)):
         if training.state == "refused":
@@ -81,11 +87,12 @@ def train_all(
         if code == EXIT_STOPPED:
             return found, code
         found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
-        write_comparison(paths, label, found)
+        write_comparison(paths, shared.label, found)
         if not was_done:
             clock.add(time.monotonic() - started)
-    found = choose(found)
-    write_comparison(paths, label, found)
+    rows = load_splits(shared.data).validation
+    found = choose([with_loss(one, folder, rows, shared.select.by) for one in found])
+    write_comparison(paths, shared.label, found)
     states = {one.state for one in found}
     return found, EXIT_FAILED if "failed" in states else EXIT_USER if "refused" in states else EXIT_OK
 

@@ -6,6 +6,7 @@ the LoRA that it is then: one rank, padded with zeros to one that serving engine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file, wri
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.chain import Origin, require_adapter
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
+from pipeline.run_folder.readout import exported_readout
 from pipeline.terminal import say
 
 REPORT_AGAIN = "Evaluate and report again."
@@ -50,6 +52,9 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
 
+    def readout(draws: Sequence[int | None]) -> dict[str, Any]:
+        return exported_readout(paths, splits.calibration, config.ensemble.average, draws, stored.sha256)
+
     def fill(folder: Path) -> None:
         plain = as_plain_lora(stored)
         if stored.spec.kind != plain.spec.kind:
@@ -62,13 +67,16 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
-            "adapter": {"kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank},
+            "adapter": {
+                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank,
+                **readout([None]),
+            },
             "exports": [
                 {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
             ],
-            "ensemble": ensemble_entry(config.ensemble.average, exported, result),
+            "ensemble": ensemble_entry(exported, readout),
             "tolerance": TOLERANCE,
-            "note": "scores and temperature hold for the base named here, quantized as stated",
+            "note": "scores and temperatures hold for the base named here, quantized as stated",
         }
         write_json(folder / MANIFEST, manifest)
 

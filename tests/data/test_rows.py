@@ -158,3 +158,11 @@ def test_ids_are_given_or_of_the_content() -> None:
 def test_question_keeps_continuations_of_a_conversation_together() -> None:
     more = (*CHAT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Yes"})
     assert Row("a", messages=tuple(CHAT)).question == Row("b", messages=more).question
+
+
+def test_the_unit_is_a_column_that_no_model_reads() -> None:
+    plain = to_row({"prompt": "Q", "completion": " A", "unit": 7}, None, "f:1")
+    with_unit = IdRegister().name(plain, None, "f:1", unit=7)
+    without = IdRegister().name(plain, None, "f:1", unit="  ")
+    assert (with_unit.unit, without.unit) == ("7", None)
+    assert with_unit.id == without.id and with_unit.content == without.content

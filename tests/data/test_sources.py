@@ -11,6 +11,8 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import DataConfig, EvaluationDataConfig, TemplateConfig, TrainConfig, build_config, load_config
 from pipeline.data.check import check_data
+from pipeline.data.read import read_file
+from pipeline.data.sources import parse
 from pipeline.data.splits import load_splits
 from pipeline.data.template import to_row
 from pipeline.errors import ConfigError, DataError, UserError
@@ -140,3 +142,10 @@ def test_epochs_and_steps_contradict_each_other(tmp_path: Path, capsys: pytest.C
     assert "keep one of them" in capsys.readouterr().err
     assert main(["train", "--quick", "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
     assert load_config(None, ["train.epochs=2"]).train.epochs == 2.0
+
+
+def test_rows_bring_their_units(tmp_path: Path) -> None:
+    lines = [{"prompt": f"Q{n}", "completion": " A", "unit": f"document {n // 2}"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows, whole = parse(read_file(tmp_path / "rows.jsonl"), None, "rows")
+    assert whole and [row.unit for row in rows] == ["document 0", "document 0", "document 1", "document 1"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import write_json, write_text
 from pipeline.report.inputs import read_inputs
 from pipeline.report.result import build_result
-from pipeline.report.sentences import write_reading
+from pipeline.report.scoring import CALIBRATION_RESAMPLES, score_system
+from pipeline.report.sentences import ece_text, write_reading
+from pipeline.report.systems import System
 from pipeline.report.tables import format_table
 from pipeline.run_folder.labelled import independent_units
 from pipeline.run_folder.members import PredictedMember, write_members
@@ -62,7 +65,7 @@ def make_logits(members, truth, random):
 def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
     """A run folder as training, evaluation and search leave it; returns the splits that load_splits would."""
     random, paths, members, splits = np.random.default_rng(seed), RunPaths(root), make_members(draws), {}
-    config = build_config({"label": label, "evaluate": {"bootstrap_samples": 300}})
+    config = build_config({"label": label, "evaluate": {"bootstrap_samples": 120}})
     write_text(paths.config, dump_config(config))
     write_json(paths.environment, {"device": "cpu <&>", "versions": {"torch": "2.13.0"}})
     write_members(paths.predictions, members)
@@ -82,7 +85,7 @@ def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
 
 
 def write_training(paths, level):
-    rows = [{"kind": "train", "step": s, "loss": 0.7 * 0.97**s, "learning_rate": 1e-4} for s in range(1, 61)]
+    rows = [{"kind": "train", "step": s, "loss": 0.7 * 0.97**s, "seconds": 0.5} for s in range(1, 61)]
     rows += [{"kind": "validation", "step": s, "nll": level + 1 / s, "accuracy": 0.8} for s in (20, 40, 60)]
     write_text(paths.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -172,8 +175,11 @@ def test_ensembles_are_averaged_first_then_scaled_by_their_own_temperature(finis
         powered = p ** (1.0 / temperature)
         return powered / powered.sum(axis=1, keepdims=True)
 
-    best = minimize_scalar(lambda t: log_loss(calibration_labels, scaled(calibration, t)), bounds=(0.05, 20),
-                           method="bounded", options={"xatol": 1e-8}).x
+    def penalised(t):
+        return 150 * log_loss(calibration_labels, scaled(calibration, t)) + np.log(t) ** 2 / (2 * 0.35**2)
+
+    best = minimize_scalar(penalised, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8}).x
+    assert entry["temperature"]["low"] < best < entry["temperature"]["high"] and entry["temperature"]["carried"]
     assert entry["temperature"]["mean"] == pytest.approx(best, rel=1e-4)
     assert entry["test"]["after"]["nll"]["value"] == pytest.approx(log_loss(labels, scaled(probabilities, best)))
     assert entry["test"]["after"]["accuracy"] == entry["test"]["before"]["accuracy"]
@@ -195,7 +201,9 @@ def test_comparisons_are_paired_differences_of_the_scores(finished):
 def test_ensemble_curve_is_measured_on_every_cached_size(finished):
     result = finished.result
     curve = result["ensemble"]
-    assert curve["sizes"] == list(range(1, 9)) and curve["chosen_size"] in (1, 2, 4, 8)
+    assert curve["sizes"] == list(range(1, 9))
+    assert [one["key"] for one in curve["candidates"]] == ["mean_field", *(f"masks_{size}" for size in (1, 2, 4, 8))]
+    assert curve["chosen"] in {one["key"] for one in curve["candidates"]}
     singles = [log_loss(labels, p) for p, labels in (direct_predictions(finished, "test", [i]) for i in range(3, 11))]
     assert curve["test"]["before"]["nll"][0] == pytest.approx(np.mean(singles))
     assert curve["test"]["before"]["nll_spread"][0] == pytest.approx(np.std(singles, ddof=1))
@@ -241,7 +249,7 @@ def test_page_shows_label_configuration_and_environment_escaped(finished):
 
 def test_reading_says_what_the_intervals_say(finished):
     result = finished.result
-    text = result["reading"]
+    text = " ".join(result["reading"])
     for comparison in result["comparisons"]:
         if comparison["split"] == "validation" and comparison["system"] == "mean_field" \
                 and (comparison["versus"], comparison["score"], comparison["scaling"]) == ("base", "nll", "before"):
@@ -249,15 +257,17 @@ def test_reading_says_what_the_intervals_say(finished):
     clear = [c for c in result["comparisons"] if c["excludes_zero"] and c["difference"] < 0
              and (c["split"], c["score"], c["scaling"], c["versus"]) == ("test", "nll", "before", "plain")]
     assert clear, "the synthetic plain LoRA is far worse than the rest"
-    assert "Against plain LoRA, NLL is lower (better) for" in text
+    assert re.search(r"Against plain LoRA, mean-field.*: better in NLL", text)
 
 
 def test_terminal_table_has_a_line_per_system(finished):
     result = finished.result
     lines = format_table(result).splitlines()
-    assert lines[0] == "*** smoke run: no result ***"
+    assert lines[0] == "smoke run: no result"
     assert all(any(line.startswith(s["name"]) for line in lines) for s in result["systems"])
-    assert max(len(line) for line in lines[:-1]) <= 110
+    table = lines[1 : lines.index(next(line for line in lines if line.startswith("200 test rows")))]
+    assert max(len(line) for line in table) <= 130
+    assert all(re.search(r"\[.*\].*\[.*\]", line) for line in table if line.startswith(("LoRA", "Plain", "Base")))
 
 
 def test_terminal_table_shows_control_characters_of_labels_and_names(finished):
@@ -301,7 +311,7 @@ def test_completion_data(run):
     assert entry["before"]["perplexity"]["value"] == pytest.approx(np.exp(-np.log(mixture).mean()))
     assert set(entry) == {"before"} and system(result, "masks_4")["temperature"] is None
     assert any("do not apply" in sentence for sentence in result["left_out"])
-    assert "perplexity" in format_table(result) and "<h2>Reliability" not in run.paths.report.read_text()
+    assert "Perplexity" in format_table(result) and "<h2>Reliability" not in run.paths.report.read_text()
 
 
 def test_other_methods_keep_their_names(run):
@@ -360,10 +370,58 @@ def test_damaged_side_files_are_named(run):
         score(run.root)
 
 
+def test_what_a_system_costs_is_said_in_passes_and_seconds(finished):
+    members = len(make_members())
+    for key, passes, train in (("base", 1, None), ("plain", 1, 30.0), ("mean_field", 1, 30.0), ("masks_8", 8, 30.0)):
+        entry = system(finished.result, key)
+        assert (entry["passes"], entry["train_seconds"]) == (passes, train)
+        assert entry["evaluate_seconds"] == pytest.approx(12.5 * passes / members)
+
+
+def test_intervals_after_scaling_draw_the_calibration_rows_too(finished, monkeypatch):
+    """A score under a temperature of 150 rows varies more than under one that is given."""
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda config: SimpleNamespace(**finished.splits))
+    inputs = read_inputs(finished.root)
+    scored = score_system(inputs, System("plain", "", "", ((1,),)))
+    (statistic,) = scored.statistics["test", "after"]["nll"]
+    table = bootstrap([statistic, statistic.fitted], 200, 960)
+    both, rows = table.std(axis=0)
+    temperatures = statistic.refitted.values.mean(axis=1)
+    assert len(temperatures) == CALIBRATION_RESAMPLES and temperatures.std() > 0.0
+    assert both**2 == pytest.approx(rows**2 + temperatures.std() ** 2, rel=0.25) and both > rows
+
+
+def test_rows_of_one_document_are_one_unit(run):
+    alone = score(run.root)
+    for split in ROWS:
+        for number, row in enumerate(run.splits[split]):
+            run.splits[split][number] = replace(row, unit=f"document {int(row.id.split('-')[1]) // 5}")
+    together = score(run.root)
+    assert (alone["units"]["test"], together["units"]["test"]) == (200, 40)
+    assert alone["ece"]["bins"] == 15 and together["ece"]["bins"] == 15
+    one, other = (system(result, "plain")["test"]["before"] for result in (alone, together))
+    assert one["nll"]["value"] == other["nll"]["value"] and one["nll"] != other["nll"]
+    assert one["ece"]["value"] != other["ece"]["value"]
+
+
+def test_an_ece_of_zero_shows_what_it_can_be_at_most():
+    assert ece_text({"value": 0.0, "low": 0.0, "high": 0.0452}) == "≤ 0.045"
+    assert ece_text({"value": 0.02, "low": 0.0, "high": 0.0452}) == "0.020 [0.000, 0.045]"
+
+
+def test_every_score_has_its_interval(finished):
+    for entry in finished.result["systems"]:
+        for split in ("validation", "test"):
+            for scores in entry[split].values():
+                assert all(one["low"] <= one["value"] <= one["high"] for one in scores.values())
+    scores = {(c["score"], c["scaling"]) for c in finished.result["comparisons"]}
+    assert {("ece", "before"), ("ece", "after"), ("brier", "before"), ("brier", "after")} <= scores
+
+
 def test_few_rows_come_with_a_warning(finished):
-    assert "too narrow to trust" not in finished.result["reading"]
-    result = {**finished.result, "rows": {**finished.result["rows"], "test": 20}}
-    assert "With 20 test rows the intervals themselves are too narrow to trust." in write_reading(result)
+    assert "too narrow to trust" not in " ".join(finished.result["reading"])
+    result = {**finished.result, "units": {**finished.result["units"], "test": 20}}
+    assert "With 20 test rows the intervals themselves are too narrow to trust." in write_reading(result)[-1]
 
 
 def test_rows_of_one_question_are_resampled_together() -> None:

@@ -41,7 +41,7 @@ ROWS = {"validation": 40, "calibration": 60, "test": 80}
 
 def training(method: str, rate: float, seed: int = 0, nll: float | None = 0.5, **changed: Any) -> Training:
     found = Training(f"{method}-lr{rate:g}-seed{seed}", method, {"train.learning_rate": rate}, seed, "ab", "done")
-    found = replace(found, adapter_sha256=found.name, validation_nll=nll)
+    found = replace(found, adapter_sha256=found.name, validation_nll=nll, validation_loss=nll)
     return replace(found, steps=4, seconds=8.0, step_seconds=2.0, **changed)
 
 
@@ -151,7 +151,7 @@ def write_compared(
     ])
     trainings = [replace(one, step_seconds=3.0) if one.method == "dropkey" else one for one in trainings]
     paths, random = RunPaths(root), np.random.default_rng(0)
-    config = build_config({"evaluate": {"bootstrap_samples": 400}})
+    config = build_config({"evaluate": {"bootstrap_samples": 120}})
     write_text(paths.config, dump_config(config))
     write_comparison(paths, config.label, trainings)
     members = [PredictedMember("base", "base", extra={"head": "untrained"})]
@@ -200,8 +200,16 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     for part in ("Base model, untrained head", "Plain LoRA, lr 0.1 *", "Plain LoRA, lr 0.2  ", "DropKey, lr 0.2 *",
                  "DropKey, 2 masks", "hiddenkey-lr0.1-seed0 refused: no such thing", "Seed 0, 1."):
         assert part in table, table
-    assert "over training runs with the seeds 0, 1: another seed" in result["reading"]
-    assert "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2." in result["reading"]
+    assert "over rows and over the training seeds 0, 1" in result["reading"][-1]
+    assert result["reading"][0] == "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2."
+    assert any("2 seeds are too few for a claim" in line for line in result["remarks"])
+    assert "2 seeds are too few for a claim" in table and not any(c["claims"] for c in result["comparisons"])
+    edges = "Chosen at the edge of what was tried: Plain LoRA: lr 0.1 (smallest of 2); DropKey: lr 0.2 (largest of 2)"
+    assert any(line.startswith(edges) for line in result["remarks"])
+    spread = nll[dropkey].std(ddof=1)
+    assert systems["method_1"]["test"]["before"]["nll"]["run_sd"] == pytest.approx(spread, abs=1e-6)
+    difference_sd = (nll[dropkey] - nll[plain]).std(ddof=1)
+    assert (paired["seeds"], paired["run_sd"]) == (2, pytest.approx(difference_sd, abs=1e-6))
     page = (tmp_path / "report.html").read_text()
     assert "Comparison of 3 methods" in page and "HiddenKey, lr 0.1, seed 0" in page and "no such thing" in page
 
@@ -230,6 +238,19 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
     write_json(RunPaths(tmp_path).comparison, {"trainings": [{"nme": "x"}]})
     with pytest.raises(RunFolderError, match=r"compare\.json.*is damaged"):
         listed_adapters(RunPaths(tmp_path), **asked)
+
+
+def test_the_searched_adapters_are_those_that_the_search_would_take(tmp_path: Path) -> None:
+    """Finished trials by what chose among them, then those that were stopped."""
+    losses = {"a": (0.5, 0.2), "b": (0.4, 0.3), "c": (0.1, None), "d": (0.2, None)}
+    trials = [{"name": name, "run": name, "validation_nll": nll, "validation_loss": loss}
+              for name, (nll, loss) in losses.items()]
+    write_json(tmp_path / "search" / "search.json", {"trials": trials})
+    paths = RunPaths(tmp_path / "run")
+    paths.adapter.mkdir(parents=True)
+    write_json(paths.related, {"search": {"folder": "../search"}})
+    entries = listed_adapters(paths, kind="lora", draws=0, searched=3)
+    assert [entry.name for entry in entries] == ["mean-field", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(("extra", "name"), [({}, "Base model"), ({"head": "untrained"}, "Base model, untrained head")])

@@ -11,8 +11,9 @@ from scipy.special import log_softmax
 from scipy.stats import gmean
 
 from pipeline.scores import ensemble
+from pipeline.scores.bootstrap import RowMean
 from pipeline.scores.classification import nll, row_correct, row_nll
-from pipeline.scores.ensemble import EnsembleCurve, average, choose_adapters, choose_size, ensemble_curve, subsets
+from pipeline.scores.ensemble import average, choose_adapters, choose_cheapest, ensemble_curve, subsets
 
 
 def predictions(members, rows=40, choices=3, seed=0, scale=2.0):
@@ -87,20 +88,32 @@ def test_curve_is_the_mean_over_all_subsets(score):
     assert curve.row_values.mean(axis=1) == pytest.approx(curve.mean)
 
 
-def test_chosen_size_is_the_smallest_within_one_standard_error():
+def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen():
     random = np.random.default_rng(0)
     base = random.normal(size=400)
     noise = random.normal(size=400)
     noise = (noise - noise.mean()) / noise.std()  # exact mean 0 and sd 1: standard error 0.05
 
-    def choose(gaps):
-        rows = np.stack([base + gap + (noise if gap else 0.0) for gap in gaps])
-        return choose_size(EnsembleCurve.of((1, 2, 4, 8), [r[None] for r in rows]))
+    def choose(gaps, costs=(1, 2, 4, 8)):
+        rows = [base + gap + (noise if gap else 0.0) for gap in gaps]
+        return choose_cheapest(costs, [RowMean(row[None]) for row in rows], 400)
 
-    assert choose([0.2, 0.06, 0.04, 0.0]) == 4
-    assert choose([0.2, 0.04, 0.06, 0.0]) == 2
-    assert choose([0.2, 0.2, 0.2, 0.0]) == 8
-    assert choose([0.0, 0.2, 0.2, 0.2]) == 1
+    assert choose([0.2, 0.06, 0.04, 0.0]) == 2
+    assert choose([0.2, 0.04, 0.06, 0.0]) == 1
+    assert choose([0.2, 0.2, 0.2, 0.0]) == 3
+    assert choose([0.0, 0.2, 0.2, 0.2]) == 0
+    assert choose([0.04, 0.03, 0.2, 0.0], costs=(1, 1, 2, 4)) == 1, "of equal cost the better one"
+
+
+def test_the_standard_error_of_a_choice_is_that_of_units():
+    """100 documents of 10 equal rows: the gap is 2 standard errors over rows, 0.6 over documents."""
+    random = np.random.default_rng(1)
+    noise = random.normal(size=100)
+    units = np.repeat(np.arange(100), 10)
+    difference = ((noise - noise.mean()) / noise.std() + 0.063)[units]
+    losses = [RowMean(difference[None]), RowMean(np.zeros((1, 1000)))]
+    assert choose_cheapest([1, 8], losses, 1000) == 1
+    assert choose_cheapest([1, 8], losses, 1000, units) == 0
 
 
 def test_size_grows_when_members_are_noisy_and_not_when_they_agree():
@@ -109,8 +122,12 @@ def test_size_grows_when_members_are_noisy_and_not_when_they_agree():
     labels = (random.random(800) < np.exp(log_softmax(truth, axis=1))[:, 1]).astype(int)
     noisy = log_softmax(truth + random.normal(scale=3.0, size=(16, 800, 2)), axis=-1)
     equal = np.repeat(log_softmax(truth, axis=-1)[None], 16, axis=0)
-    assert choose_size(ensemble_curve(noisy, labels, [1, 2, 4, 8, 16])) >= 4
-    assert choose_size(ensemble_curve(equal, labels, [1, 2, 4, 8, 16])) == 1
+
+    def choose(members):
+        rows = ensemble_curve(members, labels, [1, 2, 4, 8, 16]).row_values
+        return choose_cheapest([1, 2, 4, 8, 16], [RowMean(row[None]) for row in rows], 800)
+
+    assert choose(noisy) >= 2 and choose(equal) == 0
 
 
 def test_greedy_selection_equals_exhaustive_search_step_by_step():
@@ -121,8 +138,9 @@ def test_greedy_selection_equals_exhaustive_search_step_by_step():
                   for k in range(5) if k not in order}
         order.append(min(losses, key=losses.get))
     path = [float(nll(average(np.stack([logs[i] for i in order[: n + 1]])), labels)) for n in range(5)]
-    assert choose_adapters(logs, labels, 5) == tuple(order[: int(np.argmin(path)) + 1])
-    assert len(choose_adapters(logs, labels, 2)) <= 2
+    chosen = choose_adapters(logs, 5, lambda one: nll(one, labels))
+    assert chosen == tuple(order) and path[0] == min(float(nll(one, labels)) for one in logs)
+    assert choose_adapters(logs, 2, lambda one: nll(one, labels)) == tuple(order[:2])
 
 
 def test_greedy_selection_starts_from_the_best_and_leaves_bad_adapters_out():
@@ -131,9 +149,12 @@ def test_greedy_selection_starts_from_the_best_and_leaves_bad_adapters_out():
     right = 2.0 * np.eye(2)[labels]
     good = [log_softmax(right + random.normal(scale=1.5, size=(500, 2)), axis=-1) for _ in range(2)]
     bad = log_softmax(-3.0 * right, axis=-1)
-    chosen = choose_adapters([bad, *good], labels, 3)
+    order = choose_adapters([bad, *good], 3, lambda one: nll(one, labels))
     best = 1 + int(np.argmin([nll(one, labels) for one in good]))
-    assert chosen[0] == best and set(chosen) == {1, 2}
+    assert order[0] == best and order[2] == 0
+    stack = np.stack([bad, *good])[list(order)]
+    losses = [RowMean(row_nll(average(stack[:size]), labels)[None]) for size in (1, 2, 3)]
+    assert choose_cheapest([1, 2, 3], losses, 500) == 1, "two of them: the third is left out"
 
 
 def test_subset_limit_is_the_default():

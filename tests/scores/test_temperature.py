@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from helpers.simulated import calibrated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from pipeline.scores.classification import nll
 from pipeline.scores.temperature import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -14,6 +16,8 @@ from pipeline.scores.temperature import (
     at_bound,
     fit_temperature,
     fit_temperatures,
+    is_carried,
+    posterior_interval,
 )
 
 
@@ -27,7 +31,9 @@ def draw(rows, choices, temperature, seed=0):
 
 
 def loss(temperature, log_probs, labels):
-    return -log_softmax(log_probs / temperature, axis=1)[np.arange(len(labels)), labels].mean()
+    """NLL, and the prior of log T over the rows."""
+    nll = -log_softmax(log_probs / temperature, axis=1)[np.arange(len(labels)), labels]
+    return nll.sum() + np.log(temperature) ** 2 / (2.0 * 0.35**2)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -60,13 +66,68 @@ def test_missing_choices_do_not_count():
     assert np.isneginf(scaled[:, 3]).all() and scaled[:, :3] == pytest.approx(apply_temperature(log_probs, fitted))
 
 
-def test_rows_that_are_all_right_or_all_wrong_stop_at_the_bounds():
+def test_rows_that_are_all_right_no_longer_lead_to_the_bound():
     log_probs, _ = draw(50, 2, 1.0)
     right = log_probs.argmax(axis=1)
-    assert fit_temperature(log_probs, right) == pytest.approx(MIN_TEMPERATURE)
-    assert fit_temperature(log_probs, 1 - right) == pytest.approx(MAX_TEMPERATURE)
-    assert at_bound(fit_temperature(log_probs, right)) and at_bound(fit_temperature(log_probs, 1 - right))
-    assert not at_bound(1.0)
+    found = fit_temperature(log_probs, right)
+    assert 0.25 < found < 1.0 and not at_bound(found) and not at_bound(1.0)
+    assert at_bound(fit_temperature(20.0 * log_probs, 1 - right)), "far too sure, and always wrong"
+
+
+def test_weights_are_copies_of_rows():
+    log_probs, labels = draw(40, 3, 2.0)
+    counts = np.random.default_rng(0).integers(0, 4, size=40)
+    copied = fit_temperature(np.repeat(log_probs, counts, axis=0), np.repeat(labels, counts))
+    assert fit_temperatures(log_probs[None], labels, counts[None].astype(float))[0] == pytest.approx(copied)
+
+
+def test_the_interval_is_that_of_the_posterior_on_a_grid():
+    log_probs, labels = draw(300, 3, 1.5)
+    found = fit_temperature(log_probs, labels)
+    grid = np.linspace(np.log(0.5), np.log(5.0), 2001)
+    density = np.exp(-np.array([loss(np.exp(x), log_probs, labels) for x in grid]) + loss(found, log_probs, labels))
+    mass = density.cumsum() / density.sum()
+    low, high = (float(np.exp(grid[np.searchsorted(mass, share)])) for share in (0.025, 0.975))
+    assert posterior_interval(log_probs, found) == pytest.approx((low, high), rel=0.03)
+
+
+def test_rows_carry_a_temperature_where_they_outweigh_the_prior():
+    log_probs, labels = draw(400, 2, 1.5)
+    assert is_carried(log_probs, fit_temperature(log_probs, labels))
+    sure = log_softmax(np.stack([np.full(200, 9.0), np.zeros(200)], axis=1), axis=1)
+    assert not is_carried(sure, fit_temperature(sure, np.zeros(200, dtype=int)))
+
+
+def nearly_right(rows, accuracy, sharpness, random, choices=2):
+    """Predictions of a given accuracy; with sharpness 1 they are calibrated."""
+    scale = {0.989: 41.0, 0.966: 13.0, 0.85: 2.15}[accuracy]
+    return calibrated(rows, choices, random, sharpness, scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "accuracy"), [(200, 0.989), (50, 0.966), (200, 0.85), (50, 0.85)])
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
+def test_a_temperature_is_never_worse_than_none(rows, accuracy, sharpness):
+    """Mean test NLL over 300 fits, less that at T = 1: at most 0.005 nats, and a gain where there is one to be had."""
+    random = np.random.default_rng(5)
+    test, labels = nearly_right(4000, accuracy, sharpness, random)
+    assert np.mean(test.argmax(axis=1) == labels) == pytest.approx(accuracy, abs=0.02)
+    gains = []
+    for _ in range(300):
+        fitted = fit_temperature(*nearly_right(rows, accuracy, sharpness, random))
+        gains.append(nll(apply_temperature(test, fitted), labels) - nll(test, labels))
+    assert np.mean(gains) < 0.005
+    if sharpness != 1.0:
+        assert np.mean(gains) < 0.0
+
+
+@pytest.mark.slow
+def test_with_many_rows_nothing_of_the_gain_is_lost():
+    random = np.random.default_rng(6)
+    test, labels = calibrated(4000, 2, random, 2.0)
+    fitted = fit_temperature(*calibrated(2000, 2, random, 2.0))
+    free = minimize_scalar(lambda t: nll(apply_temperature(test, t), labels), bounds=(0.5, 5.0), method="bounded").fun
+    assert nll(apply_temperature(test, fitted), labels) - free < 0.001 < nll(test, labels) - free
 
 
 def test_labels_of_one_class_are_no_special_case():
@@ -75,7 +136,7 @@ def test_labels_of_one_class_are_no_special_case():
 
 
 def test_no_preference_has_temperature_one():
-    assert fit_temperature(np.log(np.full((4, 2), 0.5)), np.array([0, 1, 1, 1])) == 1.0
+    assert fit_temperature(np.log(np.full((4, 2), 0.5)), np.array([0, 1, 1, 1])) == pytest.approx(1.0)
 
 
 def test_impossible_labels_and_no_rows_are_refused():

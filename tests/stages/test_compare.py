@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
 from pipeline.config import RunConfig, load_config
+from pipeline.data.rows import Row
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, ConfigError, StageFailed
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, publish_folder, write_json, write_text
 from pipeline.plan.methods import refused_methods
 from pipeline.run_folder.chain import Origin
-from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison
+from pipeline.run_folder.comparison import REFUSALS, choose, outcome, read_comparison, with_loss
 from pipeline.run_folder.paths import Folders, RunPaths, update_status
+from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
 from pipeline.stages import compare
 from pipeline.support.tiny import ENCODERS
 
@@ -49,10 +54,17 @@ class Processes:
                 write_json(folder / MANIFEST, {"step": 1, "validation_nll": nll, "origin": origin.as_dict()})
 
             publish_folder(paths.adapter, fill)
+            write_predictions(paths.predictions, "validation", ChoicePredictions(("a", "b"), said(nll)))
             update_status(paths, "train", "done", config_sha256=origin.config_sha256)
         elif code == EXIT_FAILED:
             update_status(paths, "train", "failed", "the loss is nan")
         return code
+
+
+def said(nll: float) -> np.ndarray:
+    """One member that gives the first of two choices exp(-nll) in both rows."""
+    logs = np.array([-nll, np.log(-np.expm1(-nll))])
+    return np.tile(logs, (1, 2, 1))
 
 
 def run(
@@ -62,6 +74,8 @@ def run(
     processes = Processes(codes, refused or {})
     monkeypatch.setattr(compare, "start", processes.start)
     monkeypatch.setattr(compare, "print_comparison", lambda *arguments: None)
+    rows = [Row(name, name, ("x", "y"), 0) for name in ("a", "b")]
+    monkeypatch.setattr(compare, "load_splits", lambda data: SimpleNamespace(validation=rows))
     config = load_config(None, [f"compare.methods=[{','.join(METHODS)}]", "compare.learning_rates=[0.1, 0.2]"])
     code = compare.run_comparison(config, Folders(tmp_path / "x"))
     found = read_comparison(RunPaths(tmp_path / "x-compare")) or []
@@ -142,4 +156,6 @@ def test_the_outcome_survives_a_second_look(tmp_path: Path, monkeypatch: pytest.
     code, started, _ = run(tmp_path, monkeypatch, {})
     assert code == EXIT_OK and "method_check" not in started
     after = read_comparison(RunPaths(tmp_path / "x-compare")) or []
-    assert after == before == choose([outcome(one, tmp_path / "x-compare") for one in before])
+    fresh = [outcome(replace(one, validation_loss=None), tmp_path / "x-compare") for one in before]
+    rows = [Row(name, name, ("x", "y"), 0) for name in ("a", "b")]
+    assert after == before == choose([with_loss(one, tmp_path / "x-compare", rows, "nll_scaled") for one in fresh])

@@ -18,7 +18,7 @@ from pipeline.files import manifest_faults, sha256_file
 @pytest.mark.slow
 def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "tiny"
-    command = ["run", "--run-dir", str(run), *tiny_settings]
+    command = ["run", "--run-dir", str(run), *tiny_settings, "export.draws=2"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     for part in ("Base model", "Plain LoRA", "report.html", "adapter", "export"):

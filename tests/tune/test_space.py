@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import ConfigError, RunConfig, build_config
-from tune.dimensions import Options, Range
+from tune.dimensions import Options, Range, Space
+from tune.ledger import TrialRecord
+from tune.search import edge_warnings
 from tune.space import SERVED_RANKS, load_space, trial_config
 
 BASE = RunConfig()
@@ -154,3 +156,26 @@ def test_whole_numbers_are_equally_likely(low: int, more: int) -> None:
     drawn = [dimension.at((i + 0.5) / cells) for i in range(cells)]
     assert all(isinstance(value, int) for value in drawn)
     assert [drawn.count(value) for value in range(low, low + more + 1)] == [10] * (more + 1)
+
+
+@pytest.mark.parametrize(("dimension", "inside", "edge"), [
+    (Range(0.1, 0.6), [0.2, 0.5, 0.15], [0.1, 0.12, 0.58, 0.6]),
+    (Range(1e-4, 1e-2, log=True), [2e-4, 1e-3, 5e-3], [1.1e-4, 9e-3]),
+    (Options((8, 16, 32)), [16], [8, 32]),
+    (Options(("a", "b")), ["a", "b"], []),
+    (Options((True, False)), [True], []),
+    (Options((8,)), [8], []),
+    (Range(4, 4), [4], []),
+])
+def test_a_chosen_value_at_the_edge_is_noticed(dimension: Options | Range, inside: list, edge: list) -> None:
+    assert not any(dimension.at_edge(value) for value in inside)
+    assert all(dimension.at_edge(value) for value in edge)
+
+
+def test_the_warning_names_what_lies_at_the_edge() -> None:
+    space = Space("x", {"adapter.rank": Options((8, 16)), "adapter.rate": Range(0.1, 0.6)})
+    best = TrialRecord("trial_000", 0, {"adapter.rank": 16, "adapter.rate": 0.3}, "h")
+    assert edge_warnings(space, best) == [
+        "The chosen adapter.rank = 16 lies at the edge of what was searched: widen it there."
+    ]
+    assert edge_warnings(space, TrialRecord("x", 0, {"adapter.rate": 0.3}, "h")) == []

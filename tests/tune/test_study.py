@@ -37,7 +37,7 @@ from pipeline.run_folder.predictions import (
 )
 from tune import progress as progress_module
 from tune.cluster import plan
-from tune.ensemble import choose_ensemble
+from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import Ledger, TrialRecord
 from tune.progress import SearchProgress
 from tune.trial import Assignment, _train
@@ -178,9 +178,11 @@ def test_a_trial_that_diverges_fails(tmp_path: Path) -> None:
         train_and_collect(tmp_path, [(1, 0.6), (2, float("nan"))])
 
 
-def asked(config: RunConfig) -> tuple[Any, ...]:
-    """What of the configuration decides an ensemble."""
-    return config.data, config.ensemble.average, config.search.adapters
+def choose(config: RunConfig, folder: Path, finished: list[TrialRecord], by: str = "nll") -> dict[str, Any]:
+    """The ensemble of a search."""
+    splits, _ = validation_losses(config.data, folder, finished, by)
+    names = [record.name for record in finished]
+    return choose_ensemble(splits, names, config.ensemble.average, config.search.adapters, by)
 
 
 def finished_trials(folder: Path, tables: list[np.ndarray], row_ids: tuple[str, ...]) -> list[TrialRecord]:
@@ -217,7 +219,7 @@ def test_the_ensemble_is_the_greedy_choice_from_cached_predictions(tmp_path: Pat
     config, row_ids, labels = validation
     for seed in range(5):
         tables = random_tables(4, labels, seed)
-        chosen = choose_ensemble(*asked(config), tmp_path, finished_trials(tmp_path, tables, row_ids))
+        chosen = choose(config, tmp_path, finished_trials(tmp_path, tables, row_ids))
         indices = [int(name[-3:]) for name in chosen["adapters"]]
         singles = [mixture_nll([table], labels) for table in tables]
         assert indices[0] == int(np.argmin(singles))
@@ -226,9 +228,37 @@ def test_the_ensemble_is_the_greedy_choice_from_cached_predictions(tmp_path: Pat
                           key=lambda k, s=size: mixture_nll([tables[i] for i in [*indices[:s], k]], labels))
             assert indices[size] == partner
         assert chosen["size"] == len(indices) <= 3
-        assert chosen["validation_nll"] == pytest.approx(mixture_nll([tables[i] for i in indices], labels), abs=1e-6)
-        assert chosen["validation_nll"] == pytest.approx(min(chosen["by_size"].values()))
-        assert list(chosen["by_size"]) == ["1", "2", "3"]
+        mixture = mixture_nll([tables[i] for i in indices], labels)
+        assert chosen["by_size"][str(len(indices))] == chosen["validation_loss"] == pytest.approx(mixture, abs=1e-6)
+        assert list(chosen["by_size"]) == ["1", "2", "3"] and chosen["selected_by"] == "nll"
+
+
+def test_an_ensemble_must_be_better_than_one_adapter_by_a_standard_error(tmp_path: Path, validation: Any) -> None:
+    """A second adapter that is nearly the first one lowers the loss a little and is not worth its pass."""
+    config, row_ids, labels = validation
+    first = random_tables(1, labels, 3)[0]
+    margin = first[:, 1] - first[:, 0]
+    tables = [np.stack([-np.logaddexp(0, m), -np.logaddexp(0, -m)], axis=1).astype(np.float32)
+              for m in (margin, 0.99 * margin, margin + np.where(labels == 1, 4.0, -4.0))]
+    assert choose(config, tmp_path, finished_trials(tmp_path, tables[:2], row_ids))["size"] == 1
+    assert choose(config, tmp_path, finished_trials(tmp_path, tables, row_ids))["adapters"] == ["trial_002"]
+
+
+def test_what_chooses_trials_is_what_select_by_says(tmp_path: Path, validation: Any) -> None:
+    """The sharp trial has the higher accuracy and, as it is, the higher NLL."""
+    config, row_ids, labels = validation
+    sign = np.where(labels == 1, 1.0, -1.0)
+    sharp = 5.0 * sign
+    sharp[:2] *= -1.0  # a mistake in each half of the rows
+    flat = 0.7 * sign
+    flat[:4] *= -1.0
+    tables = [np.stack([-np.logaddexp(0, m), -np.logaddexp(0, -m)], axis=1).astype(np.float32) for m in (sharp, flat)]
+    records = finished_trials(tmp_path, tables, row_ids)
+    best = {by: int(np.argmin(validation_losses(config.data, tmp_path, records, by)[1]))
+            for by in ("nll", "nll_scaled", "accuracy")}
+    assert best == {"nll": 1, "nll_scaled": 0, "accuracy": 0}
+    with pytest.raises(ConfigError, match=r"select\.by"):
+        validation_losses(config.data, tmp_path, records, "pearson")
 
 
 def answered_rows(folder: Path, answers: list[dict[str, Any]]) -> tuple[RunConfig, list[Row]]:
@@ -249,9 +279,9 @@ def test_an_ensemble_of_completions_averages_token_probabilities(tmp_path: Path)
         predictions = CompletionPredictions(row_ids, tokens[index : index + 1], np.array([0, 2, 3]))
         write_predictions(RunPaths(tmp_path / "trials" / f"t{index}").predictions, "validation", predictions)
         records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
-    chosen = choose_ensemble(*asked(config), tmp_path, records)
-    assert sorted(chosen["adapters"]) == ["t0", "t1"]
-    assert chosen["validation_nll"] == pytest.approx(-np.log([0.3, 0.3, 0.45]).mean(), abs=1e-6)
+    chosen = choose(config, tmp_path, records)
+    assert set(chosen["adapters"]) <= {"t0", "t1"}
+    assert chosen["by_size"]["2"] == pytest.approx(-np.log([0.3, 0.3, 0.45]).mean(), abs=1e-6)
 
 
 def test_an_ensemble_of_numbers_averages_them(tmp_path: Path) -> None:
@@ -264,10 +294,10 @@ def test_an_ensemble_of_numbers_averages_them(tmp_path: Path) -> None:
         place = RunPaths(tmp_path / "trials" / f"t{index}").predictions
         write_predictions(place, "validation", RegressionPredictions(row_ids, values))
         records.append(TrialRecord(f"t{index}", index, {}, "h", "done"))
-    chosen = choose_ensemble(*asked(config), tmp_path, records)
+    chosen = choose(config, tmp_path, records)
     assert chosen["adapters"] == ["t1", "t0"]
     mean_square = (0.25**2 + 0.125**2) / 2
-    assert chosen["validation_nll"] == pytest.approx(0.5 * np.log(2 * np.pi * np.e * mean_square))
+    assert chosen["by_size"]["2"] == chosen["validation_loss"] == pytest.approx(mean_square)
 
 
 def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) -> None:
@@ -279,10 +309,10 @@ def test_predictions_of_other_rows_are_refused(tmp_path: Path, validation: Any) 
         ChoicePredictions(row_ids[::-1], table[None]),
     )  # fmt: skip
     with pytest.raises(RunFolderError, match="trial_001"):
-        choose_ensemble(*asked(config), tmp_path, records)
+        choose(config, tmp_path, records)
     records = finished_trials(tmp_path, random_tables(2, labels[:-1], 0), row_ids[:-1])
     with pytest.raises(RunFolderError, match="trial_000: predictions: has 0 rows that the data lack, and lacks 1 rows"):
-        choose_ensemble(*asked(config), tmp_path, records)
+        choose(config, tmp_path, records)
 
 
 def test_the_time_left_is_that_of_the_steps_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

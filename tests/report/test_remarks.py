@@ -1,0 +1,98 @@
+"""What a table says by itself: chance, constant answers, weak temperatures, edges of grids, what to do next and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.report.inputs import TrainingCurve
+from pipeline.report.remarks import chance, chance_line, edges, remarks
+from pipeline.run_folder.comparison import Training
+
+
+def inputs(**changes: Any) -> Any:
+    outputs = np.log(np.array([[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0]]]) + 1e-300)
+    outputs = np.where(outputs < -600.0, -np.inf, outputs)
+    split = SimpleNamespace(outputs=outputs, labels=np.array([0, 1, 1, 1]))
+    return SimpleNamespace(**{
+        "kind": "choice", "splits": {"test": split}, "search": None, "trainings": None, "curves": {}, **changes,
+    })
+
+
+def system(key: str, nll: float = 0.3, **changes: Any) -> dict[str, Any]:
+    temperature = {"at_bound": False, "carried": True}
+    return {"key": key, "name": key, "test": {"before": {"nll": {"value": nll}}}, "temperature": temperature,
+            "top_choices": [0.5, 0.5], "train_seeds": [], **changes}
+
+
+def result(*systems: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"kind": "choice", "chance": {"nll": 0.693, "accuracy": 0.5, "most_frequent": 0.6}, "systems": systems,
+            "rows": {"calibration": 50, "test": 100}, "claim_seeds": 3, "comparisons": [], **changes}
+
+
+def test_chance_is_that_of_the_choices_each_row_has() -> None:
+    found = chance(inputs())
+    assert found == pytest.approx({
+        "accuracy": (0.5 + 0.5 + 2 / 3) / 4, "nll": (2 * np.log(2) + 2 * np.log(3)) / 4, "most_frequent": 0.75,
+    })
+    said = "guessing has an accuracy of 0.500 and an NLL of 0.693; always the most frequent answer is right in 0.600"
+    assert said in chance_line(result())
+    scores = SimpleNamespace(labels=np.array([1.0, 3.0]))
+    numbers = chance(inputs(kind="regression", splits={"test": scores}))
+    assert numbers == {"rmse": 1.0, "pearson": 0.0, "spearman": 0.0}
+    assert chance(inputs(kind="completion")) is None and chance_line(result(chance=None)) == ""
+
+
+def test_single_systems_are_warned_of() -> None:
+    bound, weak = ({"at_bound": b, "carried": c} for b, c in ((True, True), (False, False)))
+    found = remarks(inputs(), result(
+        system("fine"), system("constant", top_choices=[1.0, 0.0]), system("worse", 0.8),
+        system("wild", temperature=bound), system("weak", temperature=weak), system("seeded", train_seeds=[1, 2]),
+    ))
+    beginnings = [
+        "One answer for all test rows: constant.", "NLL above that of guessing (0.693) before scaling: worse.",
+        "Temperature at the bound of its search: wild.", "50 calibration rows carry no temperature of weak:",
+        "2 seeds are too few for a claim",
+    ]
+    assert len(found) == 5 and all(a.startswith(b) for a, b in zip(found, beginnings, strict=True))
+    assert remarks(inputs(), result(system("fine", train_seeds=[1, 2, 3]))) == []
+
+
+def test_choices_at_the_edge_of_a_grid_are_named() -> None:
+    fixed = {"adapter.rank": 8, "adapter.kind": "lora"}
+    one = Training("a", "lora_dropout", {}, 0, "ab", "done")
+    grid = [replace(one, values={"train.learning_rate": rate, **fixed}, chosen=rate == 0.3) for rate in (0.1, 0.2, 0.3)]
+    assert edges(grid) == ["LoRA Dropout: lr 0.3 (largest of 3)"]
+    inside = [replace(t, chosen=t.values["train.learning_rate"] == 0.2) for t in grid]
+    assert edges(inside) == []
+    search = {"warnings": ["The chosen adapter.rank = 16 lies at the edge of what was searched: widen it there."]}
+    assert remarks(inputs(search=search, trainings=grid), result()) == [
+        *search["warnings"],
+        "Chosen at the edge of what was tried: LoRA Dropout: lr 0.3 (largest of 3). The best may lie beyond it.",
+    ]
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ([0.9, 0.7, 0.6], "Next: train longer"), ([0.9, 0.5, 0.6], "Next: more training rows"), ([0.9, 0.5, 0.51], None),
+    ([0.9], None),
+])
+def test_the_next_step_follows_from_the_validation_curve(values: list[float], said: str | None) -> None:
+    curve = TrainingCurve({1: 0.5}, dict(enumerate(values)))
+    found = remarks(inputs(curves={"mean_field": curve}), result(system("mean_field")))
+    assert [line for line in found if not line.startswith(said or "x")] == [] and len(found) == (said is not None)
+
+
+def test_rows_that_a_difference_needs_are_counted() -> None:
+    wanted = {"split": "test", "scaling": "before", "system": "mean_field", "versus": "plain", "score": "nll"}
+
+    def said(difference: float, half: float) -> list[str]:
+        entry = {**wanted, "difference": difference, "low": difference - half, "high": difference + half,
+                 "excludes_zero": abs(difference) > half}
+        return remarks(inputs(), result(system("mean_field"), comparisons=[entry]))
+
+    assert "would need about 400 test rows" in said(-0.05, 0.1)[0]
+    assert "no more rows" in said(-0.001, 0.1)[0] and said(-0.2, 0.1) == []

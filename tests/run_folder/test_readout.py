@@ -1,0 +1,62 @@
+"""The read-out in a manifest: the temperature of exactly what is exported, and the space in which it acts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.simulated import calibrated
+from scipy.special import log_softmax
+
+from pipeline.data.rows import Row
+from pipeline.run_folder.members import PredictedMember, write_members
+from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
+from pipeline.run_folder.readout import exported_readout
+from pipeline.scores.ensemble import average
+from pipeline.scores.temperature import fit_temperature
+
+ROWS = tuple("abcdefghij" * 6)
+IDS = tuple(f"{letter}{n}" for n, letter in enumerate(ROWS))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    members = [PredictedMember("base", "base"), PredictedMember("mean-field", "mean_field", "a", "own")]
+    members += [PredictedMember(f"draw {d}", "mask_draw", "a", "own", d) for d in range(4)]
+    write_members(RunPaths(tmp_path).predictions, members)
+    return RunPaths(tmp_path)
+
+
+def test_the_temperature_is_that_of_the_exported_draws(paths: RunPaths) -> None:
+    """Three draws, which are no size of a table; not the mean over subsets of three."""
+    random = np.random.default_rng(0)
+    shared, labels = calibrated(60, 2, random, 3.0)
+    tables = log_softmax(shared + np.arange(6)[:, None, None] * random.normal(size=(6, 60, 2)), axis=-1)
+    write_predictions(paths.predictions, "calibration", ChoicePredictions(IDS, tables))
+    rows = [Row(i, choices=("x", "y"), label=int(y)) for i, y in zip(IDS, labels, strict=True)]
+    for space in ("probability", "logit"):
+        found = exported_readout(paths, rows, space, [0, 1, 2], "own")
+        expected = fit_temperature(average(tables.astype(np.float32)[[2, 3, 4]], space), labels)
+        assert found["average"] == space and found["temperature"]["value"] == pytest.approx(expected)
+        assert found["temperature"]["low"] < expected < found["temperature"]["high"]
+        assert "normalised over the choices" in found["temperature"]["acts_on"]
+    own = exported_readout(paths, rows, "logit", [None], "own")["temperature"]["value"]
+    assert own == pytest.approx(fit_temperature(tables.astype(np.float32)[1], labels))
+    missing = exported_readout(paths, rows, "logit", [3, 4], "own")
+    assert missing["temperature"] is None and missing["reason"] == "not predicted: draw 4. Evaluate again."
+    assert "the mean-field adapter" in exported_readout(paths, rows, "logit", [None], "another")["reason"]
+
+
+def test_completions_are_averaged_as_probabilities_whatever_was_configured(paths: RunPaths) -> None:
+    tokens = np.full((6, 60), -0.5, dtype=np.float32)
+    write_predictions(paths.predictions, "calibration", CompletionPredictions(IDS, tokens, np.arange(61)))
+    rows = [Row(i, prompt="p", completion="c") for i in IDS]
+    found = exported_readout(paths, rows, "logit", [0, 1], "own")
+    assert found["average"] == "probability" and found["temperature"] is None and "completion" in found["reason"]
+
+
+def test_without_predictions_the_reason_is_said(paths: RunPaths) -> None:
+    found = exported_readout(paths, [], "logit", [0], "own")
+    assert found["temperature"] is None and found["reason"].startswith("no calibration predictions")
