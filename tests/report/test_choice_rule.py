@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from helpers.runs import write_predicted
 
 from pipeline.config import RunConfig, build_config
 from pipeline.config.load import dump_config
@@ -14,7 +15,7 @@ from pipeline.files import write_json, write_text
 from pipeline.report.inputs import read_inputs
 from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
+from pipeline.run_folder.predictions import ChoicePredictions
 from pipeline.scores.choices import ChoiceLikelihoods, ChoiceScore
 
 
@@ -39,7 +40,7 @@ def test_changing_the_rule_in_the_saved_configuration_changes_the_scores(tmp_pat
         found = -10 * np.random.default_rng(0).random((1, len(ids), 2))
         tokens, characters = np.full((len(ids), 2), (1, 3)), np.full((len(ids), 2), (2, 10))
         kept[split] = ChoiceLikelihoods(found, tokens, characters)
-        write_predictions(paths.predictions, split, ChoicePredictions.of_texts(ids, kept[split], "sum"))
+        write_predicted(paths.root, split, ChoicePredictions.of_texts(ids, kept[split], "sum"), splits.fingerprint)
     tables = []
     for rule in ("sum", "per_token", "per_character"):
         configured(rule)

@@ -243,8 +243,8 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
 def test_the_searched_adapters_are_those_that_the_search_would_take(tmp_path: Path) -> None:
     """Finished trials by what chose among them, then those that were stopped."""
     losses = {"a": (0.5, 0.2), "b": (0.4, 0.3), "c": (0.1, None), "d": (0.2, None)}
-    trials = [{"name": name, "run": name, "validation_nll": nll, "validation_loss": loss}
-              for name, (nll, loss) in losses.items()]
+    trials = [{"name": name, "run": name, "validation_nll": nll, "validation_loss": loss,
+               "adapter_sha256": name} for name, (nll, loss) in losses.items()]
     write_json(tmp_path / "search" / "search.json", {"trials": trials})
     paths = RunPaths(tmp_path / "run")
     paths.adapter.mkdir(parents=True)

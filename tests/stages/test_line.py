@@ -52,7 +52,8 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     groups = [member["group"] for member in members]
     assert groups.count("mask_draw") == 4 and groups.count("searched") == 2 and groups.count("plain") == 1
     with np.load(run / "predictions" / "test.npz", allow_pickle=False) as arrays:
-        assert set(arrays.files) == {"row_ids", "kind", "log_probs", "seconds", "made_from"}
+        kept = {"log_likelihoods", "tokens", "characters"}  # for other rules of data.choice_score
+        assert set(arrays.files) == {"row_ids", "kind", "log_probs", "seconds", "made_from", *kept}
         assert arrays["log_probs"].shape == (len(members), 60, 2)
     manifest = json.loads((run / "export" / "manifest.json").read_text())
     assert all(export["ratio"] <= 0.05 for export in manifest["exports"]) and len(manifest["exports"]) >= 3
