@@ -69,7 +69,7 @@ def test_choices_at_the_edge_of_a_grid_are_named() -> None:
     assert edges(grid) == ["LoRA Dropout: lr 0.3 (largest of 3)"]
     inside = [replace(t, chosen=t.values["train.learning_rate"] == 0.2) for t in grid]
     assert edges(inside) == []
-    search = {"warnings": ["The chosen adapter.rank = 16 lies at the edge of what was searched: widen it there."]}
+    search = {"warnings": ["Chosen at the edge of what was searched: adapter.rank = 16. The best may lie beyond it."]}
     assert remarks(inputs(search=search, trainings=grid), result()) == [
         *search["warnings"],
         "Chosen at the edge of what was tried: LoRA Dropout: lr 0.3 (largest of 3). The best may lie beyond it.",

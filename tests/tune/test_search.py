@@ -52,7 +52,7 @@ def test_a_search_with_a_failing_and_a_dying_trial(tmp_path: Path) -> None:
     assert result["ensemble"]["adapters"][0] == best["name"]
     assert result["ensemble"]["validation_loss"] <= best["validation_loss"] + 1e-6
     assert set(result["ensemble"]["by_size"]) == {"1", "2"}
-    assert all(warning.startswith("The chosen ") for warning in result["warnings"]), "of an edge, and no other"
+    assert all(warning.startswith("Chosen at the edge ") for warning in result["warnings"]), "of an edge, and no other"
     assert not (search / ".ray").exists()
 
     # The same command runs what failed, and nothing else.

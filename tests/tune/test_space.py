@@ -176,6 +176,6 @@ def test_the_warning_names_what_lies_at_the_edge() -> None:
     space = Space("x", {"adapter.rank": Options((8, 16)), "adapter.rate": Range(0.1, 0.6)})
     best = TrialRecord("trial_000", 0, {"adapter.rank": 16, "adapter.rate": 0.3}, "h")
     assert edge_warnings(space, best) == [
-        "The chosen adapter.rank = 16 lies at the edge of what was searched: widen it there."
+        "Chosen at the edge of what was searched: adapter.rank = 16. The best may lie beyond it."
     ]
     assert edge_warnings(space, TrialRecord("x", 0, {"adapter.rate": 0.3}, "h")) == []
