@@ -196,7 +196,8 @@ def edge_warnings(space: Space, best: TrialRecord) -> list[str]:
         for key, dimension in space.dimensions.items()
         if key in best.values and dimension.at_edge(best.values[key])
     ]
-    return [f"Chosen at the edge of what was searched: {', '.join(found)}. The best may lie beyond it."] if found else []
+    said = f"Chosen at the edge of what was searched: {', '.join(found)}. The best may lie beyond it."
+    return [said] if found else []
 
 
 def _entry(record: TrialRecord, loss: float | None) -> dict[str, Any]:
