@@ -97,7 +97,7 @@ def test_two_nodes_train_what_two_processes_of_one_node_train(
         ]
     watched = [one.result() for one in started]
     assert [one.code for one in watched] == [0, 0], watched[0].output + watched[1].output
-    for number, one in enumerate(watched, start=1):
-        assert one.outside == {("python", f"10.77.0.{number}")}, "not the address given alone"
+    for number, node in enumerate(watched, start=1):
+        assert node.outside == {("python", f"10.77.0.{number}")}, "not the address given alone"
     assert losses(two) == losses(one) and len(losses(one)) == 3
     assert (two / "logs" / "train.node1.log").exists()
