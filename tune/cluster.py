@@ -172,12 +172,12 @@ def _attach(address: str) -> None:
 
 def _knock(address: str) -> None:
     """Raises Ray's AuthenticationError where the cluster wants another token: `ray.init` would try for minutes."""
+    import ray
     from ray._private.authentication import authentication_token_setup
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` does
-    GcsClient(address=canonicalize_bootstrap_address_or_die(address))
+    ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(address))
 
 
 def _make_scratch(folder: Path) -> Path:
