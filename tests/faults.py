@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
             f"model.path={write_tiny_model(folder / 'model')}",
             f"data.path={write_tiny_data(folder / 'rows.jsonl', 300)}",
         ]
-        settings = [*base, *faults.SETTINGS, "search.trials=3", "search.max_steps=6", "search.adapters=1"]
+        # As many adapters as trials: none is stopped early. Which ones are depends on the order in which they report.
+        settings = [*base, *faults.SETTINGS, "search.trials=3", "search.max_steps=6", "search.adapters=3"]
         commands = command_faults.Runs(folder, settings, 60.0 if arguments.long else 2.0)
         points = faults.Bench(folder, base, {}, random.Random(0), [])
         points.prepare()

@@ -330,8 +330,10 @@ def searched(bench: Runs, how: str) -> str:
     if code != 0:
         return f"given again, it ended with {code}: …{command.said()[-1500:]}"
     found, expected_result = (read_json(place / "search.json") for place in (folder, bench.searched))
-    same = all(found[name] == expected_result[name] for name in ("best", "best_config", "trials", "ensemble"))
-    return "" if same else f"not as undisturbed: {json.dumps(found)[:700]} {json.dumps(expected_result)[:700]}"
+    wrong = [name for name in ("best", "best_config", "ensemble") if found[name] != expected_result[name]]
+    for one, other in zip(found["trials"], expected_result["trials"], strict=True):
+        wrong += [f"{one['name']}: {key} {one[key]}, not {other[key]}" for key in one if one[key] != other.get(key)]
+    return f"not as undisturbed: {'; '.join(wrong)}" if wrong else ""
 
 
 def left_over(bench: Runs, wrong: str) -> str:
