@@ -380,7 +380,8 @@ def test_what_a_system_costs_is_said_in_passes_and_seconds(finished):
 
 def test_intervals_after_scaling_draw_the_calibration_rows_too(finished, monkeypatch):
     """A score under a temperature of 150 rows varies more than under one that is given."""
-    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda _: SimpleNamespace(**finished.splits, fingerprint="rows"))
+    splits = SimpleNamespace(**finished.splits, fingerprint="rows")
+    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda _: splits)
     inputs = read_inputs(finished.root)
     scored = score_system(inputs, System("plain", "", "", ((1,),)))
     (statistic,) = scored.statistics["test", "after"]["nll"]
