@@ -101,7 +101,8 @@ def load_light() -> None:
     import pipeline.plan.preflight
     import pipeline.plan.resolve
     import pipeline.plan.steps
-    import pipeline.report.inputs  # noqa: F401
+    import pipeline.report.inputs
+    import pipeline.stages.verify  # noqa: F401
     import tune.space  # noqa: F401
 
     plan = types.ModuleType("pipeline.plan.memory_table")

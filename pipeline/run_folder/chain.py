@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.errors import RunFolderError
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json, sha256_file
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json
 from pipeline.run_folder.members import MEMBERS, PredictedMember
 from pipeline.run_folder.paths import RunPaths, read_status
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Predictions, read_predictions
@@ -109,12 +109,19 @@ def require_predictions(
         raise RunFolderError(str(paths.predictions / f"{split}.npz"), None, what, EVALUATE_AGAIN)
 
 
+def weights_sha256(adapter: Path) -> str | None:
+    """The hash of an adapter's weights; None where they are not as its manifest says, and so may be of any size."""
+    if manifest_faults(adapter):
+        return None
+    found: str | None = read_json(adapter / MANIFEST)["files"].get(ADAPTER_WEIGHTS, {}).get("sha256")
+    return found
+
+
 def require_same_adapter(paths: RunPaths, sha256: str, what: str, remedy: str) -> None:
     """Raises `RunFolderError` where adapter/, if it is there, is not the one whose weights have this hash.
 
     Args:
         what: was made from that one.
     """
-    weights = paths.adapter / ADAPTER_WEIGHTS
-    if weights.is_file() and sha256_file(weights) != sha256:
+    if (paths.adapter / ADAPTER_WEIGHTS).is_file() and weights_sha256(paths.adapter) != sha256:
         raise RunFolderError(str(paths.adapter), None, f"is not the adapter that {what} was made from", remedy)

@@ -188,7 +188,7 @@ def read_saved(saved: Path) -> dict[str, Any]:
         RunFolderError: it was written before version 0.2; files and keys had other names.
     """
     tree = read_yaml(saved)
-    if "members" in (tree.get("export") or {}):
+    if isinstance(export := tree.get("export"), dict) and "members" in export:
         raise RunFolderError(
             "--run-dir", str(saved.parent), "was made before loradrop 0.2, which lays run folders out otherwise",
             "Finish it with the version that made it, or give another --run-dir and run again.",

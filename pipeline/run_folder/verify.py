@@ -10,11 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
 from pipeline.config import RunConfig
 from pipeline.errors import LoradropError, RunFolderError
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json, read_json_lines, sha256_file
-from pipeline.run_folder.chain import Origin, is_validated, predictions_from
+from pipeline.files import (
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    MOST_JSON_BYTES,
+    manifest_faults,
+    read_json,
+    read_json_lines,
+    sha256_file,
+)
+from pipeline.run_folder.chain import Origin, is_validated, predictions_from, weights_sha256
 from pipeline.run_folder.comparison import REFUSALS, read_comparison
 from pipeline.run_folder.mark import MARK, is_marked, require_mark
 from pipeline.run_folder.members import read_members
@@ -191,7 +200,7 @@ def _predictions(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
         yield result
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     weights = paths.adapter / ADAPTER_WEIGHTS
-    if own is not None and weights.is_file() and sha256_file(weights) != own:
+    if own is not None and weights.is_file() and weights_sha256(paths.adapter) != own:
         yield Finding("predictions/members.json", "foreign", "names another adapter than the one in adapter/")
 
 
@@ -204,10 +213,10 @@ def _referred(paths: RunPaths) -> Iterator[Finding]:
         return
     if related.plain is None:
         return
-    name, weights = f"../{related.plain.name}", related.plain / "adapter" / ADAPTER_WEIGHTS
-    if not weights.is_file():
+    name, adapter = f"../{related.plain.name}", related.plain / "adapter"
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
         yield Finding(name, "missing", "the plain run that this one is compared with")
-    elif sha256_file(weights) != related.plain_sha256:
+    elif weights_sha256(adapter) != related.plain_sha256:
         yield Finding(name, "foreign", "its adapter is not the one that this run is compared with")
     else:
         yield Finding(name, "whole", "the plain run that this one is compared with")
@@ -224,7 +233,7 @@ def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
     if found.state == "whole":
         for split, sha256 in ((made_from or {}).get("predictions") or {}).items():
             path = paths.predictions / f"{split}.npz"
-            if not path.is_file() or sha256_file(path) != sha256:
+            if not path.is_file() or not is_zipfile(path) or sha256_file(path) != sha256:
                 found = Finding("result.json", "foreign", f"was made from other predictions of {split}")
     yield found
 
@@ -232,9 +241,14 @@ def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
 def _recorded(path: Path, made: dict[str, str]) -> Finding:
     if not path.is_file():
         return Finding(path.name, "missing")
-    if made.get(path.name) != sha256_file(path):
+    if made.get(path.name) != _small_sha256(path):
         return Finding(path.name, "damaged", "does not have the hash that status.json records")
     return Finding(path.name, "whole")
+
+
+def _small_sha256(path: Path) -> str | None:
+    """The hash of a result or a page; None of what is too large to be one."""
+    return sha256_file(path) if path.stat().st_size <= MOST_JSON_BYTES else None
 
 
 def _export(paths: RunPaths, origin: Origin | None) -> Finding:
@@ -243,10 +257,10 @@ def _export(paths: RunPaths, origin: Origin | None) -> Finding:
     if found.state != "whole" or not isinstance(manifest, dict):
         return found
     weights = paths.adapter / ADAPTER_WEIGHTS
-    if weights.is_file() and manifest.get("adapter_sha256") != sha256_file(weights):
+    if weights.is_file() and manifest.get("adapter_sha256") != weights_sha256(paths.adapter):
         return Finding(found.name, "foreign", "was made from another adapter")
     result = manifest.get("result_sha256")
-    if result is not None and paths.result.is_file() and sha256_file(paths.result) != result:
+    if result is not None and paths.result.is_file() and _small_sha256(paths.result) != result:
         return Finding(found.name, "foreign", "was made from another result.json")
     return found
 

@@ -16,6 +16,7 @@ from pipeline.config.plain_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from pipeline.config.section import Section
 from pipeline.config.space import find_space, read_space
 from pipeline.errors import ConfigError, UserError
+from pipeline.run_folder.paths import load_saved
 
 LONG = "9" * 5000
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
@@ -171,6 +172,13 @@ def test_files_that_are_none(
     assert "settings.yaml" in str(caught.value) and said in str(caught.value)
     with pytest.raises(ConfigError, match=r"settings\.yaml"):
         read_space(find_space(str(path)))
+
+
+@pytest.mark.parametrize("text", ["export: 5", "export: [members]", "export: members"])
+def test_a_run_folder_with_a_section_of_another_kind(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="export"):
+        load_saved(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("source", ["", "x" * 5000, "a\0b", "no-such"])

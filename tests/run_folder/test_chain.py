@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -264,3 +265,24 @@ def test_verify_takes_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for words in (["a", "b"], ["a", "--run-dir", "b"], [str(tmp_path / "none")], ["--run-dir", str(tmp_path / "no")]):
         assert main(["verify", *words]) == 2
     assert capsys.readouterr().err.count("loradrop: ") == 4
+
+
+@pytest.mark.parametrize(
+    "name", [f"adapter/{ADAPTER_WEIGHTS}", "predictions/test.npz", "result.json", "report.html"]
+)
+def test_a_file_of_another_size_is_not_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A terabyte with nothing in it takes no place, and an hour to read."""
+
+    def hashed(path: Path) -> str:
+        assert path.stat().st_size < 2**40
+        return sha256_file(path)
+
+    paths = write_run(tmp_path / "run")
+    os.truncate(paths.root / name, 2**40)
+    for module in ("files", "run_folder.chain", "run_folder.verify"):
+        monkeypatch.setattr(f"pipeline.{module}.sha256_file", hashed, raising=False)
+    states = {found.name: found.state for found in verify_folder(paths.root)}
+    assert states[name.replace(f"/{ADAPTER_WEIGHTS}", "")] == "damaged"
+    if "adapter" in name:
+        with pytest.raises(RunFolderError, match="is not the adapter"):
+            require_same_adapter(paths, "ab", "predictions/", "Evaluate again.")
