@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
+
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.files import MOST_JSON_BYTES, read_bytes
 from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, is_embedded
 
 Kind = Literal["causal", "classifier"]
+MODEL_FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+"""What transformers raises of a model's files that are missing, damaged or contradict themselves."""
 
 ENCODER_TYPES = frozenset({
     "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
@@ -42,15 +47,18 @@ def local_kind(config: ModelConfig) -> Kind | None:
     file = Path(config.path).expanduser() / "config.json"
     if file.is_file():
         try:
-            return _kind_of(config, json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            description = json.loads(read_bytes(file, MOST_JSON_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError("model.path", config.path, f"has a config.json that cannot be read ({error})") from error
+        if not isinstance(description, dict):
+            raise ConfigError("model.path", config.path, "has a config.json that holds no mapping")
+        return _kind_of(config, description)
     return config.kind if config.kind == "classifier" else None
 
 
 def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:
     family = description.get("model_type")
-    encoder = family in ENCODER_TYPES and not description.get("is_decoder")
+    encoder = str(family) in ENCODER_TYPES and not description.get("is_decoder")
     if config.kind == "causal" and encoder:
         raise ConfigError(
             "model.kind", "causal", f"{config.path} is an encoder ({family}): its tokens attend to both sides",
@@ -59,7 +67,7 @@ def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:
     if config.kind != "auto":
         return config.kind
     saved = description.get("architectures") or []
-    return "classifier" if encoder or any("ForSequenceClassification" in name for name in saved) else "causal"
+    return "classifier" if encoder or "ForSequenceClassification" in str(saved) else "causal"
 
 
 def _hub_description(config: ModelConfig) -> dict[str, Any]:
@@ -69,7 +77,7 @@ def _hub_description(config: ModelConfig) -> dict[str, Any]:
         found = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except MODEL_FAULTS as error:
         refuse_untrusted(config.path, error)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

@@ -15,7 +15,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model
-from pipeline.model.kind import refuse_untrusted
+from pipeline.model.kind import MODEL_FAULTS, refuse_untrusted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -179,7 +179,7 @@ def _transformers_errors(path: str) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError) as error:
+    except MODEL_FAULTS as error:
         refuse_untrusted(path, error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation=" in first:

@@ -20,6 +20,7 @@ from pipeline.config.deepspeed import read_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.model.embedded import is_embedded
+from pipeline.model.kind import MODEL_FAULTS
 from pipeline.model.load import compute_dtype
 from pipeline.plan.memory_trace import Batch, Peaks, empty_model, trace_pass
 
@@ -192,7 +193,7 @@ def base_description(model: ModelConfig) -> tuple[Path | None, Any]:
             raise NoPlan("only causal models are planned")
         settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         return folder, AutoConfig.from_pretrained(str(folder or model.path), **settings)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, *MODEL_FAULTS) as error:
         raise NoPlan(f"the configuration of {model.path} cannot be read ({first_line(error)})") from error
 
 
