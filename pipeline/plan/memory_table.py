@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -26,7 +27,8 @@ def memory_table(config: RunConfig, processes: int) -> str:
         batch, source = expected_batch(config.data, model, train.packing)
         plan = plan_memory(model, adapter, train, processes, batch)
         verdict = "fits" if plan.fits else f"DOES NOT FIT; {suggestion(model, adapter, train, processes, batch)}"
-        if not plan.fits and plan.peak - plan.holes <= plan.capacity:
+        bare = replace(plan, holes=0)
+        if bare.fits and not plan.fits:
             verdict += f"; or, slower, with {PAGES}={SMALL} in the environment, which leaves no holes"
     except NoPlan as error:
         return f"memory: no plan ({error})"
@@ -41,7 +43,8 @@ def memory_table(config: RunConfig, processes: int) -> str:
         f" attention {model.attention}):",
         *(f"  {name:44}{mib(size):>12}" for name, size in parts(model, train.deepspeed, plan, processes) if size),
         f"  at the most: {moments}",
-        f"  peak {mib(plan.peak)} of {mib(plan.capacity)} {device}: {verdict}",
+        f"  peak {mib(plan.peak)}{f', {mib(bare.peak)} without the holes,' if plan.holes else ''} of"
+        f" {mib(plan.capacity)} {device}: {verdict}",
         f"  disk: {mib(disk)} per checkpoint, up to {mib(kept * disk)} (the newest {train.keep_checkpoints}, the best,"
         " one being written)",
     ])

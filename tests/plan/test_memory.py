@@ -26,7 +26,7 @@ from pipeline.plan.memory import (
     states_of,
     weigh,
 )
-from pipeline.plan.memory_table import expected_batch, memory_table
+from pipeline.plan.memory_table import expected_batch, memory_table, mib
 from pipeline.plan.memory_trace import LONG, MAPPED, SHORT, Batch, Live, Peaks, shortened, trace_pass
 from pipeline.support.tiny import tiny_llama
 
@@ -130,9 +130,12 @@ def test_holes_are_planned_where_the_heap_is_not_bounded(
     for moment, holes in (("loading", 0), ("optimizer step", 0), ("forward pass", 3e9), ("backward pass", 3e9)):
         assert found.moments[moment] - bounded.moments[moment] == holes
     monkeypatch.setenv(PAGES, "65536")
-    assert "in the C library's heap" not in memory_table(config, 1)
+    text = memory_table(config, 1)
+    assert "in the C library's heap" not in text and f"peak {mib(bounded.peak)} of " in text
     monkeypatch.delenv(PAGES)
-    assert "in the C library's heap" in memory_table(config, 1)
+    text = memory_table(config, 1)
+    assert "in the C library's heap" in text
+    assert f"peak {mib(found.peak)}, {mib(bounded.peak)} without the holes, of " in text
     needed = bounded.peak
     monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: needed)
     assert "or, slower, with MALLOC_MMAP_THRESHOLD_=1048576 in the environment" in memory_table(config, 1)
