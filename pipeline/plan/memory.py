@@ -37,7 +37,8 @@ tokenizer); torch's count of allocated GPU memory holds none of it, but see `CON
 HOLES = 1.5
 """Part of a pass's blocks that glibc's heap takes once more, at the most. torch aligns blocks to 64 bytes, and a freed
 block is too small, by the margin that glibc's memalign asks for, for the next of its size: holes stay, whether shapes
-vary or not. Measured from 0.3 to 1.5 (SmolLM2-135M, `benchmarks/memory_plan.py --heap`)."""
+vary or not. From 0.3 to 1.5 in runs of a few steps of SmolLM2-135M (`benchmarks/memory_plan.py --heap`
+measures it)."""
 PAGES = "MALLOC_MMAP_THRESHOLD_"
 """glibc's variable for the size from which on blocks are no part of the heap."""
 SMALL = 1024**2
