@@ -49,6 +49,7 @@ def prepare(environment: Environment) -> None:
         if not environment.is_ready():  # another launch may have finished while this one waited
             same_place = environment.recorded().get("place") == environment.fingerprint()["place"]
             if not (same_place and environment.python.exists()):
+                _refuse_anothers(environment)
                 _empty(environment.folder)  # before looking for free space, which this may give
             check_machine(environment)
             _install(environment, lock)
@@ -143,6 +144,16 @@ def _install(environment: Environment, lock: IO[bytes]) -> None:
     shutil.rmtree(folder / "tmp")
     environment.mark_complete()
     progress.say("ready")
+
+
+def _refuse_anothers(environment: Environment) -> None:
+    """Raises `SetupError` where .venv is, by a link, that of another checkout, which would lose it."""
+    place = environment.recorded().get("place")
+    other = Path(str(place[0])) if isinstance(place, list) and place else environment.root
+    theirs = other / environment.folder.name
+    if other != environment.root and theirs.exists() and theirs.samefile(environment.folder):
+        remedy = "Remove the link: this checkout then makes one of its own."
+        raise SetupError(str(environment.folder), None, f"is a link to the environment of {other}", remedy)
 
 
 def _empty(folder: Path) -> None:

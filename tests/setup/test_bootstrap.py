@@ -293,6 +293,21 @@ def test_an_environment_of_the_users_own_is_left_alone(launches: Launches) -> No
     assert mine.read_text() == "mine" and launches.events() == []
 
 
+def test_the_environment_of_another_checkout_is_not_emptied_through_a_link(launches: Launches, tmp_path: Path) -> None:
+    assert launches.run()[0] == 0
+    second = tmp_path / "second checkout"
+    shutil.copytree(launches.root, second, ignore=shutil.ignore_patterns(".venv"))
+    (second / ".venv").symlink_to(launches.root / ".venv")
+    before = sorted((launches.root / ".venv").rglob("*"))
+    other = Launches(second, tmp_path)
+    code, _, err = other.run()
+    assert code == EXIT_USER and "is a link to the environment of" in err and "Remove the link" in err
+    assert sorted((launches.root / ".venv").rglob("*")) == before
+    shutil.rmtree(launches.root)  # where that is gone, nobody loses it: a checkout that was moved
+    (second / ".venv").unlink()
+    assert other.run()[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_set_up_stops_at_once_and_can_be_repeated(launches: Launches, number: signal.Signals) -> None:
     # As pip does, the step starts a process of its own; neither may outlive the interruption.
