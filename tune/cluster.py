@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import ConfigError, SearchConfig, SetupError, StageFailed
 from tune.stopping import Stopping
-from tune.watch import RayWatch
+from tune.watch import TOKEN, RayWatch
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
@@ -82,7 +82,7 @@ def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
     own = address in ("", "local")
     os.environ.update(QUIET)
     if own:
-        os.environ.update(LOCAL, RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(LOCAL | {TOKEN: secrets.token_hex(32)})
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)

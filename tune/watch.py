@@ -23,6 +23,7 @@ SCAN_SECONDS = 5.0
 SHUTDOWN_SECONDS = 20.0
 """Time for Ray to end in order."""
 KILL_SECONDS = 5.0
+TOKEN = "RAY_AUTH_TOKEN"
 
 
 class RayWatch:
@@ -82,6 +83,7 @@ class RayWatch:
     def _leave(self, reason: str) -> NoReturn:
         self._leaving.acquire()  # for good: whoever comes second waits here for the end
         self._scan()
+        self._descendants |= set(_bearers_of_our_token())
         for process in self._descendants:  # psutil knows a pid that was given again
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -91,3 +93,11 @@ class RayWatch:
         with contextlib.suppress(OSError, ValueError):  # the reader of our output may be gone
             tell(f"Search ended: {reason}. Finished trials are kept; the same command continues.")
         os._exit(self._exit_code())
+
+
+def _bearers_of_our_token() -> Iterator[psutil.Process]:
+    """Processes of this search's Ray, also those whose parent has died: nobody else has its token."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(TOKEN, "") == os.environ[TOKEN]:
+                yield process
