@@ -25,7 +25,7 @@ from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
-from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
+from pipeline.run_folder.members import Group, PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
 from pipeline.run_folder.related import finished_trials, read_related
@@ -57,6 +57,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     rule = config.data.choice_score
     missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name], rule)]
     if not missing:
+        write_members(paths.predictions, described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
         return
     world = start_world()
@@ -191,11 +192,9 @@ def _is_complete(
 ) -> bool:
     try:
         predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
-        named = len(read_members(paths.predictions))
     except RunFolderError:
         return False
-    same = predictions.made_from == made_from and predictions.members == named
-    return same and list(predictions.row_ids) == row_ids
+    return predictions.made_from == made_from and list(predictions.row_ids) == row_ids
 
 
 def _counter(
