@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from pipeline.report.compared import DEEP_ENSEMBLE, compared_systems, without_deep_ensemble
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import remarks
 from pipeline.report.result import score_entries
@@ -14,7 +15,6 @@ from pipeline.report.sentences import interval_text, number_text, pick, write_re
 from pipeline.report.systems import System, base_system, method_label
 from pipeline.report.tables import HEADINGS, Cell, align, closing_lines, scaled_lines, score_text, seconds_text
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
-from pipeline.run_folder.members import PredictedMember
 from pipeline.terminal import one_line
 
 Entries = dict[str, Any]
@@ -45,47 +45,13 @@ def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tup
         "trainings": [_training_entry(one, cost) for one in trainings],
         "reference": reference,
         "ensemble": None,
-        "left_out": [f"{one.name} {one.state}: {one.error}" for one in trainings if one.state in ("failed", "refused")],
+        "left_out": [
+            *(f"{one.name} {one.state}: {one.error}" for one in trainings if one.state in ("failed", "refused")),
+            *without_deep_ensemble(trainings, [system for system, _ in owners]),
+        ],
     }
     result |= {"remarks": remarks(inputs, result)}
     return {**result, "reading": _reading(result)}, scored
-
-
-def compared_systems(
-    members: Sequence[PredictedMember], trainings: Sequence[Training]
-) -> list[tuple[System, list[Training]]]:
-    """Per method its chosen settings, their mask ensemble, its other settings; each with the trainings it stands for.
-
-    Trainings that differ in nothing but the seed are the runs of one system: scores are means over them. The chosen
-    settings of the reference method have the key `plain`.
-    """
-    place = {(m.extra.get("train_seed"), str(m.extra.get("values")), m.extra.get("method"), m.draw): i
-             for i, m in enumerate(members) if m.group == "compared"}
-    systems = []
-    methods = sorted(dict.fromkeys(one.method for one in trainings), key=lambda method: method != REFERENCE)
-    for number, method in enumerate(methods):  # the reference first: what is listed after it is compared with it
-        done = [one for one in trainings if one.method == method and one.state == "done"]
-        groups: dict[str, list[Training]] = {}
-        for one in sorted(done, key=lambda one: not one.chosen):
-            groups.setdefault(str(one.values), []).append(one)
-        name = method_label(method)
-        for position, group in enumerate(groups.values()):
-            members_of = [(one.seed, str(one.values), one.method) for one in group]
-            title = f"{name}, {values_text(group[0].values)}"
-            single = tuple((place[*who, None],) for who in members_of)
-            seeds = tuple(one.seed for one in group)
-            if not group[0].chosen:
-                systems.append((System(f"variant_{number}_{position}", title, title, single, seeds=seeds), group))
-                continue
-            key = "plain" if method == REFERENCE else f"method_{number}"
-            short_name = "plain LoRA" if key == "plain" else name
-            systems.append((System(key, title, short_name, single, group[0].name, seeds), group))
-            draws = tuple(tuple(i for who_draw, i in place.items() if who_draw[:3] == who and who_draw[3] is not None)
-                          for who in members_of)
-            if draws[0]:
-                masks = f"{name}, {len(draws[0])} mask{'s' if len(draws[0]) > 1 else ''}"
-                systems.append((System(f"ensemble_{number}", masks, masks, draws, seeds=seeds), group))
-    return systems
 
 
 def step_costs(trainings: Sequence[Training]) -> dict[str, float]:
@@ -102,11 +68,11 @@ def format_comparison(result: Entries) -> str:
     lead = _LEAD[kind]
     spread = any("run_sd" in system["test"]["before"][lead] for system in result["systems"])
     rows = [["", *(HEADINGS[score] for score in _COLUMNS[kind]), f"{HEADINGS[lead]} − {names[result['reference']]}",
-             *(["runs ±"] if spread else []), "train s", "cost"]]
+             *(["runs ±"] if spread else []), "passes", "train steps", "train s", "cost"]]
     rows += [_row(result, system, spread) for system in result["systems"]]
     title = [result["label"]] if result["label"] else []
     tables = [*align(rows), *scaled_lines(result)]
-    lines = [*title, *tables, _footnote(result, names), *closing_lines(result), *result["left_out"]]
+    lines = [*title, *tables, *_footnote(result, names), *closing_lines(result), *result["left_out"]]
     return "\n".join(map(one_line, lines))
 
 
@@ -125,13 +91,15 @@ def training_table(result: Entries) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _about(system: System, group: Sequence[Training], cost: dict[str, float]) -> Entries:
-    """What a system's entry says besides its scores."""
+    """What a system's entry says besides its scores. A deep ensemble has cost all of its trainings, others one."""
+    runs = 1 if system.key == DEEP_ENSEMBLE else len(group)
     return {
         "method": group[0].method,
         "values": group[0].values,
         "seeds": [one.seed for one in group],
         "chosen": group[0].chosen,
-        "train_seconds": sum(one.seconds for one in group) / len(group),
+        "train_steps": round(sum(one.steps for one in group) / runs),
+        "train_seconds": sum(one.seconds for one in group) / runs,
         "cost": median(cost[one.name] for one in group) if cost else None,
     }
 
@@ -146,8 +114,7 @@ def _training_entry(one: Training, cost: dict[str, float]) -> Entries:
 
 def _row(result: Entries, system: Entries, spread: bool) -> list[str]:
     lead, before = _LEAD[result["kind"]], system["test"]["before"]
-    is_ensemble = system["key"].startswith("ensemble")
-    mark = " *" if system.get("chosen") and not is_ensemble else ""
+    mark = " *" if _is_chosen_setting(system) else ""
     difference = pick(result, system=system["key"], split="test", score=lead, scaling="before")
     row = [
         system["name"] + mark, *(score_text(score, before[score]) for score in _COLUMNS[result["kind"]]),
@@ -155,33 +122,42 @@ def _row(result: Entries, system: Entries, spread: bool) -> list[str]:
     ]
     if spread:
         row.append(number_text(before[lead]["run_sd"]) if "run_sd" in before[lead] else "")
-    if "cost" not in system or is_ensemble:
-        return [*row, "", ""]
-    return [*row, seconds_text(system["train_seconds"]),
+    row.append(str(system["passes"]))
+    if "cost" not in system:
+        return [*row, "", "", ""]
+    return [*row, str(system["train_steps"]), seconds_text(system["train_seconds"]),
             "" if system["cost"] is None else number_text(system["cost"], 2)]
 
 
-def _footnote(result: Entries, names: dict[str, str]) -> str:
+def _is_chosen_setting(system: Entries) -> bool:
+    """Whether validation chose it among the settings of its method; what is averaged of such ones is no setting."""
+    return bool(system.get("chosen")) and (system["key"] == "plain" or system["key"].startswith("method_"))
+
+
+def _footnote(result: Entries, names: dict[str, str]) -> list[str]:
     rows, lead = result["rows"], HEADINGS[_LEAD[result["kind"]]]
     several = any(len(system["train_seeds"]) > 1 for system in result["systems"])
     lines = [
         f"* settings that {rows['validation']} validation rows choose, by {result['selected_by']['name']}.",
         f"{rows['test']} test rows; 95 % intervals, over rows{' and seeds' if several else ''}; NLL in nats.",
-        f"{lead} − {names[result['reference']]}: paired by row{' and seed' if several else ''}. train s: in optimizer "
-        f"steps, per run; cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}.",
+        f"{lead} − {names[result['reference']]}: paired by row{' and seed' if several else ''}. passes: forward, per "
+        "row; train s: in optimizer",
+        f"steps, per run as train steps; cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}.",
     ]
+    if DEEP_ENSEMBLE in names:
+        lines.append("Deep ensemble: one system, its intervals are over rows alone; its training is that of all seeds.")
     if several:
         lines.append(f"runs ±: standard deviation of {lead} between single runs.")
     if result["kind"] == "choice":
         lines.append(f"T: temperature, fitted on {rows['calibration']} calibration rows and shrunk towards 1 (~: those "
                      "rows do not carry it).")
-    return "\n".join(lines)
+    return lines
 
 
 def _reading(result: Entries) -> list[str]:
     """Which settings were chosen, and how the methods, as chosen, differ from plain LoRA; a few lines."""
     chosen = [system for system in result["systems"] if system.get("chosen")]
-    single = [system for system in chosen if not system["key"].startswith("ensemble")]
+    single = [system for system in chosen if _is_chosen_setting(system)]
     picked = "; ".join(f"{method_label(system['method'])}: {values_text(system['values'])}" for system in single)
     keys = {system["key"] for system in chosen}
     of_chosen = [c for c in result["comparisons"] if c["system"] in keys]

@@ -38,7 +38,7 @@ def format_table(result: dict[str, Any]) -> str:
         scores = [score_text(score, system["test"]["before"][score]) for score in shown]
         rows.append([system["name"], str(system["passes"]), *scores, *_cost_texts(system)])
     title = [result["label"]] if result["label"] else []
-    lines = [*title, *align(rows), *scaled_lines(result), _footnote(result), *closing_lines(result)]
+    lines = [*title, *align(rows), *scaled_lines(result), *_footnote(result).splitlines(), *closing_lines(result)]
     return "\n".join(map(one_line, lines))
 
 
@@ -91,11 +91,15 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows of the page's summary: cost and every score as predicted."""
     shown = [score for score in _SCORES[result["kind"]] if score in result["systems"][0]["test"]["before"]]
-    headings = ["System", "Passes", "Train s", "Test s", *(HEADINGS[score] for score in shown)]
+    compared = any("train_steps" in system for system in result["systems"])
+    headings = ["System", "Passes", *(["Train steps"] if compared else []), "Train s", "Test s"]
+    headings += [HEADINGS[score] for score in shown]
     rows = []
     for system in result["systems"]:
         scores = [_score_cell(score, system["test"]["before"][score]) for score in shown]
-        rows.append([_name_cell(system), (str(system["passes"]), ""), *((t, "") for t in _cost_texts(system)), *scores])
+        steps = [str(system.get("train_steps", "–"))] if compared else []
+        costs = [str(system["passes"]), *steps, *_cost_texts(system)]
+        rows.append([_name_cell(system), *((text, "") for text in costs), *scores])
     return headings, rows
 
 

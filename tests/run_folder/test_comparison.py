@@ -17,7 +17,8 @@ from pipeline.errors import RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import resolve_new
-from pipeline.report.comparison import build_comparison, compared_systems, format_comparison
+from pipeline.report.compared import compared_systems
+from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.systems import base_system
 from pipeline.run_folder.comparison import (
@@ -178,7 +179,7 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     result = write_report(tmp_path)
     nll = -scores["test"][:, np.arange(len(labels)), labels].mean(axis=1)
     systems = {system["key"]: system for system in result["systems"]}
-    assert list(systems) == ["base", "plain", "variant_0_1", "method_1", "ensemble_1", "variant_1_1"]
+    assert list(systems) == ["base", "plain", "plain_ensemble", "variant_0_1", "method_1", "ensemble_1", "variant_1_1"]
     plain = [i for i, m in enumerate(members) if m.name.startswith("none-lr0.1-")]
     dropkey = [i for i, m in enumerate(members) if m.name.startswith("dropkey-lr0.2-") and m.draw is None]
     assert systems["plain"]["test"]["before"]["nll"]["value"] == pytest.approx(nll[plain].mean(), abs=1e-6)
@@ -200,6 +201,7 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     for part in ("Base model, untrained head", "Plain LoRA, lr 0.1 *", "Plain LoRA, lr 0.2  ", "DropKey, lr 0.2 *",
                  "DropKey, 2 masks", "hiddenkey-lr0.1-seed0 refused: no such thing", "Seed 0, 1."):
         assert part in table, table
+    assert r"\n" not in table  # the lines of the footnote are lines
     assert "over rows and over the training seeds 0, 1" in result["reading"][-1]
     assert result["reading"][0] == "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2."
     assert any("2 seeds are too few for a claim" in line for line in result["remarks"])
@@ -212,6 +214,40 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     assert (paired["seeds"], paired["run_sd"]) == (2, pytest.approx(difference_sd, abs=1e-6))
     page = (tmp_path / "report.html").read_text()
     assert "Comparison of 3 methods" in page and "HiddenKey, lr 0.1, seed 0" in page and "no such thing" in page
+
+
+def test_the_deep_ensemble_is_the_plain_loras_of_all_seeds_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, scores, labels = write_compared(tmp_path, monkeypatch)
+    result = write_report(tmp_path)
+    systems = {system["key"]: system for system in result["systems"]}
+    deep, plain = systems["plain_ensemble"], [i for i, m in enumerate(members) if m.name.startswith("none-lr0.1-")]
+    mixture = np.exp(scores["test"][plain]).mean(axis=0)[np.arange(len(labels)), labels]
+    assert deep["test"]["before"]["nll"]["value"] == pytest.approx(-np.log(mixture).mean(), abs=1e-6)
+    assert deep["test"]["before"]["nll"]["low"] < deep["test"]["before"]["nll"]["value"]
+    assert deep["temperature"]["mean"] != systems["plain"]["temperature"]["mean"]  # fitted to the average
+    assert (deep["passes"], deep["train_steps"], deep["train_seconds"], deep["train_seeds"]) == (2, 8, 16.0, [])
+    assert (systems["plain"]["passes"], systems["plain"]["train_steps"]) == (1, 4)
+    (versus,) = [c for c in result["comparisons"] if (c["system"], c["split"], c["score"], c["scaling"]) == (
+        "plain_ensemble", "test", "nll", "before")]
+    own = systems["plain"]["test"]["before"]["nll"]["value"]
+    assert versus["difference"] == pytest.approx(deep["test"]["before"]["nll"]["value"] - own)
+    assert versus["low"] < versus["difference"] < versus["high"]
+    table, page = format_comparison(result), (tmp_path / "report.html").read_text()
+    assert "Deep ensemble of 2 plain LoRAs  " in table and "its intervals are over rows alone" in table
+    assert "Train steps" in page and "Deep ensemble of 2 plain LoRAs" in page
+    assert any("deep ensemble of 2 plain LoRAs" in line for line in result["reading"])
+    assert not any("Deep ensemble left out" in line for line in result["left_out"])
+
+
+def test_one_seed_makes_no_deep_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_compared(tmp_path, monkeypatch)
+    kept = [one for one in read_comparison(RunPaths(tmp_path)) or [] if one.seed == 0]
+    result, _ = build_comparison(read_inputs(tmp_path), kept)
+    assert not any(system["key"] == "plain_ensemble" for system in result["systems"])
+    said = "Deep ensemble left out: it averages plain LoRAs of at least two seeds, and 1 is trained"
+    assert result["left_out"][-1].startswith(said) and said in format_comparison(result)
 
 
 def test_without_plain_lora_methods_are_compared_with_the_base(
