@@ -11,6 +11,9 @@ from pipeline.run_folder.members import PredictedMember
 DEEP_ENSEMBLE = "plain_ensemble"
 """Key of the average of the plain LoRAs of all seeds."""
 
+_DRAWN = {"input_dropout": "MC dropout (input dropout, {} draw{})", "rank_dropout": "Random rank masks ({} draw{})"}
+"""Method -> what the literature calls the average of its mask draws at test."""
+
 
 def compared_systems(
     members: Sequence[PredictedMember], trainings: Sequence[Training]
@@ -47,7 +50,7 @@ def compared_systems(
             draws = tuple(tuple(i for who_draw, i in place.items() if who_draw[:3] == who and who_draw[3] is not None)
                           for who in members_of)
             if draws[0]:
-                masks = f"{name}, {len(draws[0])} mask{'s' if len(draws[0]) > 1 else ''}"
+                masks = _DRAWN.get(method, name + ", {} mask{}").format(len(draws[0]), "s" if len(draws[0]) > 1 else "")
                 systems.append((System(f"ensemble_{number}", masks, masks, draws, seeds=seeds), group))
     return systems
 

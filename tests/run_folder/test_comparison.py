@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from helpers.runs import write_predicted
 
-from pipeline.config import build_config, dump_config, load_config
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config import AdapterConfig, build_config, dump_config, load_config
 from pipeline.data.rows import Row
 from pipeline.errors import RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, write_json, write_text
@@ -33,7 +34,7 @@ from pipeline.run_folder.comparison import (
 from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, refuse_other
 from pipeline.run_folder.predictions import ChoicePredictions
-from pipeline.stages.evaluate import listed_adapters
+from pipeline.stages.evaluate import listed_adapters, member_list
 from pipeline.stages.report import write_report
 
 VALUES = {"train.learning_rate": 0.001}
@@ -274,6 +275,29 @@ def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path
     write_json(RunPaths(tmp_path).comparison, {"trainings": [{"nme": "x"}]})
     with pytest.raises(RunFolderError, match=r"compare\.json.*is damaged"):
         listed_adapters(RunPaths(tmp_path), **asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("input_dropout", "MC dropout (input dropout, 2 draws)"), ("rank_dropout", "Random rank masks (2 draws)"),
+        ("droplora", "DropLoRA, 2 masks"), ("hiddencut", "HiddenCut, 2 masks"),
+        ("none", None),
+    ],
+)
+def test_every_kind_of_masks_is_drawn_at_test_and_has_its_name(tmp_path: Path, method: str, name: str | None) -> None:
+    """Masks on activations as much as masks on weights; of what validation chose alone."""
+    spec = AdapterSpec(8, 16.0, sites=AdapterConfig(method=method).resolved_method().sites)
+    stored: Any = SimpleNamespace(spec=spec, sha256="ab", head=SimpleNamespace(modules={}))
+    trainings = [training(method, 0.1, chosen=True), training(method, 0.2)]
+    write_comparison(RunPaths(tmp_path), "", trainings)
+    entries = listed_adapters(RunPaths(tmp_path), kind="lora", draws=2, searched=0)
+    members, described = member_list(entries, [stored, stored], seed=0)
+    assert [member.draw for member in members] == [None, None, *([0, 1] if name else []), None]
+    systems = {system.name: system for system, _ in compared_systems(described, trainings)}
+    assert len(systems) == (3 if name else 2)
+    if name:
+        assert systems[name].candidates == ((2, 3),) and systems[name].passes == 2
 
 
 def test_the_searched_adapters_are_those_that_the_search_would_take(tmp_path: Path) -> None:
