@@ -16,7 +16,7 @@ _MODULES = {
     ),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("with_values",),
-    "config.space": ("ONE_RATE", "SITE_RATE", "DimensionFile", "find_space", "read_space"),
+    "config.space": ("ONE_RATE", "SITE_RATE", "TERM_WEIGHT", "DimensionFile", "find_space", "read_space"),
     "data.splits": ("load_splits",),
     "distributed.launcher": ("LAUNCHER_VARIABLES",),
     "distributed.lifeline": ("parent_is_gone",),

@@ -10,6 +10,7 @@ from pipeline import (
     ONE_RATE,
     SERVED_RANKS,
     SITE_RATE,
+    TERM_WEIGHT,
     AdapterConfig,
     ConfigError,
     DimensionFile,
@@ -67,7 +68,9 @@ def validation_steps(asked: int, max_steps: int) -> int:
 
 
 def _is_used(key: str, entries: Mapping[str, DimensionFile], adapter: AdapterConfig) -> bool:
-    """Whether the method in force has the rate that `key` names, and no other dimension sets it."""
+    """Whether the method in force has the rate (or term) that `key` names, and no other dimension sets it."""
+    if key == TERM_WEIGHT:
+        return adapter.resolved_method().consistency.kind != "none"
     if key == ONE_RATE:
         return adapter.takes_one_rate()
     if ONE_RATE in entries and adapter.takes_one_rate():

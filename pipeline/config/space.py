@@ -7,9 +7,10 @@ A space file maps keys of `RunConfig` to one of
     uniform: [low, high]       evenly in between (whole numbers where the key holds whole numbers)
     loguniform: [low, high]    evenly in the logarithm
 
-A rate with `if_used: true` beside them is left out where the method in force does not have it: `adapter.rate` fits a
-method with one rate, `adapter.rates.POSITION` one with a site there, unless `adapter.rate` already sets it. Without it
-such a dimension is an error. A range over `adapter.rank` means the ranks within it that vLLM serves; a `choice` is
+A rate, or the weight of the consistency term, with `if_used: true` beside them is left out where the method in force
+does not have it: `adapter.rate` fits a method with one rate, `adapter.rates.POSITION` one with a site there, unless
+`adapter.rate` already sets it, `adapter.consistency.weight` one with such a term. Without it such a dimension is an
+error. A range over `adapter.rank` means the ranks within it that vLLM serves; a `choice` is
 taken as written.
 """
 
@@ -31,7 +32,7 @@ SPACES = Path(__file__).resolve().parents[2] / "tune" / "spaces"
 SEARCHABLE = ("adapter.", "train.")
 """A trial's score may depend on nothing but these sections: all trials share base, rows and templates."""
 
-ONE_RATE, SITE_RATE = "adapter.rate", "adapter.rates."
+ONE_RATE, SITE_RATE, TERM_WEIGHT = "adapter.rate", "adapter.rates.", "adapter.consistency.weight"
 
 FIXED = {
     "train.max_steps": "search.max_steps sets the length of a trial.",
@@ -66,7 +67,7 @@ class DimensionFile(BaseModel):
     loguniform: list[float] | None = None
     """[low, high], both above 0"""
     if_used: bool = False
-    """Of a dropping rate: leave the dimension out where the method in force does not have it."""
+    """Of a dropping rate or the consistency term's weight: leave it out where the method in force does not have it."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -125,8 +126,9 @@ def _read_entry(key: str, entry: object, path: Path) -> DimensionFile:
         found = validate(DimensionFile, entry)
     except UserError as error:
         raise ConfigError(where, None, str(error)) from error
-    if found.if_used and key != ONE_RATE and not key.startswith(SITE_RATE):
-        raise ConfigError(where, None, "is always used", f"if_used is for {ONE_RATE} and {SITE_RATE}POSITION.")
+    if found.if_used and key not in (ONE_RATE, TERM_WEIGHT) and not key.startswith(SITE_RATE):
+        fits = f"if_used is for {ONE_RATE}, {SITE_RATE}POSITION and {TERM_WEIGHT}."
+        raise ConfigError(where, None, "is always used", fits)
     return found
 
 

@@ -75,6 +75,7 @@ def test_faults_are_named(tmp_path: Path, text: str) -> None:
         ("hiddenkey_minus", ["adapter.rates.attention_logits", "adapter.rates.ffn_hidden"]),
         ("lora_dropout+hiddencut", ["adapter.rates.lora_A", "adapter.rates.lora_B", "adapter.rates.ffn_hidden"]),
         ([{"position": "lora_rank", "rate": 0.2}], ["adapter.rates.lora_rank"]),
+        ("hiddenkey", ["adapter.rates.attention_logits", "adapter.rates.ffn_hidden", "adapter.consistency.weight"]),
     ],
 )
 def test_the_default_space_has_the_rates_of_the_method_in_force(method: object, rates: list[str]) -> None:
@@ -83,6 +84,17 @@ def test_the_default_space_has_the_rates_of_the_method_in_force(method: object, 
     assert list(space.dimensions) == [*rates, "adapter.rank", "train.learning_rate"]
     chosen = trial_config(config, dict.fromkeys(rates, 0.123), "trial").adapter.resolved_method()
     assert {site.rate for site in chosen.sites} == ({0.123} if rates else set())
+    assert chosen.consistency.weight == (0.123 if method == "hiddenkey" else 1.0)
+
+
+def test_the_default_space_has_the_range_of_the_paper_for_the_weight_of_a_consistency_term() -> None:
+    weight = Range(0.01, 10.0, log=True)
+    preset = build_config({"adapter": {"method": "hiddenkey"}})
+    assert load_space(preset).dimensions["adapter.consistency.weight"] == weight
+    added = build_config({"adapter": {"method": "dropkey", "consistency": {"kind": "js"}}})
+    assert load_space(added).dimensions["adapter.consistency.weight"] == weight
+    without = build_config({"adapter": {"method": "hiddenkey", "consistency": {"kind": "none"}}})
+    assert "adapter.consistency.weight" not in load_space(without).dimensions
 
 
 def test_a_space_that_does_not_fit_the_method_is_refused(tmp_path: Path) -> None:
