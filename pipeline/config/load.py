@@ -61,7 +61,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with dotted keys set to new values, validated again."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     for key, value in values.items():
-        _set(tree, key, value)
+        _set(tree, key, copy.deepcopy(value))  # a later key may lie within it
     return build_config(tree)
 
 

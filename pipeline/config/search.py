@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import Line, NonNegative, Positive, Section
 
+LEARNING_RATE = "train.learning_rate"
 MOST_TRAININGS = 1000
 """Of a comparison: all of them are planned before the first one starts."""
 
@@ -20,6 +21,11 @@ class NamedMethod(Section):
     """In tables, and in the names of its trainings' folders."""
     adapter: dict[str, Any]
     """Keys of the section `adapter`, such as {method: lora_dropout, rates: {lora_B: 0.0}}."""
+    train: dict[str, Any] = {}
+    """Keys of the section `train` in which it differs, such as {max_steps: 64}: the table says what it costs."""
+    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """Keys of `adapter` and `train` with their values, of this method alone, such as {adapter.consistency.weight: [0.1,
+    1.0]}; on top of compare.vary, and with train.learning_rate in the place of compare.learning_rates."""
 
 
 class CompareConfig(Section):
@@ -28,8 +34,8 @@ class CompareConfig(Section):
     methods: Annotated[tuple[str | NamedMethod, ...], Field(min_length=1)] = (
         "none", "input_dropout", "lora_dropout", "hiddenkey_minus", "hiddenkey", "lora_dropout+hiddenkey",
     )  # fmt: skip
-    """Presets (and sums of them) by name with their own rates, or {name, adapter}. `none` is plain LoRA, which the
-    others are compared with."""
+    """Presets (and sums of them) by name with their own rates, or {name, adapter, train, vary}. `none` is plain LoRA,
+    which the others are compared with."""
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (5e-4, 2e-3)
     """`train.learning_rate` of every method; validation chooses one for each, because no single rate is fair to all."""
     vary: dict[str, tuple[Any, ...]] = {}
@@ -39,14 +45,20 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _check_size(self) -> CompareConfig:
-        settings = [self.methods, self.learning_rates, self.seeds or (0,), *self.vary.values()]
-        count = math.prod(map(len, settings))
+        settings = sum(math.prod(map(len, self.settings_of(method).values())) for method in self.methods)
+        count = settings * len(self.seeds or (0,))
         if not 0 < count <= MOST_TRAININGS:
             raise ValueError(
                 f"compare asks for {count:,} trainings; it must be 1 to {MOST_TRAININGS:,}: methods × learning_rates ×"
                 " seeds × every value of vary"
             )
         return self
+
+    def settings_of(self, method: str | NamedMethod) -> dict[str, tuple[Any, ...]]:
+        """Dotted key -> the values of which every combination is trained; a method's own `vary` goes before the
+        shared one."""
+        own = {} if isinstance(method, str) else method.vary
+        return {LEARNING_RATE: self.learning_rates, **self.vary, **own}
 
 
 class SearchConfig(Section):

@@ -28,14 +28,18 @@ def refused_methods(config: RunConfig) -> dict[str, str]:
     """
     classes = 2 if model_kind(config.model) == "classifier" else None  # how many does not matter here
     refused: dict[str, str] = {}
-    seen: list[AdapterConfig] = []
+    seen: list[tuple[AdapterConfig, int, str]] = []  # with its length, on which AdaLoRA's schedule depends
     for training, own in plan_trainings(config):
-        if own.adapter in seen:
-            continue
-        seen.append(own.adapter)
-        skeleton = load_skeleton(own.model, classes)  # a new one each time: attaching changes it
-        try:
-            attach_adapter(own.adapter, skeleton, own.train.max_steps, own.train.seed)
-        except UserError as error:
-            refused[training.method] = str(error)
+        adapter, length = own.adapter, own.train.max_steps
+        fault = next((said for *one, said in seen if one == [adapter, length]), None)
+        if fault is None:
+            fault = ""
+            skeleton = load_skeleton(own.model, classes)  # a new one each time: attaching changes it
+            try:
+                attach_adapter(adapter, skeleton, length, own.train.seed)
+            except UserError as error:
+                fault = str(error)
+            seen.append((adapter, length, fault))
+        if fault:
+            refused[training.method] = fault
     return refused

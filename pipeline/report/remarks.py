@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.report.inputs import ReportInputs, TrainingCurve
 from pipeline.report.sentences import join, number_text, pick
 from pipeline.report.systems import method_label
-from pipeline.run_folder.comparison import Training, values_text
+from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 
 _MOST_ROWS = 100
 """Times as many test rows: what would need more is called out of reach."""
@@ -85,6 +85,20 @@ def _edges(inputs: ReportInputs) -> Iterator[str]:
     found = edges(inputs.trainings or ())
     if found:
         yield f"Chosen at the edge of what was tried: {'; '.join(found)}. The best may lie beyond it."
+    if uneven := larger_grids(inputs.trainings or ()):
+        yield (f"Chosen among more settings than plain LoRA: {'; '.join(uneven)}. That favours them; give plain LoRA "
+               "as many: {name: none, adapter: {method: none}, vary: {train.learning_rate: [...]}}.")
+
+
+def larger_grids(trainings: Sequence[Training]) -> list[str]:
+    """`HiddenKey (4, plain LoRA 2)` for every method that was trained at more settings than the reference."""
+    tried: dict[str, set[str]] = {}
+    for one in trainings:
+        if one.state == "done":
+            tried.setdefault(one.method, set()).add(str(one.values))
+    own = len(tried.get(REFERENCE, ()))
+    return [f"{method_label(method)} ({len(values)}, plain LoRA {own})"
+            for method, values in tried.items() if 0 < own < len(values)]
 
 
 def edges(trainings: Sequence[Training]) -> list[str]:

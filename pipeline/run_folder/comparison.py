@@ -23,7 +23,8 @@ from pipeline.config import RunConfig
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import config_keys, with_values
 from pipeline.config.method import takes_rescale
-from pipeline.config.search import NamedMethod
+from pipeline.config.search import LEARNING_RATE, CompareConfig, NamedMethod
+from pipeline.config.space import TERM_WEIGHT
 from pipeline.errors import ConfigError, RunFolderError, UserError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, read_json, sha256_file, write_json
 from pipeline.run_folder.labelled import join_labels
@@ -37,8 +38,7 @@ REFUSALS = "refused.json"
 """method -> why the base model cannot honour it."""
 REFERENCE = "none"
 """The method that the others are compared with: plain LoRA."""
-LEARNING_RATE = "train.learning_rate"
-_SHORT = {LEARNING_RATE: "lr"}
+_SHORT = {LEARNING_RATE: "lr", TERM_WEIGHT: "lambda"}
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,19 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
         ConfigError: an unknown method or key, an illegal value, or two trainings of one name.
     """
     compare = config.compare
-    settings = {LEARNING_RATE: compare.learning_rates, **compare.vary}
     for key in compare.vary:
-        _check_key(key)
-    combinations = [dict(zip(settings, row, strict=True)) for row in itertools.product(*settings.values())]
+        _check_key("compare.vary", key)
     seeds = compare.seeds or (config.train.seed,)
+    asked = [(method, values) for method in compare.methods for values in _combinations(compare, method)]
     planned: dict[str, tuple[Training, RunConfig]] = {}
-    for method, values, seed in itertools.product(compare.methods, combinations, seeds):
+    for (method, values), seed in itertools.product(asked, seeds):
         name = _method_name(method)
         folder = _folder_name(name, values, seed if len(seeds) > 1 else None)
         if folder in planned:
             raise ConfigError("compare.methods", name, "is listed twice", "Give it another name.")
         label = f"{config.label}: {name}" if config.label else name
         try:  # names nothing of the comparison, so that a longer one can keep it
-            changed = {**_adapter_values(method), **values, "train.seed": seed, "label": label}
+            changed = {**_adapter_values(method), **_train_values(method), **values, "train.seed": seed, "label": label}
             own = with_values(shared_part(config), changed)
         except UserError as error:
             raise ConfigError(f"compare.methods: {name}, {values_text(values)}", None, str(error)) from error
@@ -195,12 +194,33 @@ def _adapter_values(method: str | NamedMethod) -> dict[str, Any]:
     return {**unset, **{f"adapter.{key}": value for key, value in adapter.items()}}
 
 
-def _check_key(key: str) -> None:
+def _train_values(method: str | NamedMethod) -> dict[str, Any]:
+    """Dotted keys of `train` in which `method` differs from the others."""
+    return {} if isinstance(method, str) else {f"train.{key}": value for key, value in method.train.items()}
+
+
+def _combinations(compare: CompareConfig, method: str | NamedMethod) -> list[dict[str, Any]]:
+    """Every combination of the values that `method` is trained with.
+
+    Raises:
+        ConfigError: a key of the method's own that cannot vary, or one that it both fixes and varies.
+    """
+    settings, fixed = compare.settings_of(method), _train_values(method)
+    if not isinstance(method, str):
+        where = f"compare.methods: {method.name}"
+        for key in (*fixed, *(key for key in method.vary if key != LEARNING_RATE)):
+            _check_key(where, key)
+        if both := [key for key in settings if key in {*fixed, *(f"adapter.{own}" for own in method.adapter)}]:
+            raise ConfigError(f"{where}: {both[0]}", None, "is both given and varied", "Keep one of the two.")
+    return [dict(zip(settings, row, strict=True)) for row in itertools.product(*settings.values())]
+
+
+def _check_key(where: str, key: str) -> None:
     keys = [k for k in config_keys() if k.startswith(("adapter.", "train.")) and k not in (LEARNING_RATE, "train.seed")]
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
         remedy = f"Did you mean {near[0]}?" if near else f"It can vary: {', '.join(keys)}."
-        raise ConfigError(f"compare.vary: {key}", None, "is not a key that can vary here", remedy)
+        raise ConfigError(f"{where}: {key}", None, "is not a key that can vary here", remedy)
 
 
 def _method_name(method: str | NamedMethod) -> str:

@@ -78,8 +78,9 @@ def train_all(
         if training.state == "refused":
             continue
         waiting = sum(
-            not is_trained(RunPaths(folder / one.run), its)
-            for one, its in zip(found[i:], configs[i:], strict=True) if one.state == "waiting"
+            its.train.max_steps
+            for one, its in zip(found[i:], configs[i:], strict=True)
+            if one.state == "waiting" and not is_trained(RunPaths(folder / one.run), its)
         )
         headline(f"{i + 1}/{len(found)} {training.method}, {values_text(training.values)}{clock.left(waiting)}")
         started, was_done = time.monotonic(), is_trained(RunPaths(folder / training.run), own)
@@ -89,7 +90,7 @@ def train_all(
         found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
         write_comparison(paths, shared.label, found)
         if not was_done:
-            clock.add(time.monotonic() - started)
+            clock.add(time.monotonic() - started, own.train.max_steps)
     rows = load_splits(shared.data).validation
     found = choose([with_loss(one, folder, rows, shared.select.by) for one in found])
     write_comparison(paths, shared.label, found)
@@ -98,21 +99,20 @@ def train_all(
 
 
 class Clock:
-    """The time left, from the trainings of this sitting."""
+    """The time left, from the trainings of this sitting: some are longer than others, so it goes by steps."""
 
     def __init__(self) -> None:
-        self._seconds: list[float] = []
+        self._seconds, self._steps = 0.0, 0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, steps: int) -> None:
         """Count a training that ran from its start (or its newest checkpoint) to its end."""
-        self._seconds.append(seconds)
+        self._seconds, self._steps = self._seconds + seconds, self._steps + steps
 
-    def left(self, trainings: int) -> str:
+    def left(self, steps: int) -> str:
         """For people; empty while nothing is known."""
-        if not self._seconds or not trainings:
+        if not self._steps or not steps:
             return ""
-        left = trainings * sum(self._seconds) / len(self._seconds)
-        return f" (about {duration(left)} of training left)"
+        return f" (about {duration(steps * self._seconds / self._steps)} of training left)"
 
 
 def mark_refused(trainings: Sequence[Training], refusals: dict[str, str]) -> list[Training]:

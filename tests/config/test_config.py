@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import build_config, dump_config, load_config
-from pipeline.config.load import config_keys, merge_trees, overridden_tree
+from pipeline.config.load import config_keys, merge_trees, overridden_tree, with_values
 from pipeline.config.method import LEGAL, PRESETS, Site
 from pipeline.errors import ConfigError, UserError
 
@@ -33,6 +33,13 @@ def test_a_wrong_value_is_named_with_its_remedy(override: str, parts: list[str])
         load_config("default", [override])
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_new_values_leave_alone_what_they_are_given_in() -> None:
+    """A mapping that a later key changes is a copy: `compare` and `run` give the same one for every training."""
+    given = {"adapter.method": "hiddenkey", "adapter.consistency": {}, "adapter.consistency.weight": 0.1}
+    assert with_values(build_config({}), given).adapter.resolved_method().consistency.weight == 0.1
+    assert given["adapter.consistency"] == {}
 
 
 def test_all_faults_are_shown_at_once() -> None:

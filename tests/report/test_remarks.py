@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.report.inputs import TrainingCurve
-from pipeline.report.remarks import chance, chance_line, edges, remarks
+from pipeline.report.remarks import chance, chance_line, edges, larger_grids, remarks
 from pipeline.run_folder.comparison import Training
 
 
@@ -74,6 +74,17 @@ def test_choices_at_the_edge_of_a_grid_are_named() -> None:
         *search["warnings"],
         "Chosen at the edge of what was tried: LoRA Dropout: lr 0.3 (largest of 3). The best may lie beyond it.",
     ]
+
+
+def test_a_choice_among_more_settings_than_plain_lora_had_is_said() -> None:
+    one = Training("a", "none", {}, 0, "ab", "done")
+    sizes = {"none": 2, "hiddenkey": 3, "lora_dropout": 2, "dropkey": 1}
+    tried = [replace(one, method=method, values={"train.learning_rate": rate}, seed=seed)
+             for method, count in sizes.items() for rate in range(count) for seed in (0, 1)]
+    assert larger_grids(tried) == ["HiddenKey (3, plain LoRA 2)"]
+    (said,) = remarks(inputs(trainings=tried), result())
+    assert said.startswith("Chosen among more settings than plain LoRA: HiddenKey (3, plain LoRA 2).")
+    assert larger_grids([t for t in tried if t.method != "none"]) == []
 
 
 @pytest.mark.parametrize(("values", "said"), [

@@ -67,6 +67,36 @@ def test_every_method_is_planned_at_every_setting_with_its_own_rates() -> None:
     assert plan_trainings(longer)[0][1].train == planned[0][1].train  # a training knows nothing of the others
 
 
+def test_a_method_may_be_longer_than_the_others_and_have_a_grid_of_its_own() -> None:
+    config = load_config(None, [
+        "compare.methods=[none, {name: longer, adapter: {method: none}, train: {max_steps: 24, warmup_fraction: 0.2}}, "
+        "{name: hiddenkey, adapter: {method: hiddenkey}, vary: {adapter.consistency.weight: [0.1, 1.0, 10]}}]",
+        "compare.learning_rates=[1e-3, 2e-3]", "train.max_steps=6",
+    ])
+    planned = plan_trainings(config)
+    assert [one.name for one, _ in planned] == [
+        "none-lr0.001", "none-lr0.002", "longer-lr0.001", "longer-lr0.002",
+        *(f"hiddenkey-lr{rate}-lambda{weight}" for rate in (0.001, 0.002) for weight in (0.1, 1, 10)),
+    ]
+    lengths = [(own.train.max_steps, own.train.warmup_fraction) for _, own in planned]
+    assert lengths == [(6, 0.1)] * 2 + [(24, 0.2)] * 2 + [(6, 0.1)] * 6
+    weights = [own.adapter.resolved_method().consistency.weight for _, own in planned]
+    assert weights[4:] == [0.1, 1.0, 10.0] * 2
+    assert planned[-1][0].values == {"train.learning_rate": 0.002, "adapter.consistency.weight": 10}
+    plain, longer = planned[0][1], planned[2][1]
+    same = longer.train.model_copy(update={"max_steps": 6, "warmup_fraction": 0.1})
+    assert longer.adapter == plain.adapter and same == plain.train
+
+
+def test_a_grid_of_its_own_goes_before_the_shared_one() -> None:
+    config = load_config(None, [
+        "compare.methods=[dropkey, {name: none, adapter: {method: none}, vary: {adapter.rank: [2], "
+        "train.learning_rate: [3e-3, 4e-3]}}]", "compare.learning_rates=[1e-3]", "compare.vary={adapter.rank: [4, 16]}",
+    ])
+    planned = [(one.method, own.train.learning_rate, own.adapter.rank) for one, own in plan_trainings(config)]
+    assert planned == [("dropkey", 1e-3, 4), ("dropkey", 1e-3, 16), ("none", 3e-3, 2), ("none", 4e-3, 2)]
+
+
 def test_a_shared_rescale_is_that_of_the_methods_that_have_a_choice() -> None:
     config = load_config(None, [
         "compare.methods=[none, lora_dropout, droplora, hiddenkey]", "compare.learning_rates=[1e-3]",
@@ -90,6 +120,13 @@ def test_a_shared_rescale_is_that_of_the_methods_that_have_a_choice() -> None:
         ("compare.learning_rates=[]", "compare.learning_rates"),
         ("compare.learning_rates=[0.0]", "compare.learning_rates"),
         ("compare.method=[none]", "Did you mean compare.methods?"),
+        ("compare.methods=[{name: x, adapter: {}, train: {max_stepz: 3}}]", "max_stepz: is not a key that can"),
+        ("compare.methods=[{name: x, adapter: {}, train: {seed: 3}}]", "train.seed: is not a key that can vary here"),
+        ("compare.methods=[{name: x, adapter: {}, train: {max_steps: 0}}]", "train.max_steps"),
+        ("compare.methods=[{name: x, adapter: {}, vary: {adapter.rnk: [4]}}]", "Did you mean adapter.rank?"),
+        ("compare.methods=[{name: x, adapter: {}, vary: {adapter.rank: []}}]", "vary"),
+        ("compare.methods=[{name: x, adapter: {rank: 4}, vary: {adapter.rank: [4]}}]", "is both given and varied"),
+        ("compare.methods=[{name: x, adapter: {}, train: {draws: 2}, vary: {train.draws: [2]}}]", "given and varied"),
     ],
 )
 def test_faults_are_named_before_anything_starts(setting: str, said: str) -> None:
@@ -138,7 +175,7 @@ def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(t
 
 def test_without_a_recipe_a_comparison_has_its_own() -> None:
     config = resolve_new(Request(), "compare", "compare")
-    assert len(plan_trainings(config)) == 12 and "small budget" in config.label
+    assert len(plan_trainings(config)) == 14 and "small budget" in config.label
     assert len(plan_trainings(resolve_new(Request(quick=True), "compare", "compare"))) == 6
 
 

@@ -127,9 +127,9 @@ def test_without_any_training_there_is_nothing_to_report(tmp_path: Path, monkeyp
 def test_the_time_left_is_that_of_the_trainings_so_far() -> None:
     clock = compare.Clock()
     assert clock.left(3) == ""
-    clock.add(60.0)
-    clock.add(180.0)
-    assert clock.left(3) == " (about 6 min of training left)" and clock.left(0) == ""
+    clock.add(60.0, 10)
+    clock.add(180.0, 30)  # three times as long, and as many steps
+    assert clock.left(60) == " (about 6 min of training left)" and clock.left(0) == ""
 
 
 @pytest.mark.parametrize(("family", "refused"), [("deberta-v2", {"dropkey", "hiddenkey"}), ("bert", set())])
@@ -139,10 +139,11 @@ def test_what_a_model_cannot_honour_is_found_without_its_weights(
     AutoConfig.for_model(**ENCODERS[family]).save_pretrained(tmp_path)  # no weights, no tokenizer
     config = load_config(None, [
         f"model.path={tmp_path}", f"model.attention={'eager' if refused else 'sdpa'}",
-        "compare.methods=[none, dropkey, hiddenkey, lora_dropout, {name: x, adapter: {target_modules: [nothing]}}]",
+        "compare.methods=[none, dropkey, hiddenkey, lora_dropout, {name: x, adapter: {target_modules: [nothing]}}, "
+        "{name: y, adapter: {target_modules: [nothing]}, train: {draws: 2}}]",
     ])
     found = refused_methods(config)
-    assert set(found) == refused | {"x"} and "matches no linear layer" in found["x"]
+    assert set(found) == refused | {"x", "y"} and "matches no linear layer" in found["x"] == found["y"]
     assert all(family in found[method] for method in refused)
     if refused:
         with pytest.raises(ConfigError, match=r"model\.attention"):  # no method is to blame for this

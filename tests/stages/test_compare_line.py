@@ -14,9 +14,12 @@ from helpers import ROOT
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file
+from pipeline.run_folder.mark import claim
 
-METHODS = "[none, hiddenkey, {name: both, adapter: {method: lora_dropout+hiddencut, rates: {lora_B: 0.0}}}]"
-NAMES = [f"{method}-lr{rate}" for method in ("none", "hiddenkey", "both") for rate in ("0.01", "0.003")]
+METHODS = ("[none, {name: hiddenkey, adapter: {method: hiddenkey}, vary: {adapter.consistency.weight: [0.1]}}, {name: "
+           "both, adapter: {method: lora_dropout+hiddencut, rates: {lora_B: 0.0}}, train: {max_steps: 8}}]")
+NAMES = [f"{method}-lr{rate}{own}" for method, own in (("none", ""), ("hiddenkey", "-lambda0.1"), ("both", ""))
+         for rate in ("0.01", "0.003")]
 
 
 def compare(stop_at: int, arguments: list[str]) -> tuple[int, list[str], str]:
@@ -37,7 +40,8 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
     assert (code, trained) == (EXIT_STOPPED, NAMES[:3])
     first = sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS)
 
-    (blocked := folder / "trainings" / NAMES[5] / "checkpoints").parent.mkdir()
+    blocked = folder / "trainings" / NAMES[5] / "checkpoints"
+    claim(blocked.parent, "run")
     blocked.write_text("no folder")  # the last training cannot save
     code, trained, shown = compare(0, command)
     assert (code, trained) == (EXIT_FAILED, NAMES[2:])  # the first two were done, the third goes on from its checkpoint
@@ -49,7 +53,7 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
     code, trained, shown = compare(0, command)
     assert (code, trained) == (EXIT_OK, NAMES[5:])
     assert sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS) == first
-    for part in ("Base model", "Plain LoRA, lr 0.01", "HiddenKey, lr 0.003", "both, 2 masks", "report.html"):
+    for part in ("Base model", "Plain LoRA, lr 0.01", "HiddenKey, lr 0.003, lambda 0.1", "both, 2 masks", "report"):
         assert part in shown
 
     members = json.loads((folder / "predictions" / "members.json").read_text())
@@ -64,6 +68,9 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
             assert member["adapter_sha256"] == sha256_file(Path(member["adapter"]) / ADAPTER_WEIGHTS)
     result = json.loads((folder / "result.json").read_text())
     assert [system["key"] for system in result["systems"]].count("plain") == 1
+    costs = {(system["passes"], system["train_steps"]) for system in result["systems"] if system["key"] != "base"}
+    assert costs == {(1, 6), (1, 8), (2, 6), (2, 8)}
+    assert any(line.startswith("Deep ensemble left out") for line in result["left_out"])
     compared = {c["system"] for c in result["comparisons"] if c["split"] == "test"}
     assert len(compared) == 7 and not compared & {"base", "plain"}  # five adapters and two ensembles
     assert "<h2>Trainings</h2>" in (folder / "report.html").read_text()
