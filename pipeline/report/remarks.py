@@ -12,6 +12,10 @@ from pipeline.report.sentences import join, number_text, pick
 from pipeline.report.systems import method_label
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 
+NEXT = "Next:"
+"""What a remark begins with that says what to do."""
+_POWER = (1.96 + 0.84) ** 2 / 1.96**2
+"""Times as many rows as an interval needs to just exclude 0 in the mean, for it to do so in four samples of five."""
 _MOST_ROWS = 100
 """Times as many test rows: what would need more is called out of reach."""
 
@@ -54,8 +58,8 @@ def remarks(inputs: ReportInputs, result: Mapping[str, Any]) -> list[str]:
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
     systems: Sequence[Mapping[str, Any]] = result["systems"]
 
-    def of(names: Sequence[str]) -> str:
-        return join(list(dict.fromkeys(names)))
+    def of(names: Sequence[str], every: str = "every system") -> str:
+        return every if len(names) == len(systems) > 1 else join(list(dict.fromkeys(names)))
 
     if constant := [s["name"] for s in systems if s["top_choices"] and max(s["top_choices"]) == 1.0]:
         yield f"One answer for all test rows: {of(constant)}."
@@ -71,8 +75,10 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
     if bound := [s["name"] for s in scaled if s["temperature"]["at_bound"]]:
         yield f"Temperature at the bound of its search: {of(bound)}. Its scaled scores mean little."
     if weak := [s["name"] for s in scaled if not s["temperature"]["carried"]]:
-        yield (f"{result['rows']['calibration']} calibration rows carry no temperature of {of(weak)}: they say less "
-               "about it than the assumption that it is near 1, which it is shrunk to.")
+        rows, units = result["rows"]["calibration"], result["units"]["calibration"]
+        told = f"{rows} calibration rows" + (f" ({units} independent units)" if units < rows else "")
+        yield (f"{told} carry no temperature of {of(weak, 'any system')}: they say less about it than "
+               "the assumption that it is near 1, which it is shrunk to.")
     seeds = max((len(s["train_seeds"]) for s in systems), default=0)
     if 1 < seeds < result["claim_seeds"]:
         yield (f"{seeds} seeds are too few for a claim about methods: with one degree of freedom the intervals over "
@@ -82,9 +88,11 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
 def _edges(inputs: ReportInputs) -> Iterator[str]:
     """Choices that lie at the edge of what was tried."""
     yield from (inputs.search or {}).get("warnings", ())
-    found = edges(inputs.trainings or ())
+    found, pairs = edges(inputs.trainings or ())
     if found:
         yield f"Chosen at the edge of what was tried: {'; '.join(found)}. The best may lie beyond it."
+    if pairs:
+        yield f"Of two values every choice is at the edge ({', '.join(pairs)}): the best may lie beyond them."
     if uneven := larger_grids(inputs.trainings or ()):
         yield (f"Chosen among more settings than plain LoRA: {'; '.join(uneven)}. That favours them; give plain LoRA "
                "as many: {name: none, adapter: {method: none}, vary: {train.learning_rate: [...]}}.")
@@ -101,18 +109,24 @@ def larger_grids(trainings: Sequence[Training]) -> list[str]:
             for method, values in tried.items() if 0 < own < len(values)]
 
 
-def edges(trainings: Sequence[Training]) -> list[str]:
-    """`LoRA Dropout: lr 0.002 (largest of 2)` for every chosen number that is an end of its grid."""
-    found = []
+def edges(trainings: Sequence[Training]) -> tuple[list[str], list[str]]:
+    """`LoRA Dropout: lr 0.002 (largest of 3)` for every chosen number that is an end of its grid; `lr 0.001 and
+    0.002` for every grid of two values, which has nothing but ends."""
+    found: list[str] = []
+    pairs: list[str] = []
     for one in trainings:
         if not one.chosen:
             continue
         for key, value in one.values.items():
             grid = {t.values[key] for t in trainings if t.method == one.method and _is_number(t.values.get(key))}
-            if _is_number(value) and len(grid) > 1 and value in (min(grid), max(grid)):
+            if not _is_number(value) or len(grid) < 2 or min(grid) < value < max(grid):
+                continue
+            if len(grid) == 2:
+                pairs.append(f"{values_text({key: min(grid)})} and {max(grid):g}")
+            else:
                 end = "largest" if value == max(grid) else "smallest"
                 found.append(f"{method_label(one.method)}: {values_text({key: value})} ({end} of {len(grid)})")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), list(dict.fromkeys(pairs))
 
 
 def _next_steps(inputs: ReportInputs, result: Mapping[str, Any]) -> Iterator[str]:
@@ -150,14 +164,14 @@ def _more_rows(result: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[
     for found in pick(dict(result), **wanted):
         if found["excludes_zero"] or found["difference"] == 0.0:
             continue
-        factor = ((found["high"] - found["low"]) / 2.0 / found["difference"]) ** 2
+        factor = ((found["high"] - found["low"]) / 2.0 / found["difference"]) ** 2 * _POWER
         told = f"{number_text(found['difference'], signed=True)} nats between {names['mean_field']} and plain LoRA"
         if factor > _MOST_ROWS:
             yield f"Next: no more rows for this. {told} are too little for any practical number of test rows."
         else:
             needed = max(result["rows"]["test"] + 1, round(result["rows"]["test"] * factor, -2))
             yield (f"Next: more test rows (data.test_rows) or seeds. {told} would need about {needed:.0f} test rows to "
-                   "be told from chance, if the difference is what it seems.")
+                   "be told from chance in four samples of five, if the difference is what it seems.")
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from pipeline.report.inputs import ReportInputs
 from pipeline.report.systems import System, ensemble_space
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores import temperature
-from pipeline.scores.bootstrap import Floats, Refitted, RowMean, Statistic, bootstrap, row_weights
+from pipeline.scores.bootstrap import Floats, Ints, Refitted, RowMean, Statistic, bootstrap, row_weights
 from pipeline.scores.calibration import CalibrationError, PluginCalibrationError
 from pipeline.scores.classification import ROW_SCORES, BinaryScore, row_nll
 from pipeline.scores.ensemble import EnsembleCurve, Space, average
@@ -65,16 +65,18 @@ class ScoredSystem:
     @cached_property
     def temperature_ends(self) -> Floats:
         """(Q, 2) ends of the 95 % intervals of the temperatures."""
-        return np.array([temperature.posterior_interval(rows, fitted) for rows, fitted in self._fits()])
+        return np.array([temperature.posterior_interval(*fit) for fit in self._fits()])
 
     @cached_property
     def carried(self) -> bool:
         """Whether the calibration rows carry the temperature of every candidate."""
-        return all(temperature.is_carried(rows, fitted) for rows, fitted in self._fits())
+        return all(temperature.is_carried(*fit) for fit in self._fits())
 
-    def _fits(self) -> Iterator[tuple[Floats, float]]:
+    def _fits(self) -> Iterator[tuple[Floats, Ints, float, Ints | None]]:
+        rows = self.inputs.splits["calibration"]
         fitted = [] if self.temperatures is None else self.temperatures.tolist()
-        return zip(self.calibration, fitted, strict=True)
+        for predictions, value in zip(self.calibration, fitted, strict=True):
+            yield predictions, rows.labels, value, rows.units
 
     def _of_run(self, name: str, scaling: str, run: list[int]) -> dict[str, Statistic]:
         """Statistics of one run. After scaling, resample s takes a temperature fitted to resample s mod R of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.remarks import chance_line
+from pipeline.report.remarks import NEXT, chance_line
 from pipeline.report.sentences import ece_text, interval_text, number_text
 from pipeline.terminal import one_line
 
@@ -38,7 +38,7 @@ def format_table(result: dict[str, Any]) -> str:
         scores = [score_text(score, system["test"]["before"][score]) for score in shown]
         rows.append([system["name"], str(system["passes"]), *scores, *_cost_texts(system)])
     title = [result["label"]] if result["label"] else []
-    lines = [*title, *align(rows), *scaled_lines(result), *_footnote(result).splitlines(), *closing_lines(result)]
+    lines = [*title, *align(rows), *scaled_lines(result), *_footnote(result), *closing_lines(result)]
     return "\n".join(map(one_line, lines))
 
 
@@ -55,8 +55,9 @@ def scaled_lines(result: dict[str, Any]) -> list[str]:
 
 
 def closing_lines(result: dict[str, Any]) -> list[str]:
-    """Chance, remarks, each on a line."""
-    return [line for line in (chance_line(result), *(f"! {one}" for one in result["remarks"])) if line]
+    """Chance, remarks, each on a line; those that say what to do next are no warnings."""
+    marked = (one if one.startswith(NEXT) else f"! {one}" for one in result["remarks"])
+    return [line for line in (chance_line(result), *marked) if line]
 
 
 def score_text(score: str, entry: Mapping[str, float]) -> str:
@@ -166,18 +167,22 @@ def _trial_order(trial: Mapping[str, Any]) -> tuple[bool, float, bool, float]:
     return loss is None, loss or 0.0, nll is None, nll or 0.0
 
 
-def _footnote(result: dict[str, Any]) -> str:
+def _footnote(result: dict[str, Any]) -> list[str]:
     rows = f"{result['rows']['test']} test rows"
     if result["units"]["test"] < result["rows"]["test"]:
         rows += f" ({result['units']['test']} independent units)"
     cost = "train s: in optimizer steps; test s: to predict the test rows."
     if result["kind"] == "regression":
-        return f"{rows}, 95 % intervals; RMSE in the units of the scores; {cost}"
+        return [f"{rows}, 95 % intervals; RMSE in the units of the scores; {cost}"]
     if result["kind"] == "completion":
-        return f"{rows}, 95 % intervals; NLL in nats per token; {cost}"
-    return (f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
-            f"bound, where the estimate is 0);\nT: temperature, fitted on {result['rows']['calibration']} calibration "
-            f"rows and shrunk towards 1 (~: those rows do not carry it);\n{cost}")
+        return [f"{rows}, 95 % intervals; NLL in nats per token; {cost}"]
+    return [
+        f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
+        "bound, where the estimate is 0);",
+        f"T: temperature, fitted on {result['rows']['calibration']} calibration rows and shrunk towards 1 (~: those "
+        "rows do not carry it);",
+        cost,
+    ]
 
 
 def _digits(score: str) -> int:

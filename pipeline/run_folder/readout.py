@@ -49,8 +49,10 @@ def exported_readout(
 def _fitted(split: LabelledSplit, members: Sequence[int], space: Space) -> dict[str, Any]:
     averaged = average(split.outputs[list(members)], space)
     value = temperature.fit_temperature(averaged, split.labels)
-    low, high = temperature.posterior_interval(averaged, value)
+    low, high = temperature.posterior_interval(averaged, split.labels, value, split.units)
     return {
-        "value": value, "low": low, "high": high, "acts_on": ACTS_ON, "calibration_rows": split.rows,
-        "carried": temperature.is_carried(averaged, value), "at_bound": temperature.at_bound(value),
+        "value": value, "low": low, "high": high, "acts_on": ACTS_ON,
+        "calibration_rows": split.rows, "calibration_units": split.unit_count,
+        "carried": temperature.is_carried(averaged, split.labels, value, split.units),
+        "at_bound": temperature.at_bound(value),
     }  # fmt: skip

@@ -75,20 +75,32 @@ def apply_temperature(log_probs: Floats, temperature: float | Floats) -> Floats:
     return scaled - np.logaddexp.reduce(scaled, axis=-1, keepdims=True)
 
 
-def information(log_probs: Floats, temperature: float) -> float:
+def information(log_probs: Floats, labels: Ints, temperature: float, units: Ints | None = None) -> float:
     """What rows (N, C) say about log T at T: the Fisher information sum_i Var(l_i) / T², l_i under softmax(l_i / T).
+
+    Rows of one unit say less together than apart. With units (N,), U of them, it is divided by the design effect
+    U / (U - 1) · sum_u (sum_{i in u} s_i)² / sum_i s_i², s_i = E[l_i] - l_i,label the row's score: 1 where the rows of
+    a unit have nothing in common, their number where they are copies. It is taken as 1 at least; one unit says nothing.
 
     The standard deviation of log T given the rows is 1 / sqrt(information + 1 / PRIOR_SD²).
     """
     probabilities = np.exp(apply_temperature(log_probs, temperature))
     finite = np.where(np.isfinite(log_probs), log_probs.astype(np.float64), 0.0)
     mean = (probabilities * finite).sum(axis=-1, keepdims=True)
-    return float((probabilities * (finite - mean) ** 2).sum()) / temperature**2
+    fisher = float((probabilities * (finite - mean) ** 2).sum()) / temperature**2
+    if units is None:
+        return fisher
+    scores = mean[:, 0] - finite[np.arange(len(labels)), labels]
+    by_unit = np.bincount(units, weights=scores)
+    if len(by_unit) == 1 or not scores.any():
+        return 0.0
+    effect = float((by_unit**2).sum() / (scores**2).sum()) * len(by_unit) / (len(by_unit) - 1)
+    return fisher / max(effect, 1.0)
 
 
-def is_carried(log_probs: Floats, temperature: float) -> bool:
+def is_carried(log_probs: Floats, labels: Ints, temperature: float, units: Ints | None = None) -> bool:
     """Whether the rows say more about the temperature than the prior does; else it is more shrinkage than fit."""
-    return information(log_probs, temperature) > 1.0 / PRIOR_SD**2
+    return information(log_probs, labels, temperature, units) > 1.0 / PRIOR_SD**2
 
 
 def at_bound(temperature: float) -> bool:
@@ -96,7 +108,10 @@ def at_bound(temperature: float) -> bool:
     return temperature <= MIN_TEMPERATURE * 1.001 or temperature >= MAX_TEMPERATURE / 1.001
 
 
-def posterior_interval(log_probs: Floats, temperature: float) -> tuple[float, float]:
+def posterior_interval(
+    log_probs: Floats, labels: Ints, temperature: float, units: Ints | None = None
+) -> tuple[float, float]:
     """Ends of 95 % of the posterior of T, taken as normal in log T."""
-    factor = math.exp(_NORMAL_95 / math.sqrt(information(log_probs, temperature) + 1.0 / PRIOR_SD**2))
+    known = information(log_probs, labels, temperature, units) + 1.0 / PRIOR_SD**2
+    factor = math.exp(_NORMAL_95 / math.sqrt(known))
     return temperature / factor, temperature * factor

@@ -31,7 +31,8 @@ def system(key: str, nll: float = 0.3, **changes: Any) -> dict[str, Any]:
 
 def result(*systems: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"kind": "choice", "chance": {"nll": 0.693, "accuracy": 0.5, "most_frequent": 0.6}, "systems": systems,
-            "rows": {"calibration": 50, "test": 100}, "claim_seeds": 3, "comparisons": [], **changes}
+            "rows": {"calibration": 50, "test": 100}, "units": {"calibration": 50, "test": 100}, "claim_seeds": 3,
+            "comparisons": [], **changes}
 
 
 def test_chance_is_that_of_the_choices_each_row_has() -> None:
@@ -62,13 +63,25 @@ def test_single_systems_are_warned_of() -> None:
     assert remarks(inputs(), result(system("fine", train_seeds=[1, 2, 3]))) == []
 
 
+def test_what_holds_of_all_systems_does_not_name_them_one_by_one() -> None:
+    weak = {"at_bound": False, "carried": False}
+    systems = [system(name, 0.8, temperature=weak) for name in ("base", "plain", "mean_field")]
+    guess, carried = remarks(inputs(), result(*systems, units={"calibration": 10, "test": 100}))
+    assert guess == "NLL above that of guessing (0.693) before scaling: every system."
+    assert carried.startswith("50 calibration rows (10 independent units) carry no temperature of any system:")
+
+
 def test_choices_at_the_edge_of_a_grid_are_named() -> None:
     fixed = {"adapter.rank": 8, "adapter.kind": "lora"}
     one = Training("a", "lora_dropout", {}, 0, "ab", "done")
     grid = [replace(one, values={"train.learning_rate": rate, **fixed}, chosen=rate == 0.3) for rate in (0.1, 0.2, 0.3)]
-    assert edges(grid) == ["LoRA Dropout: lr 0.3 (largest of 3)"]
+    assert edges(grid) == (["LoRA Dropout: lr 0.3 (largest of 3)"], [])
     inside = [replace(t, chosen=t.values["train.learning_rate"] == 0.2) for t in grid]
-    assert edges(inside) == []
+    assert edges(inside) == ([], [])
+    two = [replace(t, method=method) for method in ("none", "lora_dropout") for t in grid[1:]]
+    assert remarks(inputs(trainings=two), result()) == [
+        "Of two values every choice is at the edge (lr 0.2 and 0.3): the best may lie beyond them.",
+    ]
     search = {"warnings": ["Chosen at the edge of what was searched: adapter.rank = 16. The best may lie beyond it."]}
     assert remarks(inputs(search=search, trainings=grid), result()) == [
         *search["warnings"],
@@ -105,5 +118,5 @@ def test_rows_that_a_difference_needs_are_counted() -> None:
                  "excludes_zero": abs(difference) > half}
         return remarks(inputs(), result(system("mean_field"), comparisons=[entry]))
 
-    assert "would need about 400 test rows" in said(-0.05, 0.1)[0]
+    assert "would need about 800 test rows" in said(-0.05, 0.1)[0]
     assert "no more rows" in said(-0.001, 0.1)[0] and said(-0.2, 0.1) == []

@@ -244,8 +244,8 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     assert result["reading"][0] == "Validation chooses Plain LoRA: lr 0.1; DropKey: lr 0.2."
     assert any("2 seeds are too few for a claim" in line for line in result["remarks"])
     assert "2 seeds are too few for a claim" in table and not any(c["claims"] for c in result["comparisons"])
-    edges = "Chosen at the edge of what was tried: Plain LoRA: lr 0.1 (smallest of 2); DropKey: lr 0.2 (largest of 2)"
-    assert any(line.startswith(edges) for line in result["remarks"])
+    edges = "Of two values every choice is at the edge (lr 0.1 and 0.2): the best may lie beyond them."
+    assert result["remarks"].count(edges) == 1 and f"\n! {edges}\n" in table and "\\n" not in table
     spread = nll[dropkey].std(ddof=1)
     assert systems["method_1"]["test"]["before"]["nll"]["run_sd"] == pytest.approx(spread, abs=1e-6)
     difference_sd = (nll[dropkey] - nll[plain]).std(ddof=1)

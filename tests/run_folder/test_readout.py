@@ -49,6 +49,20 @@ def test_the_temperature_is_that_of_the_exported_draws(paths: RunPaths) -> None:
     assert "the mean-field adapter" in exported_readout(paths, rows, "logit", [None], "another")["reason"]
 
 
+def test_calibration_rows_of_one_question_count_once(paths: RunPaths) -> None:
+    """Fifteen rows four times each say no more of the temperature than fifteen."""
+    log_probs, labels = calibrated(15, 2, np.random.default_rng(1), 2.0)
+    tables = np.repeat(np.broadcast_to(log_probs, (6, 15, 2)), 4, axis=1)
+    write_predictions(paths.predictions, "calibration", ChoicePredictions(IDS, tables))
+    found = []
+    for unit in (lambda n: None, lambda n: str(n // 4)):
+        rows = [Row(i, choices=("x", "y"), label=int(labels[n // 4]), unit=unit(n)) for n, i in enumerate(IDS)]
+        found.append(exported_readout(paths, rows, "logit", [0], "own")["temperature"])
+    alone, shared = found
+    assert alone["value"] == shared["value"] and (alone["calibration_units"], shared["calibration_units"]) == (60, 15)
+    assert shared["high"] > alone["high"] and alone["carried"] and not shared["carried"]
+
+
 def test_completions_are_averaged_as_probabilities_whatever_was_configured(paths: RunPaths) -> None:
     tokens = np.full((6, 60), -0.5, dtype=np.float32)
     write_predictions(paths.predictions, "calibration", CompletionPredictions(IDS, tokens, np.arange(61)))

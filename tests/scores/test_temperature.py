@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.simulated import calibrated
+from helpers.simulated import calibrated, calibrated_in_units
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -16,6 +16,7 @@ from pipeline.scores.temperature import (
     at_bound,
     fit_temperature,
     fit_temperatures,
+    information,
     is_carried,
     posterior_interval,
 )
@@ -88,14 +89,42 @@ def test_the_interval_is_that_of_the_posterior_on_a_grid():
     density = np.exp(-np.array([loss(np.exp(x), log_probs, labels) for x in grid]) + loss(found, log_probs, labels))
     mass = density.cumsum() / density.sum()
     low, high = (float(np.exp(grid[np.searchsorted(mass, share)])) for share in (0.025, 0.975))
-    assert posterior_interval(log_probs, found) == pytest.approx((low, high), rel=0.03)
+    assert posterior_interval(log_probs, labels, found) == pytest.approx((low, high), rel=0.03)
 
 
 def test_rows_carry_a_temperature_where_they_outweigh_the_prior():
     log_probs, labels = draw(400, 2, 1.5)
-    assert is_carried(log_probs, fit_temperature(log_probs, labels))
+    assert is_carried(log_probs, labels, fit_temperature(log_probs, labels))
     sure = log_softmax(np.stack([np.full(200, 9.0), np.zeros(200)], axis=1), axis=1)
-    assert not is_carried(sure, fit_temperature(sure, np.zeros(200, dtype=int)))
+    right = np.zeros(200, dtype=int)
+    assert not is_carried(sure, right, fit_temperature(sure, right))
+
+
+def test_copies_of_a_row_in_one_unit_say_no_more_than_the_row():
+    log_probs, labels = draw(400, 3, 1.5)
+    alone = information(log_probs, labels, 1.4)
+    copied = np.repeat(log_probs, 4, axis=0), np.repeat(labels, 4)
+    assert information(*copied, 1.4) == pytest.approx(4.0 * alone)
+    assert information(*copied, 1.4, np.repeat(np.arange(400), 4)) == pytest.approx(alone, rel=0.01)
+    assert information(*copied, 1.4, np.zeros(1600, dtype=int)) == 0.0, "one document says nothing about others"
+    strangers = draw(1600, 3, 1.5, seed=1)
+    said = information(*strangers, 1.4, np.repeat(np.arange(400), 4))
+    assert 0.8 * information(*strangers, 1.4) < said <= information(*strangers, 1.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units", [100, 300])
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_the_interval_holds_its_level_for_rows_in_units_of_four(units, correlation):
+    """Temperatures drawn from the prior, of which the interval holds 95 %; of copies counted as rows, 70 %."""
+    random = np.random.default_rng(11)
+    held = []
+    for truth in np.exp(0.35 * random.normal(size=1000)):
+        log_probs, labels, numbers = calibrated_in_units(units, 4, random, truth, correlation)
+        found = fit_temperature(log_probs, labels)
+        low, high = posterior_interval(log_probs, labels, found, numbers)
+        held.append(low <= truth <= high)
+    assert 0.92 <= np.mean(held) <= 0.98
 
 
 def nearly_right(rows, accuracy, sharpness, random, choices=2):
