@@ -4,7 +4,8 @@
   the sizes asked for. Test is taken first, then calibration, validation and train, so the test rows stay
   the same whatever the training size, and a smaller training split is contained in a larger one.
 - A split with a file of its own is taken from that file; one without (in a folder) from the train file.
-- Rows with the same question never sit in two splits; repeated rows are dropped, and their number logged.
+- Rows with the same question never sit in two splits, nor do rows of one file with the same unit; repeated rows are
+  dropped, and their number logged.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pipeline.config import DataConfig
 from pipeline.data.rows import Row
@@ -100,7 +102,7 @@ def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
 
 
 def _pools(files: Mapping[str, Sequence[Row]], seed: int) -> tuple[dict[str, list[list[Row]]], int, int]:
-    """(split with a file -> its groups of rows with one question, in the order of taking from the end;
+    """(split with a file -> its groups of rows with one question or unit, in the order of taking from the end;
     rows dropped as repeated; rows dropped as leaked)."""
     pools: dict[str, list[list[Row]]] = {}
     owners: set[str] = set()
@@ -118,8 +120,32 @@ def _pools(files: Mapping[str, Sequence[Row]], seed: int) -> tuple[dict[str, lis
                 seen.add(identity)
                 groups.setdefault(row.question, []).append(row)
         owners |= groups.keys()
+        groups = _whole_units(groups, seed)
         pools[split] = [groups[q] for q in sorted(groups, key=lambda q: _place(seed, q), reverse=True)]
     return pools, repeated, leaked
+
+
+def _whole_units(questions: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
+    """Questions whose rows have a unit in common, also by way of others, as one group under the first unit's name."""
+    first: dict[str, str] = {}  # unit -> one that it hangs together with, itself at the end of the chain
+
+    def root(unit: str) -> str:
+        while first.setdefault(unit, unit) != unit:
+            first[unit] = unit = first[first[unit]]
+        return unit
+
+    units = {question: [row.unit for row in rows if row.unit is not None] for question, rows in questions.items()}
+    if not any(units.values()):
+        return questions
+    for named in units.values():
+        for one, other in pairwise(named):
+            low, high = sorted((root(one), root(other)))
+            first[high] = low
+    groups: dict[str, list[Row]] = {}
+    for question in sorted(questions, key=lambda q: _place(seed, q)):  # in no file's order
+        name = f"unit\0{root(units[question][0])}" if units[question] else question
+        groups.setdefault(name, []).extend(questions[question])
+    return groups
 
 
 def _without_label(row: Row) -> str:
@@ -149,9 +175,10 @@ def _too_few(
         return DataError(field, wanted, f"the {split} file has {there} distinct rows", f"Set {field}={there} or less.")
     fed = [s for s in TAKING_ORDER if s == "train" or s not in files]
     asked = " + ".join(f"{getattr(config, f'{s}_rows') or 'at least 1'} {s}" for s in fed)
-    constraint = f"{there} distinct rows (with {questions} different prompts) are too few for {asked}"
+    whole = "units" if any(row.unit for rows in files.values() for row in rows) else "prompts"
+    constraint = f"{there} distinct rows (with {questions} different {whole}) are too few for {asked}"
     if questions < len(fed):
-        return DataError(field, wanted, constraint, f"Give at least {len(fed)} rows with different prompts.")
+        return DataError(field, wanted, constraint, f"Give at least {len(fed)} rows with different {whole}.")
     share = max(1, questions // (len(fed) + 1))
     settings = " ".join(f"data.{s}_rows={share}" for s in fed if s != "train")
     rest = "data.train_rows=null" if config.train_rows is not None else ""

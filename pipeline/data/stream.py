@@ -26,10 +26,10 @@ _EPOCH = 2**32
 class RowStream:
     """The rows of the train split, read from the source epoch by epoch."""
 
-    def __init__(self, config: DataConfig, owned: Collection[str], kind: str, seed: int) -> None:
+    def __init__(self, config: DataConfig, owned: Collection[tuple[str, str | None]], kind: str, seed: int) -> None:
         """
         Args:
-            owned: questions of the other splits: their rows are passed over.
+            owned: questions and units of the other splits: their rows are passed over.
             kind: `Row.kind` that all rows have.
             seed: `train.seed`.
         """
@@ -68,17 +68,22 @@ class RowStream:
         for where, values in open_records(source, streaming=True)["train"]:
             if isinstance(values, DataError):
                 raise values
-            row = IdRegister().name(to_row(values, source.template, where), values.get("id"), where)
+            row = IdRegister().name(to_row(values, source.template, where), values.get("id"), where, values.get("unit"))
             if row.kind != self._kind:
                 raise DataError(where, None, f"is a {row.kind} row among {self._kind} rows", "Keep one kind.")
-            if row.question not in self._owned:
+            if self._owned.isdisjoint(_owners(row)):
                 yield row
+
+
+def _owners(row: Row) -> set[tuple[str, str | None]]:
+    """What may be in one split only."""
+    return {("question", row.question)} | ({("unit", row.unit)} if row.unit else set())
 
 
 def open_stream(config: DataConfig, splits: Splits, seed: int) -> RowStream:
     """The stream that goes with `splits`, which are taken from the source's first rows."""
     others = [row for rows in (splits.validation, splits.calibration, splits.test) for row in rows]
-    return RowStream(config, {row.question for row in others}, splits.train[0].kind, seed)
+    return RowStream(config, set().union(*map(_owners, others)), splits.train[0].kind, seed)
 
 
 class StreamedBatches:

@@ -84,6 +84,45 @@ def test_no_question_has_two_owners(pairs: list[tuple[int, int]], seed: int) -> 
     assert [len(rows) for rows in (splits.validation, splits.calibration, splits.test)] == [2, 2, 2]
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.none() | st.integers(0, 15)), min_size=30, max_size=80),
+       st.integers(0, 5), st.randoms())
+def test_no_unit_has_two_owners(pairs: list[tuple[int, int | None]], seed: int, random: Any) -> None:
+    """Units hang together over questions that they share; rows without one stand by themselves."""
+    rows = [Row(str(i), f"Q{q}", completion=f"A{i}", unit=None if u is None else f"U{u}")
+            for i, (q, u) in enumerate(pairs)]
+    try:
+        splits = divide({"train": rows}, config_of(None, 2, 2, 2, seed))
+    except DataError:
+        return
+    owners: dict[str, set[str]] = {}
+    for name in NAMES:
+        for row in getattr(splits, name):
+            for what in filter(None, (row.question, row.unit)):
+                owners.setdefault(what, set()).add(name)
+    assert all(len(names) == 1 for names in owners.values())
+
+
+def test_the_order_in_the_file_does_not_decide_about_units() -> None:
+    rows = [Row(str(i), f"Q{i}", completion="A", unit=f"U{i // 4}" if i < 40 else None) for i in range(60)]
+    config = config_of(12, 7, 7, 10)
+    assert divide({"train": rows}, config) == divide({"train": rows[::-1]}, config)
+
+
+def test_splits_without_units_are_those_of_the_rows_alone() -> None:
+    """Held by their fingerprint: a split that moved would make every older run another one."""
+    rows = [Row(str(i), f"Question {i // 2}", completion=f"A{i}") for i in range(60)]
+    found = divide({"train": rows}, config_of(None, 5, 5, 5))
+    assert found.fingerprint.startswith("9a3243b552c769f3")
+
+
+def test_too_few_units_are_said_so() -> None:
+    rows = [Row(str(i), f"Q{i}", completion="A", unit=f"U{i % 3}") for i in range(60)]
+    said = r"60 distinct rows \(with 3 different units\).*at least 4 rows with different units"
+    with pytest.raises(DataError, match=said):
+        divide({"train": rows}, config_of(None, 5, 5, 5))
+
+
 def test_repeated_texts_are_dropped_even_with_another_label_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

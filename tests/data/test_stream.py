@@ -70,6 +70,15 @@ def test_every_epoch_has_every_row_once_and_none_of_the_other_splits(file: Path)
     assert prompts(stream_of(file, seed=1).from_position(0), 42) != epochs[0]
 
 
+def test_units_of_the_other_splits_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**record(i), "unit": f"U{i // 3}"}) + "\n" for i in range(57)))
+    splits = load_splits(config_of(path))
+    others = {row.unit for rows in (splits.validation, splits.calibration, splits.test) for row in rows}
+    seen = {row.unit for row in islice(stream_of(path).from_position(0), 57)}
+    assert len(seen) == 19 - len(others) and not seen & others
+
+
 @settings(max_examples=12)
 @given(st.integers(0, 130))
 def test_any_position_is_found_again(file: Path, position: int) -> None:
