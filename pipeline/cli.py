@@ -137,7 +137,10 @@ def execute(stage: Stage, request: Request) -> int:
         if stage.processes == "none":
             code: int = stage.load()(config, folders)
             return code
-        return start(stage.name, config, folders)
+        code = start(stage.name, config, folders)
+        if code == EXIT_OK:
+            stage.show_outcome(folders.run)
+        return code
 
 
 def resolve(stage: Stage, request: Request, folders: Folders) -> RunConfig:

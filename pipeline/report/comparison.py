@@ -13,7 +13,16 @@ from pipeline.report.result import score_entries
 from pipeline.report.scoring import ScoredSystem, score_system
 from pipeline.report.sentences import interval_text, number_text, pick, write_reading
 from pipeline.report.systems import System, base_system, method_label
-from pipeline.report.tables import HEADINGS, Cell, align, closing_lines, scaled_lines, score_text, seconds_text
+from pipeline.report.tables import (
+    HEADINGS,
+    Cell,
+    align,
+    closing_lines,
+    rows_text,
+    scaled_lines,
+    score_text,
+    seconds_text,
+)
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 from pipeline.terminal import one_line
 
@@ -82,7 +91,7 @@ def training_table(result: Entries) -> tuple[list[str], list[list[Cell]]]:
     rows = []
     for one in result["trainings"]:
         done = one["state"] == "done"
-        numbers = [number_text(one["validation_nll"]), number_text(one["seconds"], 0)] if done else ["–", "–"]
+        numbers = [number_text(one["validation_nll"]), seconds_text(one["seconds"])] if done else ["–", "–"]
         cost = "–" if one["cost"] is None else number_text(one["cost"], 2)
         name = f"{method_label(one['method'])}, {values_text(one['values'])}, seed {one['seed']}"
         cells = [one["state"], str(one["steps"]), *numbers, cost]
@@ -139,7 +148,7 @@ def _footnote(result: Entries, names: dict[str, str]) -> list[str]:
     several = any(len(system["train_seeds"]) > 1 for system in result["systems"])
     lines = [
         f"* settings that {rows['validation']} validation rows choose, by {result['selected_by']['name']}.",
-        f"{rows['test']} test rows; 95 % intervals, over rows{' and seeds' if several else ''}; NLL in nats.",
+        f"{rows_text(result)}; 95 % intervals, over rows{' and seeds' if several else ''}; NLL in nats.",
         f"{lead} − {names[result['reference']]}: paired by row{' and seed' if several else ''}. passes: forward, per "
         "row; train s: in optimizer",
         f"steps, per run as train steps; cost: of a step, plain LoRA = 1.00. Seed {result['train_seed']}.",

@@ -167,10 +167,14 @@ def _trial_order(trial: Mapping[str, Any]) -> tuple[bool, float, bool, float]:
     return loss is None, loss or 0.0, nll is None, nll or 0.0
 
 
+def rows_text(result: Mapping[str, Any]) -> str:
+    """How many test rows, and independent units where these are fewer."""
+    rows, units = result["rows"]["test"], result["units"]["test"]
+    return f"{rows} test rows" + (f" ({units} independent units)" if units < rows else "")
+
+
 def _footnote(result: dict[str, Any]) -> list[str]:
-    rows = f"{result['rows']['test']} test rows"
-    if result["units"]["test"] < result["rows"]["test"]:
-        rows += f" ({result['units']['test']} independent units)"
+    rows = rows_text(result)
     cost = "train s: in optimizer steps; test s: to predict the test rows."
     if result["kind"] == "regression":
         return [f"{rows}, 95 % intervals; RMSE in the units of the scores; {cost}"]
@@ -211,8 +215,9 @@ def _score_cell(score: str, entry: Mapping[str, float]) -> Cell:
 
 def _difference_cell(entry: Mapping[str, Any]) -> Cell:
     low, high = (number_text(entry[end], signed=True) for end in ("low", "high"))
-    verdict = "" if entry["claims"] else " (few seeds)" if entry["excludes_zero"] else " ∋ 0"
-    return number_text(entry["difference"], signed=True) + verdict, f"{low} … {high}"
+    few = "\nfew seeds" if entry["excludes_zero"] and not entry["claims"] else ""
+    value = number_text(entry["difference"], signed=True) + ("" if entry["excludes_zero"] else " ∋ 0")
+    return value, f"{low} … {high}{few}"
 
 
 def _temperature_cell(temperature: Mapping[str, Any]) -> Cell:

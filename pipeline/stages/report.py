@@ -5,15 +5,18 @@ It alone reads test labels. It runs no model and needs no training or evaluation
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import sha256_file, write_json, write_text
-from pipeline.report.comparison import build_comparison
+from pipeline.files import read_json, sha256_file, write_json, write_text
+from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
-from pipeline.run_folder.paths import update_status
+from pipeline.report.tables import format_table
+from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.terminal import one_line
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
@@ -34,3 +37,11 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     made = {path.name: sha256_file(path) for path in (inputs.paths.result, inputs.paths.report)}
     update_status(inputs.paths, "report", "running", made=made)
     return result
+
+
+def print_report(run_dir: Path) -> None:
+    """The table on the terminal of a run's or comparison's result.json, and where its page lies."""
+    paths = RunPaths(run_dir)
+    result = read_json(paths.result)
+    print(format_comparison(result) if paths.comparison.exists() else format_table(result))
+    print(f"\n  report   {one_line(os.path.relpath(paths.report))}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 TRUST = "--trust-remote-code"
@@ -46,12 +47,24 @@ class Stage:
     """The recipe where none is given."""
     unread: Mapping[str, str] = field(default_factory=dict)
     """Beginning of an override that the stage does not read -> the way out."""
+    outcome: str = ""
+    """Of `all` and `one`: what the command shows in the end, where it was asked for this stage alone, as
+    `module:function` of the run folder."""
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
-        module, _, name = self.function.partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), name)
-        return found
+        return _named(self.function)
+
+    def show_outcome(self, run_dir: Path) -> None:
+        """Print what a stage by itself ends with, if anything."""
+        if self.outcome:
+            _named(self.outcome)(run_dir)
+
+
+def _named(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 _METHODS = "Give compare.methods=[{name: …, adapter: {method: …, rates: {…}}}]."
@@ -69,7 +82,7 @@ STAGES = {
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
               "pipeline.stages.evaluate:evaluate_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
-              "pipeline.stages.report:write_report", writes=("run",)),
+              "pipeline.stages.report:write_report", writes=("run",), outcome="pipeline.stages.report:print_report"),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
               "pipeline.stages.export:export_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",

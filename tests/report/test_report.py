@@ -32,6 +32,7 @@ from pipeline.run_folder.predictions import (
 )
 from pipeline.scores.bootstrap import RowMean, bootstrap, percentile_interval
 from pipeline.stages.report import write_report
+from pipeline.stages.table import STAGES
 
 ROWS = {"validation": 120, "calibration": 150, "test": 200}
 DRAWS = 8
@@ -258,6 +259,14 @@ def test_reading_says_what_the_intervals_say(finished):
              and (c["split"], c["score"], c["scaling"], c["versus"]) == ("test", "nll", "before", "plain")]
     assert clear, "the synthetic plain LoRA is far worse than the rest"
     assert re.search(r"Against plain LoRA, mean-field.*: better in NLL", text)
+
+
+def test_a_report_that_was_asked_for_by_itself_is_shown(finished, capsys):
+    STAGES["train"].show_outcome(finished.paths.root)
+    assert capsys.readouterr().out == ""
+    STAGES["report"].show_outcome(finished.paths.root)
+    shown = capsys.readouterr().out
+    assert re.fullmatch(re.escape(format_table(finished.result)) + r"\n\n  report   \S*report\.html\n", shown)
 
 
 def test_terminal_table_has_a_line_per_system(finished):

@@ -251,6 +251,7 @@ def test_the_report_of_a_comparison_is_that_of_its_members(tmp_path: Path, monke
     difference_sd = (nll[dropkey] - nll[plain]).std(ddof=1)
     assert (paired["seeds"], paired["run_sd"]) == (2, pytest.approx(difference_sd, abs=1e-6))
     page = (tmp_path / "report.html").read_text()
+    assert "(few seeds)" not in page and "<small>few seeds</small>" in page, "the table has to fit 1,200 px"
     assert "Comparison of 3 methods" in page and "HiddenKey, lr 0.1, seed 0" in page and "no such thing" in page
 
 

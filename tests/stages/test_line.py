@@ -66,6 +66,7 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     assert sha256_file(run / "adapter" / "adapter_model.safetensors") == adapter
     assert main([*command, "train.seed=9"]) == 2
     assert "another configuration" in capsys.readouterr().err
+    assert main(["report", "--run-dir", str(run)]) == 0 and "after temperature scaling" in capsys.readouterr().out
     whole = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for folder in (run, tmp_path / "tiny-plain", tmp_path / "tiny-search", run / "export"):
         assert main(["verify", str(folder)]) == 0, capsys.readouterr().out
