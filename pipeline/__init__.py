@@ -26,8 +26,8 @@ _MODULES = {
         "RunFolderError", "SetupError", "StageFailed", "UserError",
     ),
     "files": (
-        "ADAPTER_WEIGHTS", "manifest_faults", "open_append", "publish_folder", "read_json", "read_json_lines",
-        "sha256_file", "write_json", "write_text",
+        "ADAPTER_WEIGHTS", "manifest_faults", "open_append", "publish_folder", "read_bytes", "read_json",
+        "read_json_lines", "sha256_file", "write_json", "write_text",
     ),
     "run_folder.chain": ("is_validated",),
     "run_folder.labelled": ("LabelledSplit", "join_labels"),

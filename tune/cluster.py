@@ -8,11 +8,11 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import ConfigError, SearchConfig, SetupError, StageFailed
+from pipeline import ConfigError, SearchConfig, SetupError, StageFailed, read_bytes
 from tune.stopping import Stopping
 from tune.watch import TOKEN, RayWatch
 
@@ -21,6 +21,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 CONTROLLER_CPUS = 0.01
 """What a trial function takes that only starts a TorchTrainer and waits for it."""
 SCRATCH = "scratch"
+MADE_FOR = "made_for"
+"""In a scratch folder: which search it is of. Nothing else is removed, whatever a note names."""
 NOISE = "ray.log"
 START_ERRORS = (ConnectionError, OSError, ValueError, RuntimeError)
 
@@ -182,13 +184,15 @@ def _knock(address: str) -> None:
 
 def _make_scratch(folder: Path) -> Path:
     note = folder / SCRATCH
-    if note.exists():
-        left = Path(note.read_text(encoding="utf-8").strip())
-        if left.name.startswith("loradrop-"):
+    with suppress(OSError, ValueError):  # none, or what is no note of ours
+        left = Path(read_bytes(note, 4096).decode().strip())
+        if read_bytes(left / MADE_FOR, 4096).decode() == str(folder):  # a folder from elsewhere may name anything
             shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # with links that somebody has put there: what is opened below is ours
     # Ray's socket paths must stay below 108 characters, so a long TMPDIR is no place for them.
     parent = tempfile.gettempdir()
     scratch = Path(tempfile.mkdtemp(prefix="loradrop-", dir=parent if len(parent) < 24 else "/tmp"))
+    (scratch / MADE_FOR).write_text(str(folder), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(f"{scratch}\n", encoding="utf-8")
     return scratch
