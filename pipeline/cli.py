@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError
+from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError, file_fault
 from pipeline.plan.request import Request
 from pipeline.stages.table import OFFERED, STAGES, Stage
 from pipeline.terminal import printable, say
@@ -81,6 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     except LoradropError as error:
         say(f"loradrop: {error}")
         return error.exit_code
+    except OSError as error:
+        if (fault := file_fault(error)) is None:
+            raise
+        say(f"loradrop: {fault}")
+        return fault.exit_code
     except KeyboardInterrupt:
         print("\nloradrop: interrupted; the same command continues.", file=sys.stderr)
         return EXIT_STOPPED

@@ -6,6 +6,8 @@ the way out, and is raised before a model is loaded wherever that is possible.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 EXIT_OK = 0
@@ -21,6 +23,10 @@ paragraph separators, what turns the direction of text, lone surrogates."""
 
 
 _LONGEST_SENTENCE = 2000
+_FILE_FAULTS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+}
+"""Rights, and one kind of thing where another belongs."""
 
 
 def printable(text: str) -> str:
@@ -76,6 +82,15 @@ class RunFolderError(UserError):
 
 class SetupError(UserError):
     """The machine lacks something: an interpreter, a compiler, disk space, a device."""
+
+
+def file_fault(error: OSError) -> UserError | None:
+    """What the user can mend of an error of the file system that nobody has foreseen; None where it is another one."""
+    name = error.filename2 or error.filename  # of a renaming, the target
+    if error.errno not in _FILE_FAULTS or not isinstance(name, str | bytes):
+        return None
+    what = f"cannot be read or written ({error.strerror})"
+    return UserError(os.fsdecode(name), None, what, "Mend that, or give another file or folder.")
 
 
 class ErrorList(UserError):

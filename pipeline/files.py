@@ -224,12 +224,15 @@ def manifest_faults(folder: Path) -> list[str]:
     faults = []
     for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        elif sha256_file(path) != sha256:
-            faults.append(f"{name} does not have the recorded hash")
+        try:
+            if not path.is_file():
+                faults.append(f"{name} is missing")
+            elif path.stat().st_size != size:
+                faults.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+            elif sha256_file(path) != sha256:
+                faults.append(f"{name} does not have the recorded hash")
+        except OSError as error:
+            faults.append(f"{name} cannot be read ({error.strerror})")
     return faults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from helpers import ROOT
 
 from pipeline.cli import main
 from pipeline.config import dump_config, load_config
+from pipeline.distributed.worker import stage_main
 from pipeline.errors import ConfigError
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import fit_micro_batch, resolve_new, resolve_saved
@@ -161,3 +163,21 @@ def test_later_stages_refuse_keys_that_they_do_not_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not read by evaluate"):
         resolve_saved(Request(run_dir=str(tmp_path), overrides=("ensemble.size=16",)), "evaluate")
     resolve_saved(Request(run_dir=str(tmp_path), overrides=("launch.processes=1",)), "evaluate")
+
+
+def test_a_file_that_may_not_be_read_is_said_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "aside"), None, str(tmp_path / "logs"))
+
+    assert stage_main("report", refused, tmp_path) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'logs'}: cannot be read or written (Permission denied)." in said.err + said.out
+    assert "Traceback" not in said.err + said.out
+    monkeypatch.setattr("pipeline.cli.dispatch", refused)
+    assert main(["report"]) == 2
+    assert "cannot be read or written (Permission denied)." in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.cli.dispatch", lambda _: os.stat(tmp_path / "gone"))  # ours to mend, not the user's
+    with pytest.raises(FileNotFoundError):
+        main(["report"])

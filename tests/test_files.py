@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -93,3 +94,8 @@ def test_what_is_appended_to_is_a_file_of_ours_and_no_link(tmp_path: Path) -> No
         open_append(pipe)
     os.close(reader)
     assert not (tmp_path / "made").exists() and log.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_listed_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"a" * 300: {"bytes": 1, "sha256": ""}}}))
+    assert manifest_faults(tmp_path) == [f"{'a' * 300} cannot be read (File name too long)"]

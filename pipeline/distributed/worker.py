@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.distributed import ranks
 from pipeline.distributed.lifeline import Lifeline, lifeline
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LoradropError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LoradropError, file_fault
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
 
@@ -54,6 +54,8 @@ def stage_main(name: str, work: Callable[[Path], object], run_dir: Path, in_worl
 
 def _failure(error: Exception, rank: int, line: Lifeline) -> ranks.Failure | None:
     """What an exception says, shown to the user; None where it is a stop, of this process or of a peer in set-up."""
+    if isinstance(error, OSError):
+        error = file_fault(error) or error
     if isinstance(error, LoradropError):
         say(str(error), rank == 0)
         if error.exit_code == EXIT_STOPPED:

@@ -60,6 +60,14 @@ def require_adapter(paths: RunPaths, origin: Origin) -> None:
         raise RunFolderError(str(paths.adapter), None, different, remedy)
 
 
+def require_same_rows(adapter: Path, data_sha256: str) -> None:
+    """Raises `RunFolderError` where an adapter was made from other rows: those to predict may be ones it was shown."""
+    origin = read_json(adapter / MANIFEST).get("origin")
+    if not isinstance(origin, dict) or origin.get("data_sha256") != data_sha256:
+        remedy = "Put back the data that it was trained with, or train again in another --run-dir."
+        raise RunFolderError(str(adapter), None, "was made from other data", remedy)
+
+
 def require_whole(folder: Path) -> None:
     """Raises `RunFolderError` where a published folder is not as its manifest says."""
     if faults := manifest_faults(folder):

@@ -140,7 +140,7 @@ def _verify_comparison(folder: Path) -> Iterator[Finding]:
         found = _published(its.adapter, folder)
         if found.state == "whole" and sha256_file(its.adapter / ADAPTER_WEIGHTS) != one.adapter_sha256:
             found = Finding(found.name, "foreign", "is not what the training trained")
-        data = (read_entry(its.adapter / MANIFEST, "origin") or {}).get("data_sha256")
+        data = _mapping(read_entry(its.adapter / MANIFEST, "origin")).get("data_sha256")
         origin = Origin(origin.config_sha256, str(data))
         yield found
     yield from _predictions(paths, origin)
@@ -174,7 +174,7 @@ def _adapter_origin(paths: RunPaths, config: RunConfig | None) -> Origin | None:
     """What everything in the run must be made from: the configuration's hash, and the data of the adapter."""
     if config is None:
         return None
-    data = (read_entry(paths.adapter / MANIFEST, "origin") or {}).get("data_sha256")
+    data = _mapping(read_entry(paths.adapter / MANIFEST, "origin")).get("data_sha256")
     if data is None:
         data = (read_entry(paths.environment) or {}).get("data_fingerprint")
     return Origin(config.training_sha256(), str(data))
@@ -225,13 +225,13 @@ def _referred(paths: RunPaths) -> Iterator[Finding]:
 def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
     if not paths.result.exists():
         return
-    made = read_status(paths).get("report", {}).get("made") or {}
+    made = _mapping(read_status(paths).get("report", {}).get("made"))
     made_from = read_entry(paths.result, "made_from")
     found = _recorded(paths.result, made)
     yield _recorded(paths.report, made)
     found = _with_origin(found, made_from, origin)
     if found.state == "whole":
-        for split, sha256 in ((made_from or {}).get("predictions") or {}).items():
+        for split, sha256 in _mapping(_mapping(made_from).get("predictions")).items():
             path = paths.predictions / f"{split}.npz"
             if not path.is_file() or not is_zipfile(path) or sha256_file(path) != sha256:
                 found = Finding("result.json", "foreign", f"was made from other predictions of {split}")
@@ -279,6 +279,11 @@ def _strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
     for path in sorted(folder.iterdir()):
         if path.name not in known | {MARK} and not path.name.startswith("."):
             yield Finding(path.name, "foreign", "is no file of ours")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """What a file of somebody else's has where ours has a mapping."""
+    return value if isinstance(value, dict) else {}
 
 
 def read_entry(path: Path, key: str | None = None) -> Any:

@@ -23,7 +23,7 @@ from pipeline.distributed.world import World, agree, leave_world, require_shared
 from pipeline.errors import RunFolderError, Stopped, one_line
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import open_task
-from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
+from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_same_rows, require_whole
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -37,8 +37,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     """Write predictions/ of a run. Splits already predicted by the same members are kept.
 
     Raises:
-        RunFolderError: an adapter is missing, damaged or not the one that was referred to; the run's own was trained
-            from another configuration or other data.
+        RunFolderError: an adapter is missing, damaged, not the one that was referred to, or trained on other data; the
+            run's own was trained from another configuration.
         Stopped: a stop was requested.
     """
     paths = RunPaths(run_dir)
@@ -52,6 +52,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     origin = Origin(config.training_sha256(), splits.fingerprint)
     if read_comparison(paths) is None:
         require_adapter(paths, origin)
+    for entry in entries:
+        require_same_rows(entry.folder, splits.fingerprint)
     row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
     made_from = predictions_from(origin, described)
     rule = config.data.choice_score

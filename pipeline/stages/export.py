@@ -33,7 +33,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
 
     Raises:
         RunFolderError: the adapter is missing, damaged, of another configuration or other data; result.json was made
-            from another one; a method whose members are no plain LoRA.
+            from another one, or from other predictions; a method whose members are no plain LoRA.
         ParityError: parity is outside the tolerance, or an export equals the base.
     """
     paths = RunPaths(run_dir)
@@ -89,15 +89,20 @@ def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[st
     """What the report found for this adapter, of which the export takes ensemble size and temperature; {} without one.
 
     Raises:
-        RunFolderError: it was made from another configuration, other data or another adapter.
+        RunFolderError: it was made from another configuration, other data, another adapter, or other predictions than
+            those that lie here.
     """
     if not paths.result.exists():
         return {}
     result = read_json(paths.result, REPORT_AGAIN)
-    made_from: dict[str, Any] = (result.get("made_from") if isinstance(result, dict) else None) or {}
-    what = origin.difference(made_from)
-    if not what and made_from.get("adapter_sha256") != adapter_sha256:
+    made_from = result.get("made_from") if isinstance(result, dict) else None
+    if not (what := origin.difference(made_from)) and made_from.get("adapter_sha256") != adapter_sha256:
         what = "was made from another adapter"
+    named = None if what else made_from.get("predictions")
+    for split, sha256 in named.items() if isinstance(named, dict) else ():
+        predictions = paths.predictions / f"{split}.npz"
+        if predictions.is_file() and sha256_file(predictions) != sha256:
+            what = f"was made from other predictions of {split}"
     if what:
         raise RunFolderError(str(paths.result), None, what, REPORT_AGAIN)
     return dict(result)

@@ -15,7 +15,7 @@ from pipeline.cli import main
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.load import with_values
 from pipeline.errors import RunFolderError
-from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, publish_folder, sha256_file, write_json, write_text
+from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, publish_folder, read_json, sha256_file, write_json, write_text
 from pipeline.run_folder.chain import (
     Origin,
     is_trained,
@@ -25,6 +25,7 @@ from pipeline.run_folder.chain import (
     require_adapter,
     require_predictions,
     require_same_adapter,
+    require_same_rows,
 )
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.members import PredictedMember, write_members
@@ -161,6 +162,29 @@ def test_predictions_are_used_only_for_those_who_made_them(tmp_path: Path) -> No
         require_same_adapter(paths, "another", "predictions/", "")
 
 
+def test_an_adapter_of_other_rows_is_not_predicted_with(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run")
+    require_same_rows(paths.adapter, "rows")
+    with pytest.raises(RunFolderError, match=r"adapter: was made from other data\. Put back"):
+        require_same_rows(paths.adapter, "others")
+    write_json(paths.adapter / MANIFEST, {"origin": [1]})
+    with pytest.raises(RunFolderError, match="other data"):
+        require_same_rows(paths.adapter, "rows")
+
+
+@pytest.mark.parametrize("value", [1, "x", [1], {"report": 1}])
+def test_verify_says_of_entries_of_any_kind_that_they_are_not_ours(tmp_path: Path, value: object) -> None:
+    paths = write_run(tmp_path / "run")
+    status, manifest = read_json(paths.status), read_json(paths.adapter / MANIFEST)
+    write_json(paths.status, status | {"report": {"made": value}})
+    write_json(paths.adapter / MANIFEST, manifest | {"origin": value})
+    states = {found.name: found.state for found in verify_folder(paths.root)}
+    assert states["result.json"] == states["report.html"] == "damaged"
+    assert states["adapter"] == "foreign"
+    write_json(paths.result, read_json(paths.result) | {"made_from": value})
+    assert verify_folder(paths.root)
+
+
 def test_a_trial_counts_only_with_the_predictions_of_its_adapter(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run")
     sha256 = sha256_file(paths.adapter / ADAPTER_WEIGHTS)
@@ -181,7 +205,13 @@ def test_an_export_takes_the_temperature_of_its_own_adapter_alone(tmp_path: Path
         read_result(paths, ORIGIN, "another")
     with pytest.raises(RunFolderError, match=r"result\.json: was made from other data"):
         read_result(paths, Origin(ORIGIN.config_sha256, "others"), sha256)
-    for content in ("[]", "{}", '{"made_from": 5}', "{"):
+    whole = (paths.predictions / "calibration.npz").read_bytes()
+    (paths.predictions / "calibration.npz").write_bytes(whole + b"x")
+    with pytest.raises(RunFolderError, match=r"result\.json: was made from other predictions of calibration"):
+        read_result(paths, ORIGIN, sha256)  # evaluated again, and not reported
+    shutil.rmtree(paths.predictions)
+    assert read_result(paths, ORIGIN, sha256)
+    for content in ("[]", "{}", '{"made_from": 5}', '{"made_from": [5]}', "{"):
         paths.result.write_text(content)
         with pytest.raises(RunFolderError, match=r"result\.json"):
             read_result(paths, ORIGIN, sha256)
