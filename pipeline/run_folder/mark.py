@@ -115,4 +115,5 @@ def _refuse_links(folder: Path) -> None:
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 what = f"is a symbolic link that leads out of the run folder (to {os.readlink(path)})"
                 raise RunFolderError(str(path), None, what, "Remove it, or put what it names in its place.")
-        folders[:] = [name for name in folders if name != ".ray"]  # Ray's own, gone when the search ends
+        # Ray's own, gone when the search ends; Weights & Biases', which links to its log in the user's cache folder
+        folders[:] = [name for name in folders if name not in (".ray", "wandb")]

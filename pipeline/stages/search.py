@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.config import RunConfig, dump_config
+from pipeline.config import RunConfig, SearchConfig, dump_config
 from pipeline.distributed.launcher import run_stage
 from pipeline.files import write_text
 from pipeline.run_folder.paths import Folders, refuse_other
@@ -16,9 +16,15 @@ def run_search(config: RunConfig, folders: Folders) -> int:
     """Ray Tune in a process of its own."""
     headline("search")
     settings = folders.search / "config.yaml"
-    refuse_other(settings, config)
+    refuse_other(settings, config, fixed_part)
     write_text(settings, dump_config(config))
     command = [sys.executable, "-m", "tune", "--config", str(settings), "--folder", str(folders.search)]
     if config.model.trust_remote_code:
         command.append(TRUST)
     return run_stage(command, folders.search / "logs" / "search.log", folders.search, "search")
+
+
+def fixed_part(config: RunConfig) -> RunConfig:
+    """What may not change between two calls for one search: how many trials there are, and how many at once, may."""
+    free = {name: SearchConfig.model_fields[name].default for name in ("trials", "concurrent")}
+    return config.model_copy(update={"search": config.search.model_copy(update=free)})

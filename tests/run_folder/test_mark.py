@@ -141,6 +141,18 @@ def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path) -> None
         place.unlink()
 
 
+def test_a_run_logged_to_weights_and_biases_goes_on(tmp_path: Path) -> None:
+    claim(tmp_path / "run", "run")
+    logs = tmp_path / "run" / "wandb" / "run-20251029_063411-tz1cpo59" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/nowhere/.cache/wandb/logs/core-debug-20251029_063411.log")  # as wandb does
+    assert require_mark(tmp_path / "run") == "run"
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "x").symlink_to(logs / "debug-core.log")
+    with pytest.raises(RunFolderError, match="leads out of the run folder"):
+        require_mark(tmp_path / "run")
+
+
 def test_a_folder_without_a_name_has_that_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Request(quick=True).run == tmp_path / "runs" / "default-quick"
