@@ -115,14 +115,17 @@ def test_a_later_stage_without_a_run_names_the_way_out(tmp_path: Path, capsys: p
 
 
 def test_a_folder_of_another_configuration_is_refused(
-    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.config import dump_config, load_config
-
+    monkeypatch.setattr("pipeline.stages.processes.run_world_stage", lambda *_: 0)
     claim(tmp_path, "run")
     (tmp_path / "config.yaml").write_text(dump_config(load_config("default", [*tiny_settings, "train.seed=5"])))
+    (tmp_path / "metrics.jsonl").touch()
     assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 2
     assert "another configuration" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()  # ended before its first step, over a value that is mended now
+    assert main(["train", "--run-dir", str(tmp_path), *tiny_settings]) == 0
+    assert load_config(str(tmp_path / "config.yaml")).train.seed == 0
 
 
 @pytest.mark.parametrize("stage", ["run", "search", "train", "evaluate", "report", "export", "compare", "data"])

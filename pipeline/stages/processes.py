@@ -34,7 +34,8 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
     stage, paths = STAGES[name], RunPaths(folders.run)
     if stage.settings == "new":
         claim(folders.run, "run")
-        refuse_other(paths.config, config)
+        if any(made.exists() for made in (paths.metrics, paths.checkpoints, paths.adapter)):
+            refuse_other(paths.config, config)  # else it ended before its first step, over a value that is mended now
         if is_trained(paths, config):
             print(f"{folders.run.name}: already trained", file=sys.stderr)
             return EXIT_OK
