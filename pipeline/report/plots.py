@@ -97,7 +97,7 @@ def training_plot(curves: Mapping[str, tuple[str, TrainingCurve]]) -> str:
         for axis in axes:
             axis.set_xlabel("step")  # and no zero forced into sight: differences between curves would vanish
             axis.margins(y=0.1)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.locator_params(axis="x", integer=True)
         axes[0].legend()
 
     return draw("plot-training", (11.0, 3.4), 2, fill)

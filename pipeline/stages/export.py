@@ -95,7 +95,7 @@ def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[st
     if not paths.result.exists():
         return {}
     result = read_json(paths.result, REPORT_AGAIN)
-    made_from = result.get("made_from") if isinstance(result, dict) else None
+    made_from: Any = result.get("made_from") if isinstance(result, dict) else None
     if not (what := origin.difference(made_from)) and made_from.get("adapter_sha256") != adapter_sha256:
         what = "was made from another adapter"
     named = None if what else made_from.get("predictions")
