@@ -196,7 +196,10 @@ def _adapter_values(method: str | NamedMethod) -> dict[str, Any]:
 
 def _train_values(method: str | NamedMethod) -> dict[str, Any]:
     """Dotted keys of `train` in which `method` differs from the others."""
-    return {} if isinstance(method, str) else {f"train.{key}": value for key, value in method.train.items()}
+    if isinstance(method, str):
+        return {}
+    length = {"train.epochs": None} if "max_steps" in method.train else {}  # takes the place of the shared one
+    return {**length, **{f"train.{key}": value for key, value in method.train.items()}}
 
 
 def _combinations(compare: CompareConfig, method: str | NamedMethod) -> list[dict[str, Any]]:

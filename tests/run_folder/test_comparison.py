@@ -86,6 +86,11 @@ def test_a_method_may_be_longer_than_the_others_and_have_a_grid_of_its_own() -> 
     plain, longer = planned[0][1], planned[2][1]
     same = longer.train.model_copy(update={"max_steps": 6, "warmup_fraction": 0.1})
     assert longer.adapter == plain.adapter and same == plain.train
+    by_epochs = load_config(None, [
+        "compare.methods=[{name: x, adapter: {}, train: {max_steps: 9}}]", "train.epochs=2",
+    ])
+    lengths = [(own.train.epochs, own.train.max_steps) for _, own in plan_trainings(by_epochs)]
+    assert lengths == [(None, 9)] * 2  # steps of its own instead of the shared epochs
 
 
 def test_a_grid_of_its_own_goes_before_the_shared_one() -> None:
