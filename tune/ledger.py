@@ -123,6 +123,7 @@ class Ledger:
             return
         name = event.pop("trial")
         if kind == "start":
+            event["values"] = {**event["values"]}  # a TypeError where that is no mapping
             self.trials[name] = TrialRecord(name=name, **event)
         elif kind == "report":
             self.trials[name].reports.append(event)

@@ -24,6 +24,7 @@ from pipeline import (
     EXIT_STOPPED,
     LoradropError,
     RunConfig,
+    RunFolderError,
     RunPaths,
     StageFailed,
     held,
@@ -64,7 +65,8 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
 
     Raises:
         ConfigError: illegal space, a folder with another search, more trials at once than the cluster carries.
-        RunFolderError: another search works in the folder, a minute later still.
+        RunFolderError: another search works in the folder, a minute later still; its ledger holds values of keys that
+            the space has not.
         StageFailed: Ray does not start, or every trial failed (with the first error).
         SearchStopped: SIGINT or SIGTERM; finished trials are kept.
     """
@@ -73,6 +75,7 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
     with held(folder / SEARCHING, "python -m tune", patience=_PATIENCE), stop_on_signal() as stopping:
         ledger = Ledger(folder / LEDGER)
         ledger.open_search(identity(config, space), space.describe())
+        _refuse_strange(ledger, space)
         _forget_lost(ledger, folder)
         if pending(ledger, config.search.trials):
             _run_trials(config, space, ledger, folder, stopping, train)
@@ -149,6 +152,14 @@ def _run_trials(
             run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
     finally:
         shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
+
+
+def _refuse_strange(ledger: Ledger, space: Space) -> None:
+    """A folder from elsewhere could set what no search varies: hosts, paths, whose code runs."""
+    for record in ledger.in_order():
+        if strange := sorted(set(record.values) - space.dimensions.keys()):
+            what = f"gives {record.name} a value of {strange[0]}, which this search does not vary"
+            raise RunFolderError(str(ledger.path), None, what, "Search in another --run-dir.")
 
 
 def _forget_lost(ledger: Ledger, folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from pipeline.config import RunConfig, dump_config
 from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
 from pipeline.config.load import with_values
+from pipeline.config.space import FIXED, SEARCHABLE
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.files import read_json, write_text
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
@@ -25,7 +26,7 @@ def run_line(config: RunConfig, folders: Folders) -> int:
 
     Raises:
         RunFolderError: the folder holds another request, a training that was not searched for, or one of
-            values that the search does not choose.
+            values that the search does not choose; search.json chooses what no search varies.
     """
     started, paths, plain = time.monotonic(), RunPaths(folders.run), Folders(folders.plain)
     if paths.config.exists() and not (folders.run / REQUESTED).exists():
@@ -36,7 +37,10 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     if code := run_search(config, folders):
         return code
     found = read_json(folders.search / SEARCH, "Run the search stage first.")
-    chosen = with_values(config, found["best_config"]).trusting(config.model.trust_remote_code)
+    if strange := [key for key in found["best_config"] if not key.startswith(SEARCHABLE) or key in FIXED]:
+        what = f"chooses {strange[0]}, which no search varies"  # a host or a path, say, of whoever made the folder
+        raise RunFolderError(str(folders.search / SEARCH), None, what, "Search in another --run-dir.")
+    chosen = with_values(config, found["best_config"])
     headline("train")
     if code := start("train", chosen, folders):
         return code

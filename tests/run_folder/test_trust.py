@@ -15,7 +15,7 @@ from helpers.tune_stub import write_data
 from pipeline.cli import main
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.distributed import launcher
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import read_json, write_json, write_text
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_base
@@ -30,6 +30,8 @@ from pipeline.support.tiny import tiny_decoder, tiny_tokenizer
 from tune.__main__ import main as tune_main
 from tune.cluster import Capacity
 from tune.ledger import Ledger
+from tune.search import identity
+from tune.search import search as search_in
 from tune.space import load_space
 from tune.study import Study
 
@@ -157,7 +159,6 @@ def test_values_that_a_search_folder_holds_do_not_say_it(proof: Path, monkeypatc
     config = saved_config(proof)
     foreign = {"model.trust_remote_code": True, "adapter.rank": 4}
     folders, trained = Folders(proof.with_name("new")), []
-    write_json(folders.search / "search.json", {"best_config": foreign})
 
     def start(stage: str, chosen: RunConfig, _: Folders) -> int:
         trained.append(chosen)
@@ -165,10 +166,17 @@ def test_values_that_a_search_folder_holds_do_not_say_it(proof: Path, monkeypatc
 
     monkeypatch.setattr(run, "run_search", lambda *_: 0)
     monkeypatch.setattr(run, "start", start)
+    for key, value in (("model.trust_remote_code", True), ("launch.hostfile", "hosts"), ("train.deepspeed", "ds.json")):
+        write_json(folders.search / "search.json", {"best_config": {"adapter.rank": 4, key: value}})
+        with pytest.raises(RunFolderError, match=rf"chooses {key}, which no search varies"):
+            run.run_line(config, folders)
+    write_json(folders.search / "search.json", {"best_config": {"adapter.rank": 4}})
     assert run.run_line(config, folders) == 75
     assert (trained[0].adapter.rank, trained[0].model.trust_remote_code) == (4, False)
 
     ledger = Ledger(folders.search / "ledger.jsonl")
+    space = load_space(config)
+    ledger.open_search(identity(config, space), space.describe())
     ledger.append("start", trial="trial_000", index=0, values=foreign, config_sha256="x")
     capacity = Capacity(concurrent=1, workers=1, gpus=0)
     for trusted in (False, True):
@@ -176,6 +184,8 @@ def test_values_that_a_search_folder_holds_do_not_say_it(proof: Path, monkeypatc
         assignment = study.next_assignment()
         assert assignment is not None
         assert yaml.safe_load(assignment.config)["model"]["trust_remote_code"] is trusted
+    with pytest.raises(RunFolderError, match=r"gives trial_000 a value of model\.trust_remote_code"):
+        search_in(config, folders.search)
 
 
 def test_a_model_with_code_of_its_own_names_the_key(proof: Path) -> None:
