@@ -87,7 +87,7 @@ class ScoredSystem:
             return fitted
         rows, taken = inputs.splits["calibration"], [run[j % len(run)] for j in range(CALIBRATION_RESAMPLES)]
         weights = np.concatenate(list(row_weights(rows.rows, CALIBRATION_RESAMPLES, BOOTSTRAP_SEED + 1, rows.units)))
-        temperatures = temperature.fit_temperatures(self.calibration[taken], rows.labels, weights)
+        temperatures = temperature.fit_temperatures(self.calibration[taken], rows.labels, weights, rows.units)
         before = self.predictions[name, BEFORE][taken]
         refitted = _statistics(inputs, split, temperature.apply_temperature(before, temperatures))
         return {score: Refitted(fitted[score], refitted[score]) for score in fitted}
@@ -98,7 +98,8 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
     space = ensemble_space(inputs)
     calibration, temperatures = _predict(inputs.splits["calibration"], system, space), None
     if inputs.kind == "choice":
-        temperatures = temperature.fit_temperatures(calibration, inputs.splits["calibration"].labels)
+        rows = inputs.splits["calibration"]
+        temperatures = temperature.fit_temperatures(calibration, rows.labels, units=rows.units)
     predictions: dict[tuple[str, str], Floats] = {}
     for name in ("validation", "test"):
         predictions[name, BEFORE] = _predict(inputs.splits[name], system, space)

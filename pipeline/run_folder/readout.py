@@ -48,7 +48,7 @@ def exported_readout(
 
 def _fitted(split: LabelledSplit, members: Sequence[int], space: Space) -> dict[str, Any]:
     averaged = average(split.outputs[list(members)], space)
-    value = temperature.fit_temperature(averaged, split.labels)
+    value = temperature.fit_temperature(averaged, split.labels, split.units)
     low, high = temperature.posterior_interval(averaged, split.labels, value, split.units)
     return {
         "value": value, "low": low, "high": high, "acts_on": ACTS_ON,

@@ -56,7 +56,8 @@ def cross_scaled(log_probs: Floats, labels: Ints, units: Ints | None = None) -> 
     if not all(half.any() for half in halves):
         return scaled
     for own, other in (halves, halves[::-1]):
-        fitted = temperature.fit_temperatures(log_probs[:, other], labels[other])
+        shared = None if units is None else units[other]
+        fitted = temperature.fit_temperatures(log_probs[:, other], labels[other], units=shared)
         scaled[:, own] = temperature.apply_temperature(log_probs[:, own], fitted)
     return scaled
 

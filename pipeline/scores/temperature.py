@@ -25,26 +25,37 @@ _HALVINGS = 32
 _NORMAL_95 = 1.96
 
 
-def fit_temperature(log_probs: Floats, labels: Ints) -> float:
+def fit_temperature(log_probs: Floats, labels: Ints, units: Ints | None = None) -> float:
     """The T in [0.05, 20] that minimises sum_i nll_i(T) + (log T)² / (2 · 0.35²), in nats, for log_probs (N, C).
 
-    nll_i is that of softmax(log_probs_i / T): the mode of the posterior under the prior of `PRIOR_SD`.
+    nll_i is that of softmax(log_probs_i / T): the mode of the posterior under the prior of `PRIOR_SD`. With units
+    (N,) the sum is divided by the rows' `design_effect`: copies do not outweigh the prior by their number.
 
     Raises:
         ValueError: no rows, or a label whose choice has probability 0 (no T can mend that).
     """
-    return float(fit_temperatures(log_probs[None], labels)[0])
+    return float(fit_temperatures(log_probs[None], labels, units=units)[0])
 
 
-def fit_temperatures(log_probs: Floats, labels: Ints, weights: Floats | None = None) -> Floats:
+def fit_temperatures(
+    log_probs: Floats, labels: Ints, weights: Floats | None = None, units: Ints | None = None
+) -> Floats:
     """`fit_temperature` of each of Q predictors at once: (Q, N, C) -> (Q,).
-
-    The slope over b = 1/T is sum_i w_i (E_b[l_i] - l_i,label), that over log b has the prior's beside it; its root is
-    found by halving the interval of log b.
 
     Args:
         weights: (Q, N) how often each row counts; None: once.
     """
+    found = _modes(log_probs, labels, weights)
+    if units is None:
+        return found
+    effects = [design_effect(one, labels, value, units) for one, value in zip(log_probs, found.tolist(), strict=True)]
+    counts = np.ones(log_probs.shape[:2]) if weights is None else weights
+    return _modes(log_probs, labels, counts / np.array(effects)[:, None])
+
+
+def _modes(log_probs: Floats, labels: Ints, weights: Floats | None) -> Floats:
+    """The slope over b = 1/T is sum_i w_i (E_b[l_i] - l_i,label), that over log b has the prior's beside it; its root
+    is found by halving the interval of log b."""
     logs = log_probs.astype(np.float64)
     right = logs[:, np.arange(len(labels)), labels]  # (Q, N)
     if right.size == 0 or not np.isfinite(right).all():
@@ -76,11 +87,8 @@ def apply_temperature(log_probs: Floats, temperature: float | Floats) -> Floats:
 
 
 def information(log_probs: Floats, labels: Ints, temperature: float, units: Ints | None = None) -> float:
-    """What rows (N, C) say about log T at T: the Fisher information sum_i Var(l_i) / T², l_i under softmax(l_i / T).
-
-    Rows of one unit say less together than apart. With units (N,), U of them, it is divided by the design effect
-    U / (U - 1) · sum_u (sum_{i in u} s_i)² / sum_i s_i², s_i = E[l_i] - l_i,label the row's score: 1 where the rows of
-    a unit have nothing in common, their number where they are copies. It is taken as 1 at least; one unit says nothing.
+    """What rows (N, C) say about log T at T: the Fisher information sum_i Var(l_i) / T², l_i under softmax(l_i / T),
+    over the `design_effect` where rows share units (N,).
 
     The standard deviation of log T given the rows is 1 / sqrt(information + 1 / PRIOR_SD²).
     """
@@ -88,14 +96,26 @@ def information(log_probs: Floats, labels: Ints, temperature: float, units: Ints
     finite = np.where(np.isfinite(log_probs), log_probs.astype(np.float64), 0.0)
     mean = (probabilities * finite).sum(axis=-1, keepdims=True)
     fisher = float((probabilities * (finite - mean) ** 2).sum()) / temperature**2
-    if units is None:
-        return fisher
-    scores = mean[:, 0] - finite[np.arange(len(labels)), labels]
-    by_unit = np.bincount(units, weights=scores)
-    if len(by_unit) == 1 or not scores.any():
-        return 0.0
-    effect = float((by_unit**2).sum() / (scores**2).sum()) * len(by_unit) / (len(by_unit) - 1)
-    return fisher / max(effect, 1.0)
+    return fisher if units is None else fisher / design_effect(log_probs, labels, temperature, units)
+
+
+def design_effect(log_probs: Floats, labels: Ints, temperature: float, units: Ints) -> float:
+    """How many rows say as much about T as one would, if rows of a unit had nothing in common; at least 1.
+
+    U / (U - 1) · sum_u (sum_{i in u} s_i)² / sum_i s_i² for U units, s_i = E[l_i] - l_i,label the score of a row: the
+    number of rows where those of a unit are copies. Infinite for a single unit, which says nothing about others.
+    """
+    _, numbers = np.unique(units, return_inverse=True)
+    count = int(numbers.max()) + 1
+    if count == 1:
+        return math.inf
+    finite = np.where(np.isfinite(log_probs), log_probs.astype(np.float64), 0.0)
+    expected = (np.exp(apply_temperature(log_probs, temperature)) * finite).sum(axis=-1)
+    scores = expected - finite[np.arange(len(labels)), labels]
+    if not scores.any():
+        return 1.0
+    by_unit = np.bincount(numbers, weights=scores)
+    return max(1.0, float((by_unit**2).sum() / (scores**2).sum()) * count / (count - 1))
 
 
 def is_carried(log_probs: Floats, labels: Ints, temperature: float, units: Ints | None = None) -> bool:

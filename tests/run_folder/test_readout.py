@@ -59,8 +59,10 @@ def test_calibration_rows_of_one_question_count_once(paths: RunPaths) -> None:
         rows = [Row(i, choices=("x", "y"), label=int(labels[n // 4]), unit=unit(n)) for n, i in enumerate(IDS)]
         found.append(exported_readout(paths, rows, "logit", [0], "own")["temperature"])
     alone, shared = found
-    assert alone["value"] == shared["value"] and (alone["calibration_units"], shared["calibration_units"]) == (60, 15)
-    assert shared["high"] > alone["high"] and alone["carried"] and not shared["carried"]
+    assert (alone["calibration_units"], shared["calibration_units"]) == (60, 15)
+    expected = fit_temperature(tables[0], np.repeat(labels, 4), np.repeat(np.arange(15), 4))
+    assert shared["value"] == pytest.approx(expected)
+    assert abs(np.log(shared["value"])) < abs(np.log(alone["value"])) and alone["carried"] and not shared["carried"]
 
 
 def test_completions_are_averaged_as_probabilities_whatever_was_configured(paths: RunPaths) -> None:
