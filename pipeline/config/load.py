@@ -156,7 +156,7 @@ def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
             k for k in keys if k.rpartition(".")[2] == location[-1]
         ][:1]
         return ConfigError(key, value, "is not a known key", f"Did you mean {near[0]}?" if near else "See --help.")
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
     shown = value if not isinstance(value, dict | BaseModel) else None
     return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:], _meaning(model, location))
 

@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, UserError
         ("train.global_batch=12", ["train.global_batch = 12", "multiple", "train.micro_batch = 8"]),
         ("model.quantization=nf5", ["model.quantization", "nf5", "nf4"]),
         ("train.max_steps", ["key.path=value"]),
+        ("compare.seeds=2", ["compare.seeds = 2", "a list, such as [a, b]"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(override: str, parts: list[str]) -> None:
