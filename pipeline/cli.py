@@ -160,6 +160,7 @@ def resolve(stage: Stage, request: Request, folders: Folders) -> RunConfig:
     if stage.settings == "new":
         for name in stage.writes:
             refuse_foreign(getattr(folders, name), FOLDERS[name])
+        stage.check_folders(folders)
         return resolve_new(request, stage.name, stage.recipe, stage.unread)
     require_mark(folders.run, "run", "comparison")
     return resolve_saved(request, stage.name)

@@ -113,6 +113,7 @@ def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> d
     best = finished[int(np.argmin(losses))]
     return {
         "label": config.label,
+        "identity": identity(config, space),
         "space": space.describe(),
         "selected_by": by,
         "trials": [_entry(record, scored.get(record.name)) for record in records],

@@ -87,7 +87,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         splits=joined,
         curves=_read_curves(paths, related, trainings),
         trainings=trainings,
-        search=None if related.search is None else read_search(related.search),
+        search=None if related.search is None else read_search(related.search, related.search_identity),
     )
 
 

@@ -25,6 +25,8 @@ class Related:
     """Hash of its adapter's weights."""
     search: Path | None = None
     """Folder of the search that chose the run's values."""
+    search_identity: str | None = None
+    """Hash of what it searched and where: more trials leave it as it is."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class FinishedTrial:
 def write_related(paths: RunPaths, plain: Path, search: Path) -> None:
     """Name both, siblings of the run, by relative paths: the three may be moved together."""
     sha256 = sha256_file(RunPaths(plain).adapter / ADAPTER_WEIGHTS)
-    entry = {"run": f"../{plain.name}", "adapter_sha256": sha256}
-    write_json(paths.related, {"plain": entry, "search": {"folder": f"../{search.name}"}})
+    found = read_search(search) or {}
+    searched = {"folder": f"../{search.name}", "identity": found.get("identity")}
+    write_json(paths.related, {"plain": {"run": f"../{plain.name}", "adapter_sha256": sha256}, "search": searched})
 
 
 def read_related(paths: RunPaths) -> Related:
@@ -57,22 +60,27 @@ def read_related(paths: RunPaths) -> Related:
     try:
         plain, search = content.get("plain") or {}, content.get("search") or {}
         run, sha256, folder = plain.get("run"), plain.get("adapter_sha256"), search.get("folder")
+        identity = search.get("identity")
     except AttributeError as error:
         raise RunFolderError(str(paths.related), None, "is no mapping of names to entries", _REMEDY) from error
-    if not all(value is None or (isinstance(value, str) and "\0" not in value) for value in (run, sha256, folder)):
+    named = [value for value in (run, sha256, folder, identity) if value is not None]
+    if not all(isinstance(value, str) and "\0" not in value for value in named):
         raise RunFolderError(str(paths.related), None, "names folders and hashes that are no texts", _REMEDY)
-    return Related(_place(paths, run), sha256, _place(paths, folder))
+    return Related(_place(paths, run), sha256, _place(paths, folder), identity)
 
 
 def _place(paths: RunPaths, name: str | None) -> Path | None:
     return None if name is None else Path(os.path.realpath(paths.root / name))  # a loop of links is no error here
 
 
-def read_search(folder: Path) -> dict[str, Any] | None:
+def read_search(folder: Path, identity: str | None = None) -> dict[str, Any] | None:
     """search.json of a search; None where it is not there.
 
+    Args:
+        identity: of the search that is meant; None: any.
+
     Raises:
-        RunFolderError: it is no record of a search.
+        RunFolderError: it is no record of a search, or that of another one.
     """
     path = folder / SEARCH
     if not path.exists():
@@ -81,12 +89,15 @@ def read_search(folder: Path) -> dict[str, Any] | None:
     trials = found.get("trials") if isinstance(found, dict) else None
     if not isinstance(trials, list) or not all(isinstance(trial, dict) for trial in trials):
         raise RunFolderError(str(path), None, "is no record of a search", "Search again.")
+    if identity is not None and found.get("identity") != identity:
+        what = "is of another search than the one that chose this run's values"
+        raise RunFolderError(str(path), None, what, "Put that one back, or run the whole line again.")
     return dict(found)
 
 
-def finished_trials(folder: Path) -> list[FinishedTrial]:
-    """The trials of a search that have a validation, best first. Raises `RunFolderError` where there is no search."""
-    found = read_search(folder)
+def finished_trials(folder: Path, identity: str | None = None) -> list[FinishedTrial]:
+    """The trials of a search that have a validation, best first. Raises as `read_search`, also where there is none."""
+    found = read_search(folder, identity)
     if found is None:
         raise RunFolderError(str(folder / SEARCH), None, "does not exist", "Put the search's folder back.")
     trials = [trial for trial in found["trials"] if trial.get("validation_nll") is not None]

@@ -145,7 +145,7 @@ def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) ->
         name = f"plain {KIND_NAMES[kind]}"
         entries.append(Entry("plain", name, related.plain / "adapter", related.plain_sha256))
     if related.search is not None:
-        for trial in finished_trials(related.search)[:searched]:
+        for trial in finished_trials(related.search, related.search_identity)[:searched]:
             entries.append(Entry("searched", trial.name, trial.run / "adapter", trial.adapter_sha256))
     return entries
 

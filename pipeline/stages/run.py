@@ -25,13 +25,10 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export.
 
     Raises:
-        RunFolderError: the folder holds another request, a training that was not searched for, or one of
-            values that the search does not choose; search.json chooses what no search varies.
+        RunFolderError: the folder holds another request, or a training of values that the search does not choose;
+            search.json chooses what no search varies.
     """
     started, paths, plain = time.monotonic(), RunPaths(folders.run), Folders(folders.plain)
-    if paths.config.exists() and not (folders.run / REQUESTED).exists():
-        remedy = "Give another --run-dir: the search decides what is trained in it."
-        raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
     refuse_other(folders.run / REQUESTED, config)
     write_text(folders.run / REQUESTED, dump_config(config))
     if code := run_search(config, folders):
@@ -53,6 +50,13 @@ def run_line(config: RunConfig, folders: Folders) -> int:
             return code
     print_outcome(folders, time.monotonic() - started)
     return EXIT_OK
+
+
+def refuse_trained(folders: Folders) -> None:
+    """Raises `RunFolderError` where the folder holds what `train` made: no search chose its values."""
+    if RunPaths(folders.run).config.exists() and not (folders.run / REQUESTED).exists():
+        remedy = "Give another --run-dir: the search decides what is trained in it."
+        raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
 
 
 def print_outcome(folders: Folders, seconds: float) -> None:

@@ -35,6 +35,8 @@ class Stage:
     writes: tuple[Literal["run", "plain", "search", "comparison"], ...] = ()
     """What it writes into, of `run_folder.paths.Folders`: refused where it is not ours, made and marked else; one
     command at a time owns it."""
+    refuses: str = ""
+    """What looks at the folders before any of them is made, as `module:function` of them, where the mark is not all."""
     loads_model: bool = False
     """Of `all` and `one`: whether it loads the model, and takes `trusted`: whether code that comes with it may run."""
     needs_adapter: bool = False
@@ -55,6 +57,11 @@ class Stage:
         """The function itself."""
         return _named(self.function)
 
+    def check_folders(self, folders: Any) -> None:
+        """Raises `RunFolderError` where the stage has nothing to do with what lies in the folders."""
+        if self.refuses:
+            _named(self.refuses)(folders)
+
     def show_outcome(self, run_dir: Path) -> None:
         """Print what a stage by itself ends with, if anything."""
         if self.outcome:
@@ -73,7 +80,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("run", "all of the following, in order (the default)", "none", "new", "pipeline.stages.run:run_line",
-              writes=("run", "plain", "search"), trains=True,
+              writes=("run", "plain", "search"), refuses="pipeline.stages.run:refuse_trained", trains=True,
               plan=("search", "train", "plain", "evaluate", "report", "export", "memory")),
         Stage("search", "Ray Tune over dropout rate, rank and learning rate", "none", "new",
               "pipeline.stages.search:run_search", writes=("search",)),

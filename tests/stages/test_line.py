@@ -73,6 +73,7 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     refuse_what_does_not_belong_together(run, tiny_settings, capsys)
     assert main(["run", "--run-dir", str(tmp_path / "tiny-plain"), *tiny_settings]) == 2
     assert "holds what `train` made" in capsys.readouterr().err
+    assert not (tmp_path / "tiny-plain-plain").exists() and not (tmp_path / "tiny-plain-search").exists()
 
     flip(run / "adapter" / "adapter_model.safetensors")
     assert main(["verify", str(run)]) == 1
