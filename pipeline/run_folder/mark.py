@@ -97,8 +97,12 @@ def is_marked(folder: Path) -> bool:
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether it holds more than the name of its owner, who is there before the mark is."""
-    return any(not path.name.startswith(OWNER) for path in folder.iterdir())
+    """Whether it holds what is not ours: more than its owner's name, who is there before the mark is, and no mark.
+
+    Looked at in this order, because another node of the same job may be marking it at this very moment.
+    """
+    ours = (OWNER, f".{MARK}.")
+    return any(not path.name.startswith(ours) for path in folder.iterdir()) and not is_marked(folder)
 
 
 def _foreign(folder: Path) -> RunFolderError:

@@ -153,7 +153,9 @@ def results(run: Path) -> dict[str, Any]:
         with np.load(paths.predictions / f"{split}.npz", allow_pickle=False) as arrays:
             found[split] = (arrays["row_ids"].tolist(), arrays["log_probs"].tobytes())
     result = read_json(paths.result)
-    found |= {name: result[name] for name in ("systems", "comparisons", "ensemble", "config_sha256")}
+    found |= {name: result[name] for name in ("comparisons", "ensemble", "config_sha256")}
+    seconds = {"train_seconds", "evaluate_seconds"}
+    found["systems"] = [{key: one[key] for key in one.keys() - seconds} for one in result["systems"]]
     return found
 
 

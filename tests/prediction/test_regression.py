@@ -368,7 +368,7 @@ def test_train_evaluate_and_report_with_scores(
     assert own["test"]["before"]["pearson"]["value"] > 0.8
     assert own["test"]["before"]["rmse"]["value"] < 0.7 * base["test"]["before"]["rmse"]["value"]
     assert any("no probabilities" in sentence for sentence in result["left_out"])
-    assert result["ensemble"]["score"] == "mse" and "MSE" in result["ensemble"]["rule"]
+    assert result["ensemble"]["score"] == "mse" and "mean squared error" in result["ensemble"]["rule"]
     stored = read_predictions(run / "predictions", "test")
     assert isinstance(stored, RegressionPredictions) and stored.values.shape == (1 + 1 + 4, 60)
     right = {row.id: row.score for row in load_splits(config.data).test}

@@ -11,6 +11,7 @@ from pipeline.cli import main
 from pipeline.errors import RunFolderError, UserError
 from pipeline.files import read_json, write_json
 from pipeline.plan.request import LONGEST_NAME, Request, usable_place
+from pipeline.run_folder import mark
 from pipeline.run_folder.mark import LAYOUT, MARK, claim, refuse_foreign, require_mark
 
 
@@ -160,3 +161,27 @@ def test_a_folder_without_a_name_has_that_of_the_recipe(tmp_path: Path, monkeypa
     assert usable_place("~") == Path.home().resolve()
     with pytest.raises(UserError, match="--config"):
         Request(source=" ")
+
+
+def test_nodes_of_one_job_may_mark_a_folder_at_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / ".owner").write_text("{}")
+    (tmp_path / f".{MARK}.x1y2").write_text("")  # another node writes its mark aside
+    claim(tmp_path, "run")
+    assert require_mark(tmp_path) == "run"
+
+
+def test_a_folder_that_is_marked_while_it_is_looked_at_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other node marks it, and goes on, after this one has seen no mark."""
+    claim(tmp_path / "other", "run")
+    folder, seen = tmp_path / "run", []
+
+    def late(place: Path) -> bool:
+        seen.append(place)
+        if len(seen) == 1:
+            (tmp_path / "other").rename(folder)
+            (folder / "config.yaml").write_text("")
+            return False
+        return (place / MARK).is_file()
+
+    monkeypatch.setattr(mark, "is_marked", late)
+    claim(folder, "run")
