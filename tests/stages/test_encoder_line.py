@@ -182,7 +182,7 @@ def test_the_whole_line_with_an_encoder(
     tmp_path: Path, encoder_settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(["run", "--run-dir", str(run), *encoder_settings]) == 0
+    assert main(["run", "--run-dir", str(run), *encoder_settings, "export.draws=2"]) == 0
     log = (run / "logs" / "train.log").read_text()
     assert "13 layers and classifier" in log and "12 NF4 modules" in log and "supervised by one of 2 classes" in log
     assert "processes    2 (DeepSpeed ZeRO-2" in log

@@ -90,7 +90,7 @@ def test_evaluate_report_and_export_take_an_adalora_run(
     for stage in ("evaluate", "export"):  # the process group serves the next test, too
         monkeypatch.setattr(f"pipeline.stages.{stage}.leave_world", lambda: None)
     run = tmp_path / "run"
-    train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2"]), run)
+    train_run(load_config(None, [*tiny_settings, *ADALORA, "ensemble.size=2", "export.draws=2"]), run)
     evaluate_run(run)
     write_report(run)
     export_run(run)
