@@ -340,7 +340,7 @@ def searched(bench: Runs, how: str) -> str:
 
 def left_over(bench: Runs, wrong: str) -> str:
     """What is wrong, processes that a case leaves behind included."""
-    left = leftovers(30.0)
+    left = leftovers(120.0)  # a worker of a Ray that was killed takes its time to notice, and leaves
     return f"{wrong} left processes: {left}".strip() if left else wrong
 
 
