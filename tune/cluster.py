@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import ConfigError, SearchConfig, SetupError, StageFailed, read_bytes
 from tune.stopping import Stopping
-from tune.watch import TOKEN, RayWatch
+from tune.watch import TOKEN, RayWatch, end_bearers, token_sha256
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
@@ -186,13 +186,15 @@ def _make_scratch(folder: Path) -> Path:
     note = folder / SCRATCH
     with suppress(OSError, ValueError):  # none, or what is no note of ours
         left = Path(read_bytes(note, 4096).decode().strip())
-        if read_bytes(left / MADE_FOR, 4096).decode() == str(folder):  # a folder from elsewhere may name anything
+        made_for, _, token = read_bytes(left / MADE_FOR, 8192).decode().rpartition("\n")
+        if made_for == str(folder):  # a folder from elsewhere may name anything
+            end_bearers(token)
             shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)  # with links that somebody has put there: what is opened below is ours
     # Ray's socket paths must stay below 108 characters, so a long TMPDIR is no place for them.
     parent = tempfile.gettempdir()
     scratch = Path(tempfile.mkdtemp(prefix="loradrop-", dir=parent if len(parent) < 24 else "/tmp"))
-    (scratch / MADE_FOR).write_text(str(folder), encoding="utf-8")
+    (scratch / MADE_FOR).write_text(f"{folder}\n{token_sha256()}", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(f"{scratch}\n", encoding="utf-8")
     return scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import threading
@@ -83,7 +84,7 @@ class RayWatch:
     def _leave(self, reason: str) -> NoReturn:
         self._leaving.acquire()  # for good: whoever comes second waits here for the end
         self._scan()
-        self._descendants |= set(_bearers_of_our_token())
+        self._descendants |= set(bearers(token_sha256()))
         for process in self._descendants:  # psutil knows a pid that was given again
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -95,9 +96,24 @@ class RayWatch:
         os._exit(self._exit_code())
 
 
-def _bearers_of_our_token() -> Iterator[psutil.Process]:
-    """Processes of this search's Ray, also those whose parent has died: nobody else has its token."""
+def token_sha256(environment: Mapping[str, str] = os.environ) -> str:
+    """The hash by which a search's processes are known; empty where there is no token."""
+    token = environment.get(TOKEN, "")
+    return hashlib.sha256(token.encode()).hexdigest() if token else ""
+
+
+def bearers(sha256: str) -> Iterator[psutil.Process]:
+    """Processes of a search's Ray, also those whose parent has died: nobody else has its token."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(TOKEN, "") == os.environ[TOKEN]:
+            if sha256 and process.pid != os.getpid() and token_sha256(process.environ()) == sha256:
                 yield process
+
+
+def end_bearers(sha256: str) -> None:
+    """End what a killed search has left running."""
+    left = list(bearers(sha256))
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, KILL_SECONDS)

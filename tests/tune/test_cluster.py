@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from tune.cluster import MADE_FOR, NOISE, SCRATCH, _make_scratch
+from tune.watch import TOKEN
 
 
 def test_the_scratch_of_a_killed_search_goes_and_nothing_else_that_a_note_names(tmp_path: Path) -> None:
@@ -24,6 +31,27 @@ def test_the_scratch_of_a_killed_search_goes_and_nothing_else_that_a_note_names(
     fourth = _make_scratch(folder)
     assert checkout.exists()
     for scratch in (again, third, fourth):
+        shutil.rmtree(scratch)
+
+
+def test_processes_of_a_killed_search_are_ended_by_the_next_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was starting when the search was killed finds no Ray to be ended by."""
+    folder, sleep = tmp_path / "search" / ".ray", [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setenv(TOKEN, "of the killed search")
+    _make_scratch(folder)
+    left = subprocess.Popen(sleep)
+    others = [subprocess.Popen(sleep, env={**os.environ, TOKEN: token}) for token in ("of another search", "")]
+    monkeypatch.setenv(TOKEN, "of the next search")
+    scratch = _make_scratch(folder)
+    try:
+        assert left.wait(10) == -signal.SIGKILL
+        assert [process.poll() for process in others] == [None, None]
+    finally:
+        for process in (left, *others):
+            process.kill()
+            process.wait()
         shutil.rmtree(scratch)
 
 
