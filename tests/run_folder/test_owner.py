@@ -77,7 +77,8 @@ def test_the_second_command_is_told_who_has_the_folder_and_touches_nothing(
     run = tmp_path / "x"
     folder = tmp_path / {"search": "x-search", "compare": "x-compare"}.get(stage, "x")
     claim(run, "run")
-    write_text(RunPaths(run).config, dump_config(load_config(None, tiny_settings)))
+    for name in ("config.yaml", *(["requested.yaml"] if stage == "run" else [])):
+        write_text(run / name, dump_config(load_config(None, tiny_settings)))
     write_json(RunPaths(run).status, {"train": {"state": "running"}})
     write_json(RunPaths(run).stop_request, {"signal": "SIGTERM"})
     write_json(run / "logs" / "ranks" / "rank_0.json", {})
