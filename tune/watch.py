@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -84,11 +84,7 @@ class RayWatch:
     def _leave(self, reason: str) -> NoReturn:
         self._leaving.acquire()  # for good: whoever comes second waits here for the end
         self._scan()
-        self._descendants |= set(bearers(token_sha256()))
-        for process in self._descendants:  # psutil knows a pid that was given again
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(self._descendants, KILL_SECONDS)
+        _end(self._descendants | set(_bearers(token_sha256())))
         for folder in self._leftovers:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError, ValueError):  # the reader of our output may be gone
@@ -102,7 +98,12 @@ def token_sha256(environment: Mapping[str, str] = os.environ) -> str:
     return hashlib.sha256(token.encode()).hexdigest() if token else ""
 
 
-def bearers(sha256: str) -> Iterator[psutil.Process]:
+def end_bearers(sha256: str) -> None:
+    """End what a killed search has left running."""
+    _end(set(_bearers(sha256)))
+
+
+def _bearers(sha256: str) -> Iterator[psutil.Process]:
     """Processes of a search's Ray, also those whose parent has died: nobody else has its token."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -110,10 +111,8 @@ def bearers(sha256: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def end_bearers(sha256: str) -> None:
-    """End what a killed search has left running."""
-    left = list(bearers(sha256))
-    for process in left:
+def _end(processes: Set[psutil.Process]) -> None:
+    for process in processes:  # psutil knows a pid that was given again
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, KILL_SECONDS)
+    psutil.wait_procs(processes, KILL_SECONDS)

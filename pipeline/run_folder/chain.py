@@ -55,17 +55,22 @@ def require_adapter(paths: RunPaths, origin: Origin) -> None:
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     require_whole(paths.adapter)
-    if different := origin.difference(read_json(paths.adapter / MANIFEST).get("origin")):
+    if different := origin.difference(_origin_of(paths.adapter)):
         remedy = "Put back the config.yaml and the data that it was trained with, or train in another --run-dir."
         raise RunFolderError(str(paths.adapter), None, different, remedy)
 
 
 def require_same_rows(adapter: Path, data_sha256: str) -> None:
     """Raises `RunFolderError` where an adapter was made from other rows: those to predict may be ones it was shown."""
-    origin = read_json(adapter / MANIFEST).get("origin")
+    origin = _origin_of(adapter)
     if not isinstance(origin, dict) or origin.get("data_sha256") != data_sha256:
         remedy = "Put back the data that it was trained with, or train again in another --run-dir."
         raise RunFolderError(str(adapter), None, "was made from other data", remedy)
+
+
+def _origin_of(adapter: Path) -> Any:
+    """What the manifest of a whole adapter says of its origin."""
+    return read_json(adapter / MANIFEST).get("origin")
 
 
 def require_whole(folder: Path) -> None:
@@ -81,8 +86,7 @@ def is_trained(paths: RunPaths, config: RunConfig) -> bool:
         return False
     if manifest_faults(paths.adapter):
         return False
-    origin = read_json(paths.adapter / MANIFEST).get("origin")
-    return isinstance(origin, dict) and origin.get("config_sha256") == config.training_sha256()
+    return not Origin(config.training_sha256()).difference(_origin_of(paths.adapter))
 
 
 def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, Any]:
