@@ -35,6 +35,7 @@ _MODULES = {
     "run_folder.owner": ("held",),
     "run_folder.paths": ("RunPaths",),
     "run_folder.predictions": ("read_predictions",),
+    "run_folder.related": ("LEDGER", "SEARCH"),
     "scores.classification": ("nll",),
     "scores.ensemble": ("average", "choose_adapters", "choose_cheapest"),
     "scores.selection": ("SELECTION_NAMES",),

@@ -22,8 +22,6 @@ from pipeline import ConfigError, RunFolderError, open_append, read_json_lines
 from tune.dimensions import Values
 from tune.sampling import Observation
 
-LEDGER = "ledger.jsonl"
-
 State = Literal["running", "done", "stopped", "failed"]
 
 

@@ -22,6 +22,8 @@ import numpy as np
 from pipeline import (
     ADAPTER_WEIGHTS,
     EXIT_STOPPED,
+    LEDGER,
+    SEARCH,
     LoradropError,
     RunConfig,
     RunFolderError,
@@ -37,13 +39,12 @@ from pipeline import (
 from tune.cluster import cluster, plan
 from tune.dimensions import Space
 from tune.ensemble import choose_ensemble, validation_losses
-from tune.ledger import LEDGER, Ledger, TrialRecord, pending
+from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress, tell
 from tune.space import load_space
 from tune.stopping import Stopping, stop_on_signal
 from tune.trial import TRIALS, TrainFunction
 
-RESULT = "search.json"
 RAY_FOLDER = ".ray"
 SEARCHING = ".searching"
 """Held by the process that searches. The command that started it owns the folder, but may be killed before it."""
@@ -82,7 +83,7 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
         if stopping.requested:
             raise SearchStopped("search stopped; finished trials are kept and the same command continues")
         result = conclude(config, space, ledger, folder)
-        write_json(folder / RESULT, result)
+        write_json(folder / SEARCH, result)
         return result
 
 

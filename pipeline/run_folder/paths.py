@@ -39,6 +39,11 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def requested(self) -> Path:
+        """What `run` was asked for, before the search chose values."""
+        return self.root / "requested.yaml"
+
+    @property
     def environment(self) -> Path:
         """Versions, device, base model and data identity."""
         return self.root / "environment.json"

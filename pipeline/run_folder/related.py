@@ -11,7 +11,8 @@ from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, read_json, sha256_file, write_json
 from pipeline.run_folder.paths import RunPaths
 
-SEARCH = "search.json"
+SEARCH, LEDGER = "search.json", "ledger.jsonl"
+"""In the folder of a search: its result, and every event of it."""
 _REMEDY = "Run the whole line again, or remove the file: then nothing is compared with."
 
 

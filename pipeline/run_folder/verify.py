@@ -29,10 +29,9 @@ from pipeline.run_folder.mark import MARK, is_marked, require_mark
 from pipeline.run_folder.members import read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, read_status
 from pipeline.run_folder.predictions import read_predictions
-from pipeline.run_folder.related import SEARCH, read_related, read_search
+from pipeline.run_folder.related import LEDGER, SEARCH, read_related, read_search
 
 State = Literal["whole", "damaged", "foreign", "missing"]
-LEDGER, REQUESTED = "ledger.jsonl", "requested.yaml"
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
     if paths.export.exists():
         yield _export(paths, origin)
     yield from _strangers(folder, {
-        "config.yaml", REQUESTED, "environment.json", "status.json", "metrics.jsonl", "checkpoints", "adapter",
-        "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "logs", "tensorboard",
-        "wandb", "wandb.json", "stop_request.json",
+        "config.yaml", paths.requested.name, "environment.json", "status.json", "metrics.jsonl", "checkpoints",
+        "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "logs",
+        "tensorboard", "wandb", "wandb.json", "stop_request.json",
     })  # fmt: skip
 
 

@@ -17,9 +17,6 @@ from pipeline.stages.processes import headline, start
 from pipeline.stages.search import run_search
 from pipeline.terminal import duration, one_line
 
-REQUESTED = "requested.yaml"
-"""In the run folder: what was asked for, before the search chose values."""
-
 
 def run_line(config: RunConfig, folders: Folders) -> int:
     """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export.
@@ -29,8 +26,8 @@ def run_line(config: RunConfig, folders: Folders) -> int:
             search.json chooses what no search varies.
     """
     started, paths, plain = time.monotonic(), RunPaths(folders.run), Folders(folders.plain)
-    refuse_other(folders.run / REQUESTED, config)
-    write_text(folders.run / REQUESTED, dump_config(config))
+    refuse_other(paths.requested, config)
+    write_text(paths.requested, dump_config(config))
     if code := run_search(config, folders):
         return code
     found = read_json(folders.search / SEARCH, "Run the search stage first.")
@@ -54,7 +51,8 @@ def run_line(config: RunConfig, folders: Folders) -> int:
 
 def refuse_trained(folders: Folders) -> None:
     """Raises `RunFolderError` where the folder holds what `train` made: no search chose its values."""
-    if RunPaths(folders.run).config.exists() and not (folders.run / REQUESTED).exists():
+    paths = RunPaths(folders.run)
+    if paths.config.exists() and not paths.requested.exists():
         remedy = "Give another --run-dir: the search decides what is trained in it."
         raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
 
