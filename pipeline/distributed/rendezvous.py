@@ -25,14 +25,15 @@ SCHEME = "loradrop"
 MEETING_PLACE = f"{SCHEME}://"
 """The `init_method` under which torch asks `_meet`."""
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_CHOSEN = "LORADROP_GLOO_INTERFACE"
+"""What `choose_interface` has put there: a process that inherits both does not take it for the user's wish."""
 
 
 def _meet(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Any, int, int]]:
     """torch's handler for `MEETING_PLACE`: yields the store, this process's rank and how many there are."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if interface := interface_towards(host):
-        os.environ.setdefault(GLOO_INTERFACE, interface)
+    choose_interface(host)
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)  # torchrun serves it itself
     listening = listen_at(host, port).detach() if serves else None
     yield torch.distributed.TCPStore(host, port, size, serves, timeout, master_listen_fd=listening), rank, size
@@ -76,6 +77,14 @@ def listen_at(host: str, port: int) -> socket.socket:
             ) from error
         raise
     return listening
+
+
+def choose_interface(host: str) -> None:
+    """Have gloo stay on the interface towards `host`, unless the user has named one."""
+    if (chosen := os.environ.pop(_CHOSEN, None)) is not None and os.environ.get(GLOO_INTERFACE) == chosen:
+        del os.environ[GLOO_INTERFACE]
+    if GLOO_INTERFACE not in os.environ and (interface := interface_towards(host)):
+        os.environ.update({GLOO_INTERFACE: interface, _CHOSEN: interface})
 
 
 def interface_towards(host: str) -> str:

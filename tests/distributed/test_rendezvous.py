@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.distributed import rendezvous
 from pipeline.distributed.launcher import free_port
-from pipeline.distributed.rendezvous import interface_towards, listen_at
+from pipeline.distributed.rendezvous import GLOO_INTERFACE, choose_interface, interface_towards, listen_at
 from pipeline.errors import SetupError
 
 NOWHERE = "203.0.113.7"
@@ -52,6 +52,22 @@ def test_gloo_stays_on_the_interface_towards_the_first_process(monkeypatch: pyte
             assert interface_towards(address) != loopback
     monkeypatch.setattr(psutil, "net_if_addrs", dict)
     assert interface_towards("127.0.0.1") == ""
+
+
+def test_an_interface_that_an_earlier_group_chose_is_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that trained on one machine starts the node of a job on several: its environment is inherited."""
+    monkeypatch.setattr(rendezvous, "interface_towards", {"127.0.0.1": "lo", "10.0.0.1": "eth1"}.get)
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    for host, chosen in (("127.0.0.1", "lo"), ("10.0.0.1", "eth1"), ("127.0.0.1", "lo")):
+        choose_interface(host)
+        assert environment[GLOO_INTERFACE] == chosen
+    choose_interface("unknown")
+    assert GLOO_INTERFACE not in environment
+    environment[GLOO_INTERFACE] = "ib0"  # the user's
+    for host in ("127.0.0.1", "10.0.0.1", "unknown"):
+        choose_interface(host)
+        assert environment[GLOO_INTERFACE] == "ib0"
 
 
 def test_the_first_process_serves_the_store_unless_torchrun_does(monkeypatch: pytest.MonkeyPatch) -> None:
