@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import EXIT_OK, EXIT_STOPPED, LoradropError, load_config, say
 from tune.progress import print_summary, tell
-from tune.space import load_space
+from tune.space import ARM_TEXTS, load_arms
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config).trusting(arguments.trusted)
         if arguments.dry_run:
-            space = load_space(config)
-            for key, dimension in space.describe().items():
-                tell(f"{key}: {dimension}")
+            for arm in load_arms(config):
+                tell(f"{arm.trials} trials of {ARM_TEXTS[arm.name]}")
+                for key, dimension in arm.space.describe().items():
+                    tell(f"  {key}: {dimension}")
             return EXIT_OK
         from tune.search import search  # imports ray
 

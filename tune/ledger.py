@@ -1,7 +1,7 @@
 """The study ledger: an append-only file of JSON lines from which a search can be rebuilt.
 
     {"event": "search", "identity": ..., "space": ...}             first line: what is searched
-    {"event": "start",  "trial": ..., "index", "values", "config_sha256"}
+    {"event": "start",  "trial": ..., "arm", "index", "values", "config_sha256"}
     {"event": "report", "trial": ..., "step", "nll", "accuracy"}    one per validation
     {"event": "end",    "trial": ..., "state", ...}                 done, stopped (early) or failed
 
@@ -11,9 +11,10 @@ A trial that has started and not ended is run again; so is one that failed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from pipeline import ConfigError, RunFolderError, open_append, read_json_lines
 from tune.dimensions import Values
 from tune.sampling import Observation
+from tune.space import Arm, ArmName
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -33,6 +35,7 @@ class TrialRecord:
     index: int
     values: Values
     config_sha256: str
+    arm: ArmName = "method"
     state: State = "running"
     reports: list[dict[str, Any]] = field(default_factory=list)
     """{"step", "nll", "accuracy"} of each validation of the last attempt."""
@@ -106,13 +109,14 @@ class Ledger:
                 "Give another folder, or remove this one to start over.",
             )
 
-    def in_order(self) -> list[TrialRecord]:
-        """The trials by index."""
-        return sorted(self.trials.values(), key=lambda record: record.index)
+    def in_order(self, arm: ArmName | None = None) -> list[TrialRecord]:
+        """The trials of one arm, or of all, by index."""
+        records = (record for record in self.trials.values() if arm in (None, record.arm))
+        return sorted(records, key=lambda record: (record.arm, record.index))
 
-    def observations(self) -> list[Observation]:
-        """What the ended trials showed."""
-        return [seen for record in self.in_order() if (seen := record.observation()) is not None]
+    def observations(self, arm: ArmName) -> list[Observation]:
+        """What the ended trials of an arm showed."""
+        return [seen for record in self.in_order(arm) if (seen := record.observation()) is not None]
 
     def _apply(self, event: dict[str, Any]) -> None:
         kind = event.pop("event")
@@ -137,12 +141,8 @@ class Ledger:
             os.truncate(self.path, whole)
 
 
-def pending(ledger: Ledger, trials: int) -> list[int]:
-    """Indices still to run: those begun and not ended, those that failed, those never begun."""
-    ended = {record.index for record in ledger.trials.values() if record.ended}
-    return [index for index in range(trials) if index not in ended]
-
-
-def trial_name(index: int) -> str:
-    """trial_000, trial_001, ..."""
-    return f"trial_{index:03d}"
+def pending(ledger: Ledger, arms: Sequence[Arm]) -> list[tuple[Arm, int]]:
+    """Trials still to run, of the arms in turn: those begun and not ended, those that failed, those never begun."""
+    ended = {(record.arm, record.index) for record in ledger.trials.values() if record.ended}
+    left = [[(arm, index) for index in range(arm.trials) if (arm.name, index) not in ended] for arm in arms]
+    return [trial for turn in itertools.zip_longest(*left) for trial in turn if trial is not None]

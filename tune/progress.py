@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -64,8 +65,28 @@ def shown(value: Any) -> str:
 
 
 def print_summary(result: dict[str, Any]) -> None:
-    """The trials, best first, and what was chosen."""
-    trials = sorted(result["trials"], key=_place)
+    """The trials of each arm, best first, and what was chosen."""
+    ensemble, plain = result["ensemble"], result["plain"]
+    _print_trials(result["trials"], ensemble["adapters"])
+    tell(f"Best: {_best_text(result)}")
+    tell(
+        f"Ensemble (*): {ensemble['size']} of the adapters, the fewest within one standard error of the best number. "
+        f"Chosen on cached validation predictions by {SELECTION_NAMES[ensemble['selected_by']]}."
+    )
+    if plain:
+        _print_trials(plain["trials"], ())
+        tell(f"Best of plain LoRA: {_best_text(plain)}")
+    for warning in result["warnings"]:
+        tell(f"Warning: {warning}")
+
+
+def _best_text(found: Mapping[str, Any]) -> str:
+    values = "  ".join(f"{key}={shown(value)}" for key, value in found["best_config"].items())
+    return f"{found['best']} ({values})"
+
+
+def _print_trials(trials: Sequence[dict[str, Any]], marked: Collection[str]) -> None:
+    trials = sorted(trials, key=_place)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     keys = list(trials[0]["config"])
     for heading in ("trial", *(key.rpartition(".")[2] for key in keys), "steps", "NLL", "accuracy", "state"):
@@ -75,19 +96,9 @@ def print_summary(result: dict[str, Any]) -> None:
         table.add_row(
             trial["name"], *(Text(one_line(shown(trial["config"][key]))) for key in keys), str(trial["steps"]),
             *("" if score is None else f"{score:.4f}" for score in scores),
-            trial["state"] + (" *" if trial["name"] in result["ensemble"]["adapters"] else ""),
+            trial["state"] + (" *" if trial["name"] in marked else ""),
         )  # fmt: skip
-    console = Console()
-    console.print(table)
-    ensemble = result["ensemble"]
-    best = "  ".join(f"{key}={shown(value)}" for key, value in result["best_config"].items())
-    tell(f"Best: {result['best']} ({best})")
-    tell(
-        f"Ensemble (*): {ensemble['size']} of the adapters, the fewest within one standard error of the best number. "
-        f"Chosen on cached validation predictions by {SELECTION_NAMES[ensemble['selected_by']]}."
-    )
-    for warning in result["warnings"]:
-        tell(f"Warning: {warning}")
+    Console().print(table)
 
 
 def _place(trial: dict[str, Any]) -> tuple[bool, float, float]:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline import (
     load_config,
     manifest_faults,
     sha256_file,
+    without_dropout,
     write_json,
 )
 from tune.cluster import cluster, plan
@@ -41,7 +43,7 @@ from tune.dimensions import Space
 from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress, tell
-from tune.space import load_space
+from tune.space import ARM_TEXTS, Arm, load_arms
 from tune.stopping import Stopping, stop_on_signal
 from tune.trial import TRIALS, TrainFunction
 
@@ -72,94 +74,120 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
         SearchStopped: SIGINT or SIGTERM; finished trials are kept.
     """
     folder = folder.resolve()
-    space = load_space(config)
+    arms = load_arms(config)
     with held(folder / SEARCHING, "python -m tune", patience=_PATIENCE), stop_on_signal() as stopping:
         ledger = Ledger(folder / LEDGER)
-        ledger.open_search(identity(config, space), space.describe())
-        _refuse_strange(ledger, space)
+        ledger.open_search(identity(config, arms), describe(arms))
+        _refuse_strange(ledger, arms)
         _forget_lost(ledger, folder)
-        if pending(ledger, config.search.trials):
-            _run_trials(config, space, ledger, folder, stopping, train)
+        if pending(ledger, arms):
+            _run_trials(config, arms, ledger, folder, stopping, train)
         if stopping.requested:
             raise SearchStopped("search stopped; finished trials are kept and the same command continues")
-        result = conclude(config, space, ledger, folder)
+        result = conclude(config, arms, ledger, folder)
         write_json(folder / SEARCH, result)
         return result
 
 
-def identity(config: RunConfig, space: Space) -> str:
+def describe(arms: Sequence[Arm]) -> dict[str, Any]:
+    """JSON form of what is searched, by arm."""
+    return {arm.name: arm.space.describe() for arm in arms}
+
+
+def identity(config: RunConfig, arms: Sequence[Arm]) -> str:
     """Hash of all that a trial's score depends on: how many trials there are, and how many at once, does not."""
     parts = config.model_dump(mode="json")
     relevant = {key: parts[key] for key in ("model", "data", "adapter", "train")}
     relevant["search"] = {key: parts["search"][key] for key in ("max_steps", "seed")}
-    return hashlib.sha256(json.dumps([relevant, space.describe()], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([relevant, describe(arms)], sort_keys=True).encode()).hexdigest()
 
 
-def conclude(config: RunConfig, space: Space, ledger: Ledger, folder: Path) -> dict[str, Any]:
-    """The result of a search whose trials have all ended.
+def conclude(config: RunConfig, arms: Sequence[Arm], ledger: Ledger, folder: Path) -> dict[str, Any]:
+    """The result of a search whose trials have all ended: at the top what the method's arm found, and the adapter
+    ensemble of its trials; under `plain` what plain LoRA's arm found, None where it has none.
 
     Raises:
-        StageFailed: no trial finished, or trials were not trained as they were meant to be.
+        StageFailed: no trial of an arm finished, or trials were not trained as they were meant to be.
     """
+    found = {arm.name: _conclude_arm(config, arm, ledger, folder) for arm in arms}
     records = ledger.in_order()
+    return {
+        "label": config.label,
+        "identity": identity(config, arms),
+        "selected_by": config.select.by,
+        **found["method"],
+        "plain": found.get("plain"),
+        "warnings": [
+            *_same_adapters([record for record in records if record.state == "done"]),
+            *(warning for arm in arms for warning in edge_warnings(arm, ledger.trials[found[arm.name]["best"]])),
+            *_unequal_tuning(config, arms),
+        ],
+    }
+
+
+def _conclude_arm(config: RunConfig, arm: Arm, ledger: Ledger, folder: Path) -> dict[str, Any]:
+    records = ledger.in_order(arm.name)
     finished = sorted((r for r in records if r.state == "done"), key=lambda r: (r.nll, r.index))
     if not finished:
         failed = [r for r in records if r.state == "failed"]
         said = f"the first, {failed[0].name}, said: {failed[0].error}" if failed else "none ran to the end"
-        raise StageFailed(f"no trial of the search finished; {said} (log: {folder / TRIALS})")
+        of = "the search" if arm.name == "method" else ARM_TEXTS[arm.name]
+        raise StageFailed(f"no trial of {of} finished; {said} (log: {folder / TRIALS})")
     _require_different(records, folder)
     by = config.select.by
     splits, losses = validation_losses(config.data, folder, finished, by)
     scored = {record.name: loss for record, loss in zip(finished, losses, strict=True)}
     best = finished[int(np.argmin(losses))]
-    return {
-        "label": config.label,
-        "identity": identity(config, space),
-        "space": space.describe(),
-        "selected_by": by,
+    found = {
+        "space": arm.space.describe(),
         "trials": [_entry(record, scored.get(record.name)) for record in records],
         "best": best.name,
         "best_config": best.values,
-        "ensemble": choose_ensemble(
-            splits, [record.name for record in finished], config.ensemble.average, config.search.adapters, by
-        ),
-        "warnings": [*_warnings(finished), *edge_warnings(space, best)],
     }
+    if arm.name == "method":
+        names = [record.name for record in finished]
+        found["ensemble"] = choose_ensemble(splits, names, config.ensemble.average, config.search.adapters, by)
+    return found
 
 
 def _run_trials(
     config: RunConfig,
-    space: Space,
+    arms: Sequence[Arm],
     ledger: Ledger,
     folder: Path,
     stopping: Stopping,
     train: TrainFunction | None,
 ) -> None:
-    wanted = config.search.trials
-    left = len(pending(ledger, wanted))
+    wanted, left = sum(arm.trials for arm in arms), len(pending(ledger, arms))
     if left < wanted:
         tell(f"Continuing: {wanted - left} of {wanted} trials have ended.")
     try:
         with cluster(folder / RAY_FOLDER, stopping) as resources:
             stopping.listen()
             capacity = plan(config.search, resources, left)
+            shares = " and ".join(f"{arm.trials} of {ARM_TEXTS[arm.name]}" for arm in arms)
             tell(
-                f"Search: {left} trials of {config.search.max_steps} steps, {capacity.concurrent} at once, "
+                f"Search: {left} trials of {config.search.max_steps} steps"
+                f"{f' ({shares})' if len(arms) > 1 and left == wanted else ''}, {capacity.concurrent} at once, "
                 f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
                 f"{' with a GPU' if capacity.gpus else ''}."
             )
             from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
 
             progress = SearchProgress(ledger, wanted, config.search.max_steps, capacity.concurrent)
-            run_study(Study(config, space, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
+            run_study(Study(config, arms, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
     finally:
         shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
 
-def _refuse_strange(ledger: Ledger, space: Space) -> None:
+def _refuse_strange(ledger: Ledger, arms: Sequence[Arm]) -> None:
     """A folder from elsewhere could set what no search varies: hosts, paths, whose code runs."""
+    dimensions: dict[str, Space] = {arm.name: arm.space for arm in arms}
     for record in ledger.in_order():
-        if strange := sorted(set(record.values) - space.dimensions.keys()):
+        if record.arm not in dimensions:
+            what = f"holds {record.name} of something that this search does not tune"
+            raise RunFolderError(str(ledger.path), None, what, "Search in another --run-dir.")
+        if strange := sorted(set(record.values) - dimensions[record.arm].dimensions.keys()):
             what = f"gives {record.name} a value of {strange[0]}, which this search does not vary"
             raise RunFolderError(str(ledger.path), None, what, "Search in another --run-dir.")
 
@@ -190,7 +218,7 @@ def _require_different(records: list[TrialRecord], folder: Path) -> None:
         raise StageFailed(f"several trials had the same configuration: {repeated[0]}")
 
 
-def _warnings(finished: list[TrialRecord]) -> list[str]:
+def _same_adapters(finished: list[TrialRecord]) -> list[str]:
     """Equal adapters from different settings: what was varied did not reach the training."""
     by_hash: dict[str | None, list[str]] = {}
     for record in finished:
@@ -202,15 +230,31 @@ def _warnings(finished: list[TrialRecord]) -> list[str]:
     ]
 
 
-def edge_warnings(space: Space, best: TrialRecord) -> list[str]:
+def edge_warnings(arm: Arm, best: TrialRecord) -> list[str]:
     """Chosen values that lie at the edge of their dimension: the best may lie beyond it."""
     found = [
         f"{key} = {best.values[key]:.3g}"
-        for key, dimension in space.dimensions.items()
+        for key, dimension in arm.space.dimensions.items()
         if key in best.values and dimension.at_edge(best.values[key])
     ]
-    said = f"Chosen at the edge of what was searched: {', '.join(found)}. The best may lie beyond it."
+    whose = "" if arm.name == "method" else f" for {ARM_TEXTS[arm.name]}"
+    said = f"Chosen{whose} at the edge of what was searched: {', '.join(found)}. The best may lie beyond it."
     return [said] if found else []
+
+
+def _unequal_tuning(config: RunConfig, arms: Sequence[Arm]) -> list[str]:
+    """What is to be said where plain LoRA was tuned less than the method."""
+    if len(arms) > 1:
+        tried, plain = arms[0].trials, arms[1].trials
+        said = (f"Plain LoRA was tuned with {plain} settings, the method with {tried}: of what the space varies plain "
+                "LoRA has no more.")
+        return [said] if plain < tried else []
+    if config.adapter.resolved_method() == without_dropout(config).adapter.resolved_method():
+        return []
+    if config.search.plain:
+        return ["Plain LoRA is not tuned: the space varies nothing that it has."]
+    return ["Plain LoRA has the settings chosen for the method and no tuning of its own (search.plain), which favours "
+            "the method."]
 
 
 def _entry(record: TrialRecord, loss: float | None) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""The space of a search on a configuration: the dimensions that its method uses, tried before anything starts."""
+"""The spaces of a search on a configuration: the dimensions that its method uses, and those that plain LoRA has.
+
+Both are *arms* of one search: tuned apart, by the same rule, with as many trials each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 from pipeline import (
+    OF_DROPOUT,
     ONE_RATE,
     SERVED_RANKS,
     SITE_RATE,
@@ -19,8 +25,45 @@ from pipeline import (
     find_space,
     read_space,
     with_values,
+    without_dropout,
 )
 from tune.dimensions import Dimension, Options, Range, Space, Values
+
+ArmName = Literal["method", "plain"]
+ARM_TEXTS: dict[str, str] = {"method": "the method", "plain": "plain LoRA"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is tuned by itself."""
+
+    name: ArmName
+    config: RunConfig
+    space: Space
+    trials: int
+
+    def trial_name(self, index: int) -> str:
+        """trial_000, trial_001, ... of the method; plain_000, ... of plain LoRA."""
+        return f"{'trial' if self.name == 'method' else self.name}_{index:03d}"
+
+
+def load_arms(config: RunConfig) -> list[Arm]:
+    """The method, and plain LoRA where `search.plain` wants it tuned, it is not the method itself, and the space has
+    something for it. A finite space of fewer points than `search.trials` gives plain LoRA fewer trials.
+
+    Raises:
+        ConfigError: as `load_space`.
+    """
+    arms = [Arm("method", config, load_space(config), config.search.trials)]
+    plain = without_dropout(config)
+    if not config.search.plain or plain.adapter.resolved_method() == config.adapter.resolved_method():
+        return arms
+    path = find_space(config.search.space)
+    if entries := {key: entry for key, entry in read_space(path).items() if not key.startswith(OF_DROPOUT)}:
+        space = _tried_space(plain, entries, path)
+        count = space.count()
+        arms.append(Arm("plain", plain, space, min(config.search.trials, count or config.search.trials)))
+    return arms
 
 
 def load_space(config: RunConfig) -> Space:
@@ -35,6 +78,12 @@ def load_space(config: RunConfig) -> Space:
     used = {key: entry for key, entry in entries.items() if not entry.if_used or _is_used(key, entries, config.adapter)}
     if not used:
         raise ConfigError(str(path), None, "has no dimension that the method in force uses", "Add train.learning_rate.")
+    space = _tried_space(config, used, path)
+    _check_trials(space, config.search.trials)
+    return space
+
+
+def _tried_space(config: RunConfig, used: Mapping[str, DimensionFile], path: Path) -> Space:
     present = {key: reduce(getattr, key.split("."), config) for key in used}
     space = Space(str(path), {key: _read_dimension(key, entry, path, present[key]) for key, entry in used.items()})
     for values in space.corners():
@@ -44,7 +93,6 @@ def load_space(config: RunConfig) -> Space:
             shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
             fault = f"allows {shown}, which is no valid run: {error}"
             raise ConfigError("search.space", space.source, fault) from error
-    _check_trials(space, config.search.trials)
     return space
 
 

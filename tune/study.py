@@ -8,22 +8,22 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ray.tune as ray_tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline import RunConfig, RunPaths, dump_config, write_json
 from tune.cluster import Capacity
-from tune.dimensions import Space, Values, point_key
-from tune.ledger import Ledger, pending, trial_name
+from tune.dimensions import Values, point_key
+from tune.ledger import Ledger, pending
 from tune.progress import SearchProgress
 from tune.sampling import suggest
-from tune.space import trial_config, validation_steps
+from tune.space import Arm, ArmName, trial_config, validation_steps
 from tune.stopping import Stopping
 from tune.trial import TRIALS, Assignment, TrainFunction, run_trial
 
@@ -34,33 +34,35 @@ REDUCTION = 2
 class Study:
     """Proposes trials and records what becomes of them."""
 
-    def __init__(self, config: RunConfig, space: Space, ledger: Ledger, folder: Path, capacity: Capacity) -> None:
-        self.config, self.space, self.ledger, self.folder, self.capacity = config, space, ledger, folder, capacity
-        self.queue = pending(ledger, config.search.trials)
+    def __init__(
+        self, config: RunConfig, arms: Sequence[Arm], ledger: Ledger, folder: Path, capacity: Capacity
+    ) -> None:
+        self.config, self.arms, self.ledger, self.folder, self.capacity = config, arms, ledger, folder, capacity
+        self.queue = pending(ledger, arms)
 
     def next_assignment(self) -> Assignment | None:
         """The next trial to run, recorded as started; None when all have been given out."""
         if not self.queue:
             return None
-        index = self.queue.pop(0)
-        name = trial_name(index)
+        arm, index = self.queue.pop(0)
+        name = arm.trial_name(index)
         before = self.ledger.trials.get(name)
-        values = before.values if before else self._new_values(index)
+        values = before.values if before else self._new_values(arm, index)
         # The values may have been read from the folder, which has no say in this.
-        resolved = trial_config(self.config, values, name).trusting(self.config.model.trust_remote_code)
+        resolved = trial_config(arm.config, values, name).trusting(self.config.model.trust_remote_code)
         assignment = Assignment(
             name=name, folder=str(self.folder), working_folder=os.getcwd(), config=dump_config(resolved),
             config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,
         )  # fmt: skip
         self.ledger.append(
-            "start", trial=name, index=index, values=values, config_sha256=assignment.config_sha256
+            "start", trial=name, arm=arm.name, index=index, values=values, config_sha256=assignment.config_sha256
         )
         return assignment
 
-    def _new_values(self, index: int) -> Values:
-        taken = {point_key(record.values) for record in self.ledger.trials.values()}
-        search = self.config.search
-        return suggest(self.space, search.seed, index, search.trials, self.ledger.observations(), taken)
+    def _new_values(self, arm: Arm, index: int) -> Values:
+        taken = {point_key(record.values) for record in self.ledger.in_order(arm.name)}
+        known = self.ledger.observations(arm.name)
+        return suggest(arm.space, self.config.search.seed, index, arm.trials, known, taken)
 
 
 class StudySearcher(Searcher):
@@ -96,9 +98,9 @@ class EnsembleASHA(ASHAScheduler):
         self.can_finish, self.keep, self.request_stop = trials, keep, request_stop
         self.asked: set[str] = set()
 
-    def replay(self, ledger: Ledger) -> None:
-        """Meet the rungs with what an interrupted search already saw."""
-        for record in ledger.in_order():
+    def replay(self, ledger: Ledger, arm: ArmName) -> None:
+        """Meet the rungs with what an interrupted search already saw of an arm."""
+        for record in ledger.in_order(arm):
             if not record.ended:
                 continue
             stand_in: Any = SimpleNamespace(trial_id=record.name)
@@ -122,6 +124,42 @@ class EnsembleASHA(ASHAScheduler):
         """A failed trial cannot finish either."""
         self.can_finish -= 1
         super().on_trial_error(tune_controller, trial)
+
+
+class ArmScheduler(FIFOScheduler):
+    """A scheduler per arm: a trial lags behind, or not, among those of its own arm alone."""
+
+    def __init__(self, schedulers: Mapping[str, EnsembleASHA], arm_of: Callable[[str], str]) -> None:
+        """
+        Args:
+            schedulers: of the arms, by name.
+            arm_of: the arm of a trial, by its name.
+        """
+        super().__init__()
+        self._schedulers, self._arm_of = schedulers, arm_of
+
+    def _of(self, trial: Any) -> EnsembleASHA:
+        return self._schedulers[self._arm_of(trial.config["name"])]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """To the trial's arm, as all below."""
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """As `EnsembleASHA`."""
+        return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """As `EnsembleASHA`."""
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """As `EnsembleASHA`."""
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """As `EnsembleASHA`."""
+        self._of(trial).on_trial_error(tune_controller, trial)
 
 
 class StudyCallback(ray_tune.Callback):
@@ -172,22 +210,33 @@ def _error_text(trial: Any) -> str:
     return text.splitlines()[-1]
 
 
+def make_scheduler(study: Study) -> ArmScheduler:
+    """The arms' schedulers, with what an interrupted search has seen. Each arm keeps as many trials to their end: plain
+    LoRA, which needs no ensemble, is chosen among as many as the method.
+    """
+    search = study.config.search
+    first_rung = validation_steps(study.config.train.validate_every_steps, search.max_steps)
+
+    def request_stop(name: str) -> None:
+        write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"})
+
+    schedulers: dict[str, EnsembleASHA] = {}
+    for arm in study.arms:
+        one = EnsembleASHA((first_rung, search.max_steps), arm.trials, search.adapters, request_stop)
+        one.replay(study.ledger, arm.name)
+        schedulers[arm.name] = one
+    return ArmScheduler(schedulers, lambda name: study.ledger.trials[name].arm)
+
+
 def run_study(
     study: Study, progress: SearchProgress, storage: Path, stopping: Stopping, train: TrainFunction | None
 ) -> None:
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
-    search = study.config.search
-    first_rung = validation_steps(study.config.train.validate_every_steps, search.max_steps)
-    scheduler = EnsembleASHA(
-        (first_rung, search.max_steps), search.trials, search.adapters,
-        lambda name: write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"}),
-    )  # fmt: skip
-    scheduler.replay(study.ledger)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(functools.partial(run_trial, train=train), study.capacity.trial_resources()),
         tune_config=ray_tune.TuneConfig(
             search_alg=StudySearcher(study),
-            scheduler=scheduler,
+            scheduler=make_scheduler(study),
             num_samples=len(study.queue),
             max_concurrent_trials=study.capacity.concurrent,
             reuse_actors=False,  # every trial has a process of its own: nothing leaks from one to the next

@@ -14,13 +14,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, ErrorList, UserError
 
 __all__ = [
     "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
-    "read_yaml", "validate", "with_values",
+    "read_yaml", "validate", "with_values", "without_dropout",
 ]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -63,6 +64,11 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     for key, value in values.items():
         _set(tree, key, copy.deepcopy(value))  # a later key may lie within it
     return build_config(tree)
+
+
+def without_dropout(config: RunConfig) -> RunConfig:
+    """The same run of plain LoRA (or plain AdaLoRA)."""
+    return with_values(config, {"adapter.method": "none", **UNSET_RATES, "adapter.rescale": "inverse"})
 
 
 def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,10 @@ class SearchConfig(Section):
     space: str = "default"
     """Name of a file in tune/spaces/ or a path to a YAML of search dimensions (pipeline/config/space.py)."""
     trials: Positive = 6
-    """Configurations tried."""
+    """Configurations tried, and as many of plain LoRA where `plain` is on."""
+    plain: bool = True
+    """Tune plain LoRA beside the method: the same space without what is of dropout, the same number of trials, the same
+    rule. Off: `run` trains it with the method's settings, which favours the method."""
     max_steps: Positive = 40
     """Optimizer steps of a trial that is not stopped early."""
     concurrent: NonNegative = 0

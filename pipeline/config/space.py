@@ -34,6 +34,9 @@ SEARCHABLE = ("adapter.", "train.")
 
 ONE_RATE, SITE_RATE, TERM_WEIGHT = "adapter.rate", "adapter.rates.", "adapter.consistency.weight"
 
+OF_DROPOUT = ("adapter.method", "adapter.rate", "adapter.rescale", "adapter.consistency", "train.draw")
+"""Beginnings of the keys that say what is dropped, and how: plain LoRA has none of them."""
+
 FIXED = {
     "train.max_steps": "search.max_steps sets the length of a trial.",
     "train.validate_every_steps": "Trials are compared at the same steps.",

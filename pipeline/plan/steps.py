@@ -17,7 +17,9 @@ def step_lines(config: RunConfig, folders: Folders, name: str) -> Iterator[str]:
     launch, run = config.launch, folders.run
     match name:
         case "search":
-            yield _line(name, f"{config.search.trials} trials of {config.search.max_steps} steps -> {folders.search}")
+            beside = ", and as many of plain LoRA" if config.search.plain else ""
+            steps = config.search.max_steps
+            yield _line(name, f"{config.search.trials} trials of {steps} steps{beside} -> {folders.search}")
         case "train":
             by_device = has_accelerator() and not launch.processes
             processes = "one per visible accelerator" if by_device else process_count(launch)

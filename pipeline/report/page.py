@@ -39,6 +39,7 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         chance=chance_line(result),
         comparisons=tables.comparison_table(result),
         trials=tables.trial_table(search) if search else None,
+        plain_trials=tables.trial_table(search["plain"]) if search and search.get("plain") else None,
         plots={name: Markup(svg) for name, svg in _plots(inputs, result, scored).items() if svg is not None},
         reliability_bins=_reliability_bins(inputs),
         config=inputs.config_text,

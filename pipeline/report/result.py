@@ -12,7 +12,7 @@ from pipeline.report.choices import ensemble_entry
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance, remarks
 from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, resample, score_system
-from pipeline.report.sentences import REFERENCES, write_reading
+from pipeline.report.sentences import REFERENCES, tuning_line, write_reading
 from pipeline.report.systems import build_systems, ensemble_space, method_name
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import LEVEL
@@ -38,7 +38,8 @@ def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSyste
     own = {"ensemble": ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
     result = {**score_entries(inputs, scored, singles), **own}
     result |= {"remarks": remarks(inputs, result)}
-    return {**result, "reading": write_reading(result)}, scored
+    reading = [*write_reading(result), tuning_line(inputs.search)]
+    return {**result, "reading": [line for line in reading if line]}, scored
 
 
 def score_entries(

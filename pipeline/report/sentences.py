@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REFERENCES = ("base", "plain")
@@ -21,6 +21,15 @@ def write_reading(result: dict[str, Any]) -> list[str]:
     lines = [_own_scores(result), *(_verdicts(result, versus) for versus in REFERENCES)]
     lines += [" ".join(filter(None, (_validation(result), _chosen_size(result), _chosen_adapters(result))))]
     return [line for line in [*lines, _limits(result)] if line]
+
+
+def tuning_line(search: Mapping[str, Any] | None) -> str:
+    """That plain LoRA was tuned as the method was; empty where it was not."""
+    if search is None or not search.get("plain"):
+        return ""
+    own, plain = len(search["trials"]), len(search["plain"]["trials"])
+    how = f"{own} settings each" if own == plain else f"{own} settings of the method and {plain} of plain LoRA"
+    return f"Plain LoRA has settings of its own, tuned as those of the method were: {how}, chosen by the same rule."
 
 
 def interval_text(entry: dict[str, float], digits: int = 3, signed: bool = False) -> str:

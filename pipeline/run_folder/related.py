@@ -87,8 +87,7 @@ def read_search(folder: Path, identity: str | None = None) -> dict[str, Any] | N
     if not path.exists():
         return None
     found = read_json(path)
-    trials = found.get("trials") if isinstance(found, dict) else None
-    if not isinstance(trials, list) or not all(isinstance(trial, dict) for trial in trials):
+    if not _lists_trials(found) or not (found.get("plain") is None or _lists_trials(found["plain"])):
         raise RunFolderError(str(path), None, "is no record of a search", "Search again.")
     if identity is not None and found.get("identity") != identity:
         what = "is of another search than the one that chose this run's values"
@@ -96,8 +95,17 @@ def read_search(folder: Path, identity: str | None = None) -> dict[str, Any] | N
     return dict(found)
 
 
+def _lists_trials(found: Any) -> bool:
+    trials = found.get("trials") if isinstance(found, dict) else None
+    return isinstance(trials, list) and all(isinstance(trial, dict) for trial in trials)
+
+
 def finished_trials(folder: Path, identity: str | None = None) -> list[FinishedTrial]:
-    """The trials of a search that have a validation, best first. Raises as `read_search`, also where there is none."""
+    """The method's trials of a search that have a validation, best first.
+
+    Raises:
+        RunFolderError: as `read_search`, and where there is no search.
+    """
     found = read_search(folder, identity)
     if found is None:
         raise RunFolderError(str(folder / SEARCH), None, "does not exist", "Put the search's folder back.")

@@ -98,8 +98,9 @@ def _verify_search(folder: Path) -> Iterator[Finding]:
     if search is None:
         yield Finding(SEARCH, "missing", "the search has not ended")
         return
-    yield Finding(SEARCH, "whole", f"{len(search['trials'])} trials")
-    for trial in search["trials"]:
+    trials = [*search["trials"], *(search.get("plain") or {}).get("trials", ())]
+    yield Finding(SEARCH, "whole", f"{len(trials)} trials")
+    for trial in trials:
         if trial.get("state") == "done":
             yield _trial(folder, str(trial.get("run")), trial.get("config_sha256"), trial.get("adapter_sha256"))
     yield from _strangers(folder, {"config.yaml", LEDGER, SEARCH, "trials", "logs", "status.json"})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from pipeline.config import RunConfig, dump_config
-from pipeline.config.adapter import KIND_NAMES, UNSET_RATES
-from pipeline.config.load import with_values
-from pipeline.config.space import FIXED, SEARCHABLE
+from pipeline.config.adapter import KIND_NAMES
+from pipeline.config.load import with_values, without_dropout
+from pipeline.config.space import FIXED, OF_DROPOUT, SEARCHABLE
 from pipeline.errors import EXIT_OK, RunFolderError
 from pipeline.files import read_json, write_text
 from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
@@ -21,6 +22,9 @@ from pipeline.terminal import duration, one_line
 def run_line(config: RunConfig, folders: Folders) -> int:
     """search → train (LoRA Dropout) → train (plain LoRA) → evaluate → report → export.
 
+    Each trains with the values that its own arm of the search chose; plain LoRA with those of the method where the
+    search has no arm for it.
+
     Raises:
         RunFolderError: the folder holds another request, or a training of values that the search does not choose;
             search.json chooses what no search varies.
@@ -30,16 +34,12 @@ def run_line(config: RunConfig, folders: Folders) -> int:
     write_text(paths.requested, dump_config(config))
     if code := run_search(config, folders):
         return code
-    found = read_json(folders.search / SEARCH, "Run the search stage first.")
-    if strange := [key for key in found["best_config"] if not key.startswith(SEARCHABLE) or key in FIXED]:
-        what = f"chooses {strange[0]}, which no search varies"  # a host or a path, say, of whoever made the folder
-        raise RunFolderError(str(folders.search / SEARCH), None, what, "Search in another --run-dir.")
-    chosen = with_values(config, found["best_config"])
+    chosen, chosen_plain = chosen_configs(config, folders.search)
     headline("train")
     if code := start("train", chosen, folders):
         return code
     headline(f"plain {KIND_NAMES[config.adapter.kind]}")
-    if code := start("train", with_values(chosen, {"adapter.method": "none", **UNSET_RATES}), plain):
+    if code := start("train", chosen_plain, plain):
         return code
     write_related(paths, folders.plain, folders.search)
     for stage in ("evaluate", "report", "export"):
@@ -47,6 +47,25 @@ def run_line(config: RunConfig, folders: Folders) -> int:
             return code
     print_outcome(folders, time.monotonic() - started)
     return EXIT_OK
+
+
+def chosen_configs(config: RunConfig, search: Path) -> tuple[RunConfig, RunConfig]:
+    """The method's run and that of plain LoRA, with what search.json chooses for each.
+
+    Raises:
+        RunFolderError: it chooses what no search varies: a host or a path, say, of whoever made the folder.
+    """
+    found = read_json(search / SEARCH, "Run the search stage first.")
+    own = found.get("plain") or {}
+    for values, refused in ((found["best_config"], ()), (own.get("best_config", {}), OF_DROPOUT)):
+        strange = [key for key in values if not key.startswith(SEARCHABLE) or key.startswith(refused) or key in FIXED]
+        if strange:
+            what = f"chooses {strange[0]}, which no search varies"
+            raise RunFolderError(str(search / SEARCH), None, what, "Search in another --run-dir.")
+    chosen = with_values(config, found["best_config"])
+    if not own:
+        return chosen, without_dropout(chosen)
+    return chosen, with_values(without_dropout(config), own["best_config"])
 
 
 def refuse_trained(folders: Folders) -> None:

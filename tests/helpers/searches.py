@@ -33,7 +33,7 @@ def write_config(folder: Path, space: str = SPACE, **search: Any) -> None:
     settings = {
         "data": {"path": "rows.jsonl", "validation_rows": 16, "calibration_rows": 8, "test_rows": 8},  # relative
         "train": {"validate_every_steps": 2},
-        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, **search},
+        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, "plain": False, **search},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 

@@ -40,10 +40,11 @@ def write_data(path: Path) -> None:
 
 
 def log_probs(config: RunConfig, step: int, labels: np.ndarray) -> np.ndarray:
-    """(N, 2): better with more steps and with rates near 0.3; every rate errs on rows of its own."""
+    """(N, 2): better with more steps, rates near 0.3, learning rates near 1e-3; every rate errs on rows of its own."""
     rate = config.adapter.rate or 0.0
+    slow = 0.3 * abs(float(np.log10(config.train.learning_rate / 1e-3)))
     noise = np.random.default_rng(int(1000 * rate)).normal(size=len(labels))
-    margin = (2.0 - 4.0 * abs(rate - 0.3)) * (1.0 - np.exp(-step / 4.0)) + 0.3 * noise
+    margin = (2.0 - 4.0 * abs(rate - 0.3) - slow) * (1.0 - np.exp(-step / 4.0)) + 0.3 * noise
     right = -np.log1p(np.exp(-margin))
     wrong = -np.log1p(np.exp(margin))
     table = np.stack([wrong, right], axis=1)

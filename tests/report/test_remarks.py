@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.config import RunConfig, build_config
+from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml
 from pipeline.report.inputs import TrainingCurve
 from pipeline.report.remarks import chance, chance_line, edges, larger_grids, remarks
-from pipeline.run_folder.comparison import Training
+from pipeline.run_folder.comparison import Training, plan_trainings
 
 
 def inputs(**changes: Any) -> Any:
@@ -98,6 +100,14 @@ def test_a_choice_among_more_settings_than_plain_lora_had_is_said() -> None:
     (said,) = remarks(inputs(trainings=tried), result())
     assert said.startswith("Chosen among more settings than plain LoRA: HiddenKey (3, plain LoRA 2).")
     assert larger_grids([t for t in tried if t.method != "none"]) == []
+
+
+def test_the_shipped_comparisons_give_plain_lora_as_many_settings_as_any_method() -> None:
+    recipe = overridden_tree(read_yaml(find_recipe("compare")), [])
+    quick = merge_trees(recipe, {"compare": read_yaml(find_recipe("quick"))["compare"]})
+    for config in (build_config(recipe), build_config(quick), RunConfig()):
+        tried = [replace(training, state="done") for training, _ in plan_trainings(config)]
+        assert len({one.method for one in tried}) >= 3 and larger_grids(tried) == []
 
 
 @pytest.mark.parametrize(("values", "said"), [

@@ -104,7 +104,10 @@ def write_links(root):
     ]
     trials.append({"name": "trial_5", "config": trials[0]["config"], "validation_nll": None,
                    "validation_accuracy": None, "steps": 3, "state": "failed", "run": "trials/5"})
-    write_json(root.parent / "search" / "search.json", {"trials": trials, "best": "trial_2", "ensemble": {}})
+    write_json(root.parent / "search" / "search.json", {
+        "trials": trials, "best": "trial_2", "ensemble": {},
+        "plain": {"trials": [{**one, "name": f"plain_{k}"} for k, one in enumerate(trials)], "best": "plain_1"},
+    })
 
 
 def score(root):
@@ -245,7 +248,8 @@ def test_page_shows_label_configuration_and_environment_escaped(finished):
     assert '<p class="label">smoke run: no result</p>' in page
     assert "learning_rate: 0.0005" in page and "versions.torch" in page
     assert "cpu &lt;&amp;&gt;" in page and "cpu <&>" not in page
-    assert "trial_2" in page and "failed" in page
+    assert "trial_2" in page and "failed" in page and "plain_1" in page
+    assert "tuned as those of the method were: 6 settings each" in page
 
 
 def test_reading_says_what_the_intervals_say(finished):

@@ -180,7 +180,7 @@ def test_methods_and_readout_may_change_in_a_folder_but_not_what_is_trained_on(t
 
 def test_without_a_recipe_a_comparison_has_its_own() -> None:
     config = resolve_new(Request(), "compare", "compare")
-    assert len(plan_trainings(config)) == 14 and "small budget" in config.label
+    assert len(plan_trainings(config)) == 24 and "small budget" in config.label
     assert len(plan_trainings(resolve_new(Request(quick=True), "compare", "compare"))) == 6
 
 

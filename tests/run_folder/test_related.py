@@ -49,6 +49,11 @@ def test_a_search_with_more_trials_is_the_same_and_another_one_is_not(run: RunPa
     for read in (finished_trials, read_search):
         with pytest.raises(RunFolderError, match=r"search\.json: is of another search than the one that chose"):
             read(found.search, found.search_identity)
+        for plain in (5, {"trials": [5]}):
+            write_json(found.search / "search.json", {"identity": "this search", "trials": TRIALS, "plain": plain})
+            with pytest.raises(RunFolderError, match="is no record of a search"):
+                read(found.search)
+        write_json(found.search / "search.json", {"identity": "another", "trials": TRIALS, "plain": None})
     (found.search / "search.json").unlink()
     assert read_search(found.search, found.search_identity) is None
     with pytest.raises(RunFolderError, match="Put the search's folder back"):

@@ -30,9 +30,9 @@ from pipeline.support.tiny import tiny_decoder, tiny_tokenizer
 from tune.__main__ import main as tune_main
 from tune.cluster import Capacity
 from tune.ledger import Ledger
-from tune.search import identity
+from tune.search import describe, identity
 from tune.search import search as search_in
-from tune.space import load_space
+from tune.space import load_arms
 from tune.study import Study
 
 CODE = """
@@ -170,17 +170,21 @@ def test_values_that_a_search_folder_holds_do_not_say_it(proof: Path, monkeypatc
         write_json(folders.search / "search.json", {"best_config": {"adapter.rank": 4, key: value}})
         with pytest.raises(RunFolderError, match=rf"chooses {key}, which no search varies"):
             run.run_line(config, folders)
+        chosen = {"best_config": {}, "plain": {"best_config": {key: value}}}
+        write_json(folders.search / "search.json", chosen)
+        with pytest.raises(RunFolderError, match=rf"chooses {key}, which no search varies"):
+            run.run_line(config, folders)
     write_json(folders.search / "search.json", {"best_config": {"adapter.rank": 4}})
     assert run.run_line(config, folders) == 75
     assert (trained[0].adapter.rank, trained[0].model.trust_remote_code) == (4, False)
 
     ledger = Ledger(folders.search / "ledger.jsonl")
-    space = load_space(config)
-    ledger.open_search(identity(config, space), space.describe())
+    arms = load_arms(config)
+    ledger.open_search(identity(config, arms), describe(arms))
     ledger.append("start", trial="trial_000", index=0, values=foreign, config_sha256="x")
     capacity = Capacity(concurrent=1, workers=1, gpus=0)
     for trusted in (False, True):
-        study = Study(config.trusting(trusted), load_space(config), ledger, folders.search, capacity)
+        study = Study(config.trusting(trusted), load_arms(config), ledger, folders.search, capacity)
         assignment = study.next_assignment()
         assert assignment is not None
         assert yaml.safe_load(assignment.config)["model"]["trust_remote_code"] is trusted

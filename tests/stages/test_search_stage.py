@@ -9,8 +9,10 @@ import pytest
 from pipeline.config import build_config, load_config
 from pipeline.config.load import with_values
 from pipeline.errors import RunFolderError
+from pipeline.files import write_json
 from pipeline.run_folder.paths import Folders
 from pipeline.stages import search
+from pipeline.stages.run import chosen_configs
 
 
 def test_a_search_goes_on_with_more_trials_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +25,18 @@ def test_a_search_goes_on_with_more_trials_and_nothing_else(tmp_path: Path, monk
     for key, value in (("search.max_steps", 7), ("search.seed", 7), ("adapter.rank", 2), ("search.space", "rates")):
         with pytest.raises(RunFolderError, match="belongs to another configuration"):
             search.run_search(with_values(more, {key: value}), folders)
+
+
+def test_plain_lora_is_trained_with_its_own_best_settings(tmp_path: Path) -> None:
+    config = build_config({"adapter": {"method": "hiddenkey", "rank": 4, "consistency": {"weight": 0.3}}})
+    own = {"best_config": {"train.learning_rate": 1e-3, "adapter.rank": 16, "adapter.rates.ffn_hidden": 0.2}}
+    write_json(tmp_path / "search.json", {**own, "plain": {"best_config": {"train.learning_rate": 5e-3}}})
+    chosen, plain = chosen_configs(config, tmp_path)
+    assert (chosen.train.learning_rate, chosen.adapter.rank, chosen.adapter.rates.ffn_hidden) == (1e-3, 16, 0.2)
+    assert (plain.train.learning_rate, plain.adapter.rank, plain.adapter.method) == (5e-3, 4, "none")
+    write_json(tmp_path / "search.json", {**own, "plain": None})
+    _, plain = chosen_configs(config, tmp_path)
+    assert (plain.train.learning_rate, plain.adapter.rank) == (1e-3, 16)
+    write_json(tmp_path / "search.json", {**own, "plain": {"best_config": {"adapter.rates.ffn_hidden": 0.2}}})
+    with pytest.raises(RunFolderError, match=r"chooses adapter\.rates\.ffn_hidden, which no search varies"):
+        chosen_configs(config, tmp_path)

@@ -49,7 +49,7 @@ def test_a_search_is_rebuilt(tmp_path: Path) -> None:
         ("a", "done", 4, 0.6, 0.8), ("b", "stopped", 2, 0.6, 0.5), ("c", "failed", 2, 0.5, 0.5),
         ("d", "running", 2, 0.4, 0.5),
     ]  # fmt: skip
-    assert read.observations() == [
+    assert read.observations("method") == [
         Observation({"rate": 0.0}, 0.6, 4, complete=True), Observation({"rate": 0.1}, 0.6, 2, complete=False)
     ]  # fmt: skip
     assert (read.trials["a"].adapter_sha256, read.trials["c"].error) == ("w", "it broke")

@@ -17,6 +17,7 @@ from helpers import ROOT
 from helpers.searches import ended, run, start, starts, wait_for, write_config
 
 from pipeline import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, dump_config, load_config, sha256_file
+from pipeline.stages.run import chosen_configs
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,9 @@ def test_a_search_with_a_failing_and_a_dying_trial(tmp_path: Path) -> None:
     assert result["ensemble"]["adapters"][0] == best["name"]
     assert result["ensemble"]["validation_loss"] <= best["validation_loss"] + 1e-6
     assert set(result["ensemble"]["by_size"]) == {"1", "2"}
-    assert all(warning.startswith("Chosen at the edge ") for warning in result["warnings"]), "of an edge, and no other"
+    *edges, untuned = result["warnings"]
+    assert all(warning.startswith("Chosen at the edge ") for warning in edges), "of an edge, and no other"
+    assert "no tuning of its own (search.plain)" in untuned and result["plain"] is None
     assert not (search / ".ray").exists()
 
     # The same command runs what failed, and nothing else.
@@ -91,6 +94,37 @@ def test_a_killed_driver_continues_with_the_same_trials(tmp_path: Path) -> None:
     assert interrupted.items() <= {name: rest for name, *rest in again}.items(), "other settings after the kill"
     assert finished.items() <= ended(tmp_path).items()
     assert not scratch.exists()
+
+
+def test_plain_lora_is_tuned_beside_the_method_and_a_killed_driver_goes_on_with_both(tmp_path: Path) -> None:
+    write_config(tmp_path, trials=3, adapters=3, concurrent=1, plain=True)
+    process = start(tmp_path, STUB_SECONDS="0.2")
+    wait_for(tmp_path, "end", 2)
+    wait_for(tmp_path, "report", 10)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = ended(tmp_path)
+    assert {"trial_000", "plain_000"} <= finished.keys(), "the arms do not take turns"
+    begun = starts(tmp_path)
+    code, output = run(tmp_path)
+    assert code == EXIT_OK, output
+    again = starts(tmp_path)[len(begun) :]
+    assert not {name for name, *_ in again} & finished.keys(), "a finished trial ran again"
+    result = read_result(tmp_path)
+    plain = result["plain"]
+    assert [trial["name"] for trial in plain["trials"]] == ["plain_000", "plain_001", "plain_002"]
+    assert len(result["trials"]) == len(plain["trials"]), "plain LoRA has fewer settings than the method"
+    for trial in plain["trials"]:
+        assert trial["state"] == "done" and set(trial["config"]) == {"adapter.rank", "train.learning_rate"}
+        assert load_config(tmp_path / "search" / trial["run"] / "config.yaml").adapter.method == "none"
+    best = min(plain["trials"], key=lambda trial: trial["validation_loss"])
+    assert (plain["best"], plain["best_config"]) == (best["name"], best["config"])
+    assert set(result["ensemble"]["adapters"]) <= {trial["name"] for trial in result["trials"]}
+    assert "Best of plain LoRA: " in output
+    chosen, chosen_plain = chosen_configs(load_config(tmp_path / "config.yaml"), tmp_path / "search")
+    assert chosen.adapter.rate == result["best_config"]["adapter.rate"]
+    assert chosen_plain.train.learning_rate == plain["best_config"]["train.learning_rate"]
+    assert chosen_plain.adapter.method == "none" and chosen_plain.adapter.rank == plain["best_config"]["adapter.rank"]
 
 
 def test_a_stopped_search_says_so_and_continues(tmp_path: Path) -> None:

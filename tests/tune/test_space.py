@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pipeline import ConfigError, RunConfig, build_config
 from tune.dimensions import Options, Range, Space
 from tune.ledger import TrialRecord
-from tune.search import edge_warnings
-from tune.space import SERVED_RANKS, load_space, trial_config
+from tune.search import _unequal_tuning, edge_warnings
+from tune.space import SERVED_RANKS, Arm, load_arms, load_space, trial_config
 
 BASE = RunConfig()
 
@@ -187,7 +187,47 @@ def test_a_chosen_value_at_the_edge_is_noticed(dimension: Options | Range, insid
 def test_the_warning_names_what_lies_at_the_edge() -> None:
     space = Space("x", {"adapter.rank": Options((8, 16)), "adapter.rate": Range(0.1, 0.6)})
     best = TrialRecord("trial_000", 0, {"adapter.rank": 16, "adapter.rate": 0.3}, "h")
-    assert edge_warnings(space, best) == [
-        "Chosen at the edge of what was searched: adapter.rank = 16. The best may lie beyond it."
-    ]
-    assert edge_warnings(space, TrialRecord("x", 0, {"adapter.rate": 0.3}, "h")) == []
+    said = "at the edge of what was searched: adapter.rank = 16. The best may lie beyond it."
+    assert edge_warnings(Arm("method", BASE, space, 2), best) == [f"Chosen {said}"]
+    assert edge_warnings(Arm("plain", BASE, space, 2), best) == [f"Chosen for plain LoRA {said}"]
+    assert edge_warnings(Arm("method", BASE, space, 2), TrialRecord("x", 0, {"adapter.rate": 0.3}, "h")) == []
+
+
+@pytest.mark.parametrize("method", ["lora_dropout", "hiddenkey", [{"position": "lora_rank", "rate": 0.2}]])
+def test_plain_lora_is_tuned_over_what_it_has_of_the_space(method: object) -> None:
+    """As many trials as the method; nothing of dropout, and the rest as the method has it."""
+    config = build_config({"adapter": {"method": method, "alpha": 64.0}, "search": {"trials": 5}})
+    own, plain = load_arms(config)
+    assert (own.name, own.config, own.trials) == ("method", config, 5)
+    assert (plain.name, plain.trials, plain.trial_name(3)) == ("plain", 5, "plain_003")
+    shared = ("adapter.rank", "train.learning_rate")
+    assert plain.space.dimensions == {key: own.space.dimensions[key] for key in shared}
+    assert not plain.config.adapter.resolved_method().sites and plain.config.adapter.alpha == 64.0
+    values = {"adapter.rank": 16, "train.learning_rate": 1e-3}
+    assert trial_config(plain.config, values, "plain_003").adapter.rank == 16
+
+
+def test_a_finite_space_gives_plain_lora_fewer_trials(tmp_path: Path) -> None:
+    dropout = "adapter.rate: {grid: [0.1, 0.2, 0.3]}\ntrain.draws: {choice: [2, 4]}\n"
+    text = f"{dropout}train.learning_rate: {{grid: [1e-3, 1e-4]}}"
+    own, plain = load_arms(config_with(tmp_path / "s.yaml", text, trials=6))
+    assert (own.trials, plain.trials, list(plain.space.dimensions)) == (6, 2, ["train.learning_rate"])
+    (said,) = _unequal_tuning(own.config, [own, plain])
+    assert said.startswith("Plain LoRA was tuned with 2 settings, the method with 6")
+
+
+@pytest.mark.parametrize(("text", "sections", "said"), [
+    ("train.learning_rate: {choice: [1e-3, 1e-4]}", {"adapter": {"method": "none"}}, None),
+    ("adapter.rate: {choice: [0.1, 0.2]}", {}, "Plain LoRA is not tuned: the space varies nothing that it has."),
+    ("train.learning_rate: {choice: [1e-3, 1e-4]}", {"search": {"plain": False}}, "no tuning of its own"),
+])
+def test_where_plain_lora_is_not_tuned_it_is_said(
+    tmp_path: Path, text: str, sections: dict[str, dict[str, object]], said: str | None
+) -> None:
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    search = {"space": str(tmp_path / "s.yaml"), "trials": 2, **sections.get("search", {})}
+    config = build_config({**sections, "search": search})
+    arms = load_arms(config)
+    assert [arm.name for arm in arms] == ["method"]
+    warnings = _unequal_tuning(config, arms)
+    assert warnings == [] if said is None else said in warnings[0]

@@ -37,9 +37,11 @@ from pipeline.run_folder.predictions import (
 )
 from tune import progress as progress_module
 from tune.cluster import plan
+from tune.dimensions import Space
 from tune.ensemble import choose_ensemble, validation_losses
-from tune.ledger import Ledger, TrialRecord
+from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress
+from tune.space import Arm
 from tune.trial import Assignment, _train
 
 
@@ -128,10 +130,39 @@ def test_a_restarted_search_remembers_the_rungs(tmp_path: Path) -> None:
         ledger.append("report", trial=name, step=10, nll=nll, accuracy=None)
         ledger.append("end", trial=name, state=state)
     scheduler, asked = asha(trials=4, keep=2)
-    scheduler.replay(ledger)
+    scheduler.replay(ledger, "method")
     reported(scheduler, "c", 10, 0.48)  # median of 0.4 and 0.5 is 0.45
     reported(scheduler, "d", 10, 0.49)
     assert asked == ["c"], "one of the four was stopped before, so one more may be"
+
+
+def test_an_arm_is_stopped_by_its_own_trials_alone() -> None:
+    """Plain LoRA's trials are all worse than the method's, and the best of them is not stopped for it."""
+    from tune.study import ArmScheduler
+
+    arms = {name: asha(trials=4, keep=1) for name in ("method", "plain")}
+    both = ArmScheduler({name: scheduler for name, (scheduler, _) in arms.items()}, lambda name: name.split("-")[0])
+    for name, nll in (("method-a", 0.3), ("plain-a", 0.8), ("method-b", 0.4), ("plain-b", 0.7), ("plain-c", 0.9)):
+        trial = SimpleNamespace(trial_id=name, config={"name": name})
+        both.on_trial_add(None, trial)
+        row = {"step": 10, "nll": nll, "accuracy": None, "finished": False}
+        assert both.on_trial_result(None, trial, row) == "CONTINUE"
+    assert [asked for _, asked in arms.values()] == [["method-b"], ["plain-c"]]
+
+
+def test_the_arms_take_turns(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    arms = [Arm(name, RunConfig(), Space("s", {}), trials) for name, trials in (("method", 4), ("plain", 3))]
+    names = [arm.trial_name(index) for arm, index in pending(ledger, arms)]
+    assert names == ["trial_000", "plain_000", "trial_001", "plain_001", "trial_002", "plain_002", "trial_003"]
+    for arm, index in ((arms[0], 0), (arms[1], 1)):
+        name = arm.trial_name(index)
+        ledger.append("start", trial=name, arm=arm.name, index=index, values={"x": 1}, config_sha256="h")
+        ledger.append("report", trial=name, step=2, nll=0.5, accuracy=None)
+        ledger.append("end", trial=name, state="done")
+    left = [arm.trial_name(index) for arm, index in pending(Ledger(ledger.path), arms)]
+    assert left == ["trial_001", "plain_000", "trial_002", "plain_002", "trial_003"]
+    assert len(ledger.observations("plain")) == 1
 
 
 def train_and_collect(
@@ -339,7 +370,7 @@ def test_the_driver_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
         "import sys, pipeline, tune.__main__, tune.search, tune.study, tune.ensemble\n"
         "config = pipeline.build_config({'data': {'path': sys.argv[1], 'validation_rows': 8, 'calibration_rows': 8,"
         " 'test_rows': 8}})\n"
-        "tune.search.load_space(config); pipeline.load_splits(config.data); pipeline.choose_adapters\n"
+        "tune.search.load_arms(config); pipeline.load_splits(config.data); pipeline.choose_adapters\n"
         "print(sorted({'torch', 'deepspeed', 'transformers', 'bitsandbytes'} & set(sys.modules)))"
     )
     done = subprocess.run(
