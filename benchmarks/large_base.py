@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory_plan import EIGHT_BILLION, write_random_model
-
+from benchmarks.memory_plan import EIGHT_BILLION, write_random_model
 from pipeline.files import ADAPTER_WEIGHTS, read_json_lines, sha256_file
 from pipeline.run_folder.paths import RunPaths
 
