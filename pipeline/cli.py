@@ -111,6 +111,7 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.config import dump_config
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
+    from pipeline.plan.compute_dtype import with_compute_dtype
     from pipeline.plan.preflight import check_inputs
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
@@ -127,6 +128,8 @@ def execute(stage: Stage, request: Request) -> int:
     check_nodes(config.launch, stage.name, stage.processes, common)
     if stage.trains:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
+    if stage.settings == "new":
+        config = with_compute_dtype(config, [getattr(folders, name) for name in stage.writes])
     if request.dry_run:
         check_adapter(stage, config, folders)
         print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))

@@ -19,6 +19,12 @@ settings.load_profile("shared-machine")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processor is timed for `model.compute_dtype: auto`, and no test depends on which: float32."""
+    monkeypatch.setattr("pipeline.plan.compute_dtype.measured_seconds", lambda shapes, threads: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model/` and `rows.jsonl`."""

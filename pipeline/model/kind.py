@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import MOST_JSON_BYTES, read_bytes
-from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, is_embedded
+from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, embedded_folder, is_embedded
 
 Kind = Literal["causal", "classifier"]
 MODEL_FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
@@ -24,6 +25,9 @@ ENCODER_TYPES = frozenset({
     "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
 })  # fmt: skip
 """`model_type` of families whose tokens attend to both sides: some can be loaded as causal models, to no use."""
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_MLP = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "hidden_dim")
+"""What families call a hidden state's size, and that of what lies inside their MLP."""
 
 
 def model_kind(config: ModelConfig) -> Kind:
@@ -44,16 +48,55 @@ def local_kind(config: ModelConfig) -> Kind | None:
     """
     if is_embedded(config.path):
         return _kind_of(config, {"model_type": EMBEDDED_MODELS[check_embedded_name(config.path)].family})
-    file = Path(config.path).expanduser() / "config.json"
-    if file.is_file():
-        try:
-            description = json.loads(read_bytes(file, MOST_JSON_BYTES))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError("model.path", config.path, f"has a config.json that cannot be read ({error})") from error
-        if not isinstance(description, dict):
-            raise ConfigError("model.path", config.path, "has a config.json that holds no mapping")
+    description = _read_description(config.path, Path(config.path).expanduser() / "config.json")
+    if description is not None:
         return _kind_of(config, description)
     return config.kind if config.kind == "classifier" else None
+
+
+def base_sizes(config: ModelConfig) -> tuple[int, int] | None:
+    """(hidden size, size of the MLP) from a config.json at hand, the hub's cache included; None where there is none.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if is_embedded(config.path):
+        folder = embedded_folder(config.path)
+        file = None if folder is None else folder / "config.json"
+    else:
+        file = Path(config.path).expanduser() / "config.json"
+        if not file.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            with contextlib.suppress(HFValidationError):
+                cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+                file = Path(cached) if isinstance(cached, str) else file
+    description = _read_description(config.path, file) if file is not None else None
+    if description is None:
+        return None
+    nested = description.get("text_config")
+    inner = nested if isinstance(nested, dict) else description
+    hidden = next((size for name in _HIDDEN if _is_size(size := inner.get(name))), None)
+    if hidden is None:
+        return None
+    return hidden, next((size for name in _MLP if _is_size(size := inner.get(name))), 4 * hidden)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _read_description(path: str, file: Path) -> dict[str, Any] | None:
+    """What config.json says of the model; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        description = json.loads(read_bytes(file, MOST_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError("model.path", path, f"has a config.json that cannot be read ({error})") from error
+    if not isinstance(description, dict):
+        raise ConfigError("model.path", path, "has a config.json that holds no mapping")
+    return description
 
 
 def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:

@@ -70,7 +70,10 @@ def resolve_model_path(config: ModelConfig) -> str:
 
 
 def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where an accelerator has it, float16 on older ones, float32 on CPU (measured faster there)."""
+    """`auto`: bfloat16 where an accelerator has it, float16 on older ones, float32 on CPU.
+
+    For a run on CPUs the command has put a measured choice in its place (`pipeline.plan.compute_dtype`).
+    """
     if config.compute_dtype != "auto":
         return DTYPES[config.compute_dtype]
     if device.type == "cuda":
