@@ -76,14 +76,13 @@ def base_sizes(config: ModelConfig) -> tuple[int, int] | None:
         return None
     nested = description.get("text_config")
     inner = nested if isinstance(nested, dict) else description
-    hidden = next((size for name in _HIDDEN if _is_size(size := inner.get(name))), None)
-    if hidden is None:
-        return None
-    return hidden, next((size for name in _MLP if _is_size(size := inner.get(name))), 4 * hidden)
+    hidden = _first_size(inner, _HIDDEN)
+    return None if hidden is None else (hidden, _first_size(inner, _MLP) or 4 * hidden)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+def _first_size(description: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    sizes = (description.get(name) for name in names)
+    return next((size for size in sizes if type(size) is int and 0 < size < 2**31), None)
 
 
 def _read_description(path: str, file: Path) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ def main(rows: int, length: int, hidden: int, mlp: int) -> dict[str, float]:
     if probe["bfloat16"] > HOPELESS * probe["float32"]:
         return probe
     both(rows)
-    end, pairs = time.monotonic() + SECONDS, []
+    end, pairs = time.monotonic() + SECONDS, [both(rows)]
     while len(pairs) < LEAST or (time.monotonic() < end and len(pairs) < MOST):
         pairs.append(both(rows))
     return {name: statistics.median(pair[name] for pair in pairs) for name in layers}
