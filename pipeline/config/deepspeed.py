@@ -131,6 +131,11 @@ def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigEr
             "model.quantization", "int8", "ZeRO-3 would shard nothing: bitsandbytes keeps a second reference to the"
             " whole 8-bit weights in every process", "Set model.quantization=nf4, or train.deepspeed=zero2.",
         )
+    if model.hold == "dequantized":
+        return ConfigError(
+            "model.hold", "dequantized", "ZeRO-3 shards the quantized weights", "Leave it at auto, or set"
+            " train.deepspeed=zero2.",
+        )
     return sharded_float16() if model.compute_dtype == "float16" else None
 
 

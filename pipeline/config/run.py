@@ -86,7 +86,7 @@ class RunConfig(Section):
         del values["launch"]
         for name in PLACEMENT:
             del values["train"][name]
-        del values["data"]["cache"], values["model"]["trust_remote_code"]
+        del values["data"]["cache"], values["model"]["trust_remote_code"], values["model"]["hold"]
         return values
 
 

@@ -15,6 +15,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model
+from pipeline.model.held import held_bytes, hold_dequantized, is_held_dequantized, local_processes
 from pipeline.model.kind import MODEL_FAULTS, refuse_untrusted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,14 +130,17 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders with a head look for the last token before it
     switch_off_dropout(model)
     quantized = pin_training_mode(model)
+    parameters = model.num_parameters()
     if sharded and config.quantization == "nf4":
         from pipeline.model.released import release_weights
 
         release_weights(model)
+    elif is_held_dequantized(config, device.type, held_bytes(model, dtype), local_processes()):
+        hold_dequantized(model, dtype)
     identity = BaseIdentity(
         path=config.path, resolved=resolved, revision=config.revision, quantization=config.quantization,
         double_quantization=config.double_quantization, compute_dtype=str(dtype).removeprefix("torch."),
-        quantized_modules=quantized, parameters=model.num_parameters(), classes=classes, unquantized=unquantized,
+        quantized_modules=quantized, parameters=parameters, classes=classes, unquantized=unquantized,
     )
     heads = {} if classes is None else find_heads(model, absent, config.path)
     return BaseModel(model, tokenizer, identity, heads)

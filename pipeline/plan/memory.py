@@ -7,7 +7,7 @@ peak is the largest of four moments: loading, the forward pass with its loss, th
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.config.deepspeed import read_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
 from pipeline.errors import ConfigError, LoradropError
 from pipeline.model.embedded import is_embedded
+from pipeline.model.held import is_held_dequantized
 from pipeline.model.kind import MODEL_FAULTS
 from pipeline.model.load import compute_dtype
 from pipeline.plan.memory_trace import Batch, Peaks, empty_model, trace_pass
@@ -59,6 +60,8 @@ class NoPlan(LoradropError):
 class Weights:
     """What the base and the adapter hold, in bytes unless said otherwise."""
 
+    weights: int
+    """In quantized layers (a number)."""
     quantized: int
     """4- or 8-bit weights."""
     scales: int
@@ -71,6 +74,8 @@ class Weights:
     """The largest quantized layer's weight in the compute type: each product dequantizes one."""
     stored: int
     """The checkpoint's files."""
+    dequantized: bool = False
+    """Whether the 4-bit weights are held in the compute type: `quantized` is what that takes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class MemoryPlan:
     @property
     def moments(self) -> dict[str, int]:
         """Moment -> bytes."""
-        running = self.resident + self.kept + self.weights.largest + self.holes
+        dequantizing = 0 if self.weights.dequantized else self.weights.largest
+        running = self.resident + self.kept + dequantizing + self.holes
         allocated = self.bucket if self.device == "cuda" else 0  # on CPU it fills as activations go
         return {
             "loading": self.load_peak,
@@ -155,6 +161,9 @@ def plan_memory(
     model = empty_model(description, dtype, base.attention)
     adapters = attach(model, [AdapterSpec.from_config(adapter, train.max_steps)], adapter.target_modules, 0)
     weights = weigh(adapters, base, dtype, folder)
+    held = weights.weights * dtype.itemsize
+    if is_held_dequantized(base, device, held, processes):
+        weights = replace(weights, quantized=held, scales=0, dequantized=True)
     try:
         passes = trace_pass(adapter, train, base.attention, description, dtype, batch)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -213,7 +222,8 @@ def weigh(adapters: Adapters, config: ModelConfig, dtype: torch.dtype, folder: P
     largest = max((inputs * outputs for inputs, outputs in linears.values()), default=0) * dtype.itemsize
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None else 0
     return Weights(
-        sum(size for size, _ in sizes), sum(scales for _, scales in sizes), others, trained, largest, stored
+        weights=sum(inputs * outputs for inputs, outputs in linears.values()), quantized=sum(size for size, _ in sizes),
+        scales=sum(scales for _, scales in sizes), others=others, trained=trained, largest=largest, stored=stored,
     )
 
 

@@ -53,8 +53,10 @@ def memory_table(config: RunConfig, processes: int) -> str:
 def parts(model: ModelConfig, deepspeed: str, plan: MemoryPlan, processes: int) -> list[tuple[str, int]]:
     """What the memory is taken by; parts of one another are indented."""
     double = ", double" if model.quantization == "nf4" and model.double_quantization else ""
+    held = ", dequantized" if plan.weights.dequantized else ""
+    dequantizing = 0 if held else plan.weights.largest
     return [
-        (f"base, {model.quantization}", plan.weights.quantized),
+        (f"base, {model.quantization}{held}", plan.weights.quantized),
         (f"its quantization state{double}", plan.weights.scales),
         ("embeddings, head, norms, biases", plan.weights.others),
         (f"adapter, {plan.weights.trained:,} parameters", plan.adapter),
@@ -63,7 +65,7 @@ def parts(model: ModelConfig, deepspeed: str, plan: MemoryPlan, processes: int) 
         (f"optimizer ({deepspeed}, {processes} processes)", plan.optimizer),
         ("forward pass: activations, logits", int(plan.passes.forward)),
         ("backward pass", int(plan.passes.backward)),
-        ("one dequantized layer", plan.weights.largest),
+        ("one dequantized layer", dequantizing),
         ("holes in the C library's heap, at the most", plan.holes),
         ("libraries, tokenizer", plan.overhead),
     ]

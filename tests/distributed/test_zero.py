@@ -130,7 +130,7 @@ def test_the_trainer_refuses_what_the_matrix_refuses(tiny_settings: list[str]) -
     assert fault is not None and "shard nothing" in str(fault)
     assert combination_fault(source, ModelConfig()) is None
     assert combination_fault({"zero_optimization": {"stage": 2}}, ModelConfig(quantization="int8")) is None
-    for wrong in ("model.quantization=int8", "model.compute_dtype=float16"):
+    for wrong in ("model.quantization=int8", "model.compute_dtype=float16", "model.hold=dequantized"):
         config = load_config(None, [*tiny_settings, "train.deepspeed=zero3", wrong])
         with pytest.raises(ConfigError) as caught:
             check_inputs(config)

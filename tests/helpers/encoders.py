@@ -30,7 +30,10 @@ def load_encoder(folder: Path, family: str = "bert", precision: str = "fp32", cl
         write_encoder(folder, family)
     quantization, dtype = PRECISIONS.get(precision, (precision, "float32"))
     attention = "eager" if family in EAGER else "sdpa"
-    config = ModelConfig(path=str(folder), quantization=quantization, compute_dtype=dtype, attention=attention)
+    config = ModelConfig(
+        path=str(folder), quantization=quantization, compute_dtype=dtype, attention=attention,
+        hold="quantized" if quantization == "nf4" else "auto",
+    )
     return load_base(config, CPU, classes)
 
 

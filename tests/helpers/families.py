@@ -33,10 +33,12 @@ LORA_DROPOUT = (Site(position="lora_A", rate=0.5), Site(position="lora_B", rate=
 
 
 def load_tiny(folder: Path, family: str = "llama", precision: str = "nf4") -> nn.Module:
-    """A tiny model as the product loads it (written to `folder` first)."""
+    """A tiny model as the product loads it (written to `folder` first), its 4-bit layers left as they are."""
     write_tiny_model(folder, family)
     quantization, dtype = PRECISIONS.get(precision, (precision, "float32"))
-    return load_base(ModelConfig(path=str(folder), quantization=quantization, compute_dtype=dtype), CPU).model
+    hold = "quantized" if quantization == "nf4" else "auto"
+    config = ModelConfig(path=str(folder), quantization=quantization, compute_dtype=dtype, hold=hold)
+    return load_base(config, CPU).model
 
 
 def trained_start(adapters: Adapters, seed: int = 1, size: float = 0.1) -> Adapters:

@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_shapes(tiny_settings: list[str], tiny_folder: 
 
 @pytest.mark.slow
 def test_weights_are_those_of_a_loaded_base(tiny_settings: list[str]) -> None:
-    config = tiny_config(tiny_settings)
+    config = tiny_config(tiny_settings, "model.hold=quantized")
     base = load_base(config.model, torch.device("cpu"))
     held = [p.quant_state for p in base.model.parameters() if hasattr(p, "quant_state")]
     scales = sum(
