@@ -31,7 +31,7 @@ class ModelConfig(Section):
     hold: Literal["auto", "quantized", "dequantized"] = "auto"
     """4-bit weights in memory: `quantized`, and dequantized again in every product; or `dequantized` once, to the
     compute dtype: the same results to the bit, about a tenth faster on CPUs, 2 or 4 bytes per weight in each process.
-    auto = dequantized on CPUs that have four times that memory available, quantized on accelerators and under ZeRO-3."""
+    auto = dequantized on CPUs with four times that memory available, quantized on accelerators and under ZeRO-3."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products; auto = bfloat16 on an accelerator that has it, float16 on older ones. On CPUs the
     command times a training pass of the run's shapes in float32 and bfloat16, once per machine, takes bfloat16 where
