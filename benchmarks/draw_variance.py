@@ -42,7 +42,7 @@ def gradients_of(config: RunConfig) -> Callable[[str, int, int], torch.Tensor]:
     adapters = attach_adapter(config.adapter, task.base, config.train.max_steps, config.train.seed)
     adapters.model.train()
     term = adapters.specs[0].consistency
-    objective = TrainingObjective(task.objective(), adapters.axis, term)
+    objective = TrainingObjective(task.objective(), adapters.axis)
     loaders = {
         layout: open_loader(
             config.train.model_copy(update={"draw_layout": layout}), config.data.max_tokens, examples, adapters.specs[0]
@@ -54,7 +54,7 @@ def gradients_of(config: RunConfig) -> Callable[[str, int, int], torch.Tensor]:
         key = MaskKey(config.train.seed, f"draw variance {step} {layout} {repeat}")
         pad_id = task.base.tokenizer.pad_token_id
         batch = loaders[layout].of_step(step)
-        return step_gradient(adapters, objective, batch, pad_id, key, task.padding, term.weight)
+        return step_gradient(adapters, objective, batch, pad_id, key, task.padding, term.weight, task.label_smoothing)
 
     return gradient_of
 

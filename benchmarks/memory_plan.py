@@ -105,7 +105,7 @@ def _engine(config: Any, world: Any, base: Any) -> tuple[Any, Any]:
     from pipeline.training.engine import build_engine, micro_steps_of
 
     adapters = attach_adapter(config.adapter, base, config.train.max_steps, config.train.seed)
-    objective = TrainingObjective(SupervisedLM(base.model), adapters.axis, adapters.specs[0].consistency)
+    objective = TrainingObjective(SupervisedLM(base.model), adapters.axis)
     dtype = compute_dtype(config.model, world.device)
     return build_engine(config.train, adapters, objective, micro_steps_of(config.train, world), dtype), adapters
 

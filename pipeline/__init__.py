@@ -16,6 +16,7 @@ _MODULES = {
     ),
     "config.adapter": ("SERVED_RANKS",),
     "config.load": ("with_values", "without_dropout"),
+    "config.pack": ("pack_refusal",),
     "config.space": ("OF_DROPOUT", "ONE_RATE", "SITE_RATE", "TERM_WEIGHT", "DimensionFile", "find_space", "read_space"),
     "data.splits": ("load_splits",),
     "distributed.launcher": ("LAUNCHER_VARIABLES",),
@@ -41,6 +42,7 @@ _MODULES = {
     "scores.selection": ("SELECTION_NAMES",),
     "scores.temperature": ("apply_temperature", "fit_temperature"),
     "stages.train": ("train_run",),
+    "training.packed.pack": ("Ended", "Pack", "train_pack"),
     "terminal": ("duration", "one_line", "printable", "say"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

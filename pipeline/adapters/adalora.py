@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.bucket import Bucket
 from pipeline.adapters.linear import low_rank_update, pick
 
 DEVIATION = 0.02
 """Of the entries of P and Q at a fresh start (PEFT's and the authors' choice)."""
 
 
-class SvdBucket(nn.Module):
+class SvdBucket(Bucket):
     """AdaLoRA adapters of equal rank R in one layer, stacked: Q = lora_A (K, R, I), Λ = lora_E (K, R), P = lora_B.
 
     ΔW = s · diag(m_P) P diag(Λ) Q diag(m_Q): rows of P and columns of Q are dropped, Λ never is. Pruned triplets have
@@ -25,25 +26,20 @@ class SvdBucket(nn.Module):
 
     names = ("lora_A", "lora_B", "lora_E")
 
-    def __init__(
-        self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]
-    ) -> None:
-        super().__init__()
-        self.adapters = tuple(adapters)
-        self.slot = {adapter: slot for slot, adapter in enumerate(self.adapters)}
-        self.rank, self.inputs, self.outputs = rank, inputs, outputs
-        self.scalings = tuple(scalings)
-        self.lora_A = nn.Parameter(torch.zeros(len(self.adapters), rank, inputs, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(len(self.adapters), outputs, rank, dtype=torch.float32))
-        self.lora_E = nn.Parameter(torch.zeros(len(self.adapters), rank, dtype=torch.float32))
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_E: nn.Parameter
 
-    def reset(self, generators: Sequence[torch.Generator]) -> None:
-        """Fresh start, one generator per adapter: Q, then P ~ N(0, 0.02²); Λ = 0."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one adapter."""
+        return {"lora_A": (self.rank, self.inputs), "lora_B": (self.outputs, self.rank), "lora_E": (self.rank,)}
+
+    def start(self, place: int, generator: torch.Generator) -> None:
+        """Q, then P ~ N(0, 0.02²); Λ = 0."""
         with torch.no_grad():
-            self.lora_E.zero_()
-            for slot, generator in enumerate(generators):
-                for matrix in (self.lora_A[slot], self.lora_B[slot]):
-                    matrix.copy_(torch.randn(matrix.shape, generator=generator) * DEVIATION)
+            self.lora_E[place].zero_()
+            for matrix in (self.lora_A[place], self.lora_B[place]):
+                matrix.copy_(torch.randn(matrix.shape, generator=generator) * DEVIATION)
 
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]

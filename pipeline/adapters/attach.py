@@ -11,20 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.adalora import SvdBucket
+from pipeline.adapters.bucket import Bucket
 from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
 from pipeline.adapters.members import MaskKey, Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
 from pipeline.adapters.sites.anatomy import check_sites, is_causal
-from pipeline.adapters.sites.attention import install_attention_sites
+from pipeline.adapters.sites.attention import install_attention_sites, remove_attention_sites
 from pipeline.adapters.sites.deberta import install_position_projections
-from pipeline.adapters.sites.ffn import install_ffn_sites
+from pipeline.adapters.sites.ffn import install_ffn_sites, remove_ffn_sites
 from pipeline.adapters.spec import AdapterSpec, count_layers
 from pipeline.errors import ConfigError
 from pipeline.randomness import key64
 
-BUCKETS: dict[str, type[RankBucket] | type[SvdBucket]] = {"lora": RankBucket, "adalora": SvdBucket}
+BUCKETS: dict[str, type[Bucket]] = {"lora": RankBucket, "adalora": SvdBucket}
 """kind of an adapter -> what holds its matrices."""
+VACANT = AdapterSpec(layers=frozenset())
+"""Adapts nothing."""
 EXPERTS = re.compile(r"(^|\.)experts\.")
 
 
@@ -35,7 +38,8 @@ class Adapters:
     model: nn.Module
     axis: MemberAxis
     layers: dict[str, LoRALinear]
-    specs: tuple[AdapterSpec, ...]
+    specs: list[AdapterSpec]
+    """By adapter; `VACANT` where a slot is free."""
     sites: dict[str, LayerSites]
     layer_count: int
     """Transformer layers of the model."""
@@ -47,7 +51,8 @@ class Adapters:
     @property
     def device(self) -> torch.device:
         """Where the adapters live."""
-        return next(iter(self.layers.values())).buckets[0].lora_A.device
+        layer = next(iter(self.layers.values()))
+        return (layer.buckets[0].lora_A if layer.buckets else layer.base.weight).device  # type: ignore[union-attr]
 
     def plan(self, members: Sequence[Member], rows: int, key: MaskKey | Sequence[MaskKey]) -> MemberPlan:
         """A plan with freshly drawn weight masks (a pure function of its arguments).
@@ -102,10 +107,20 @@ def attach(
     """
     specs = [spec.resolved_for(is_causal(model)) for spec in specs]
     check_sites(model, specs)
-    heads = heads or {}
-    targeted = match_targets(model, target_modules, heads)
-    names = [name for name in targeted if any(spec.adapts(name) for spec in specs)]
+    targeted = match_targets(model, target_modules, heads or {})
     _refuse_empty_adapters(specs, targeted, target_modules)
+    adapters = wrap(model, [name for name in targeted if any(spec.adapts(name) for spec in specs)], heads or {}, seed)
+    for k, spec in enumerate(specs):
+        place(adapters, k, spec, targeted, seed, k)
+    return adapters
+
+
+def wrap(model: nn.Module, names: Sequence[str], heads: Mapping[str, Collection[str]], seed: int = 0) -> Adapters:
+    """Wrap linears, and modules that are trained whole, for adapters to come; freeze everything.
+
+    Args:
+        seed: of the untrained head that the base alone has.
+    """
     axis = MemberAxis()
     model.requires_grad_(False)
     layer_count = count_layers([name for name, _ in model.named_modules()])
@@ -114,19 +129,48 @@ def attach(
         for name, module in model.named_modules() if is_linear(module) and not _is_within(name, heads)
     )
     layers: dict[str, LoRALinear] = {}
-    sites: dict[str, LayerSites] = {}
     for name in names:
-        base = model.get_submodule(name)
-        layer = _wrap(base, name, axis, specs, layer_count, seed)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
-        layers[name] = layer
-        sites[name] = _layer_sites(layer, specs, name, layer_count)
-    install_attention_sites(model, axis, specs, layer_count)
-    install_ffn_sites(model, axis, specs, layer_count)
+        layers[name] = LoRALinear(model.get_submodule(name), name, axis)
+        _put_in_place(model, name, layers[name])
     install_position_projections(model, axis)
-    trained = {name: _wrap_head(model, name, fresh, axis, len(specs), seed) for name, fresh in heads.items()}
-    return Adapters(model, axis, layers, tuple(specs), sites, layer_count, dict(suffixes), trained)
+    trained: dict[str, TrainedHead] = {}
+    for name, fresh in heads.items():
+        deviation = getattr(model.config, "initializer_range", 0.02)
+        trained[name] = TrainedHead(model.get_submodule(name), name, axis, fresh, deviation, seed)
+        _put_in_place(model, name, trained[name])
+    sites = {name: LayerSites({}, {}) for name in layers}
+    return Adapters(model, axis, layers, [], sites, layer_count, dict(suffixes), trained)
+
+
+def place(
+    adapters: Adapters, adapter: int, spec: AdapterSpec, targeted: Collection[str], seed: int, origin: int
+) -> None:
+    """Put a fresh adapter onto a wrapped model, under an index that is free.
+
+    Args:
+        spec: resolved for the model.
+        targeted: layers that it adapts, as far as the spec does not leave them out.
+        seed, origin: its start is a function of these and the layer names.
+    """
+    adapters.specs += [VACANT] * (adapter + 1 - len(adapters.specs))
+    adapters.specs[adapter] = spec
+    for name in targeted:
+        if spec.adapts(name):
+            _place_in_layer(adapters, adapter, spec, name, key64(seed, "init", origin, name))
+    install_attention_sites(adapters.model, adapters.axis, adapter, spec, adapters.layer_count)
+    install_ffn_sites(adapters.model, adapters.axis, adapter, spec, adapters.layer_count)
+    for head in adapters.heads.values():
+        head.take(adapter, seed, origin)
+
+
+def remove(adapters: Adapters, adapter: int) -> None:
+    """Take an adapter away; its index is free."""
+    adapters.specs[adapter] = VACANT
+    for name, layer in adapters.layers.items():
+        layer.leave(adapter)
+        adapters.sites[name].forget(adapter)
+    remove_attention_sites(adapters.model, adapter)
+    remove_ffn_sites(adapters.model, adapter)
 
 
 def match_targets(model: nn.Module, target_modules: str | Sequence[str], heads: Collection[str] = ()) -> list[str]:
@@ -134,7 +178,7 @@ def match_targets(model: nn.Module, target_modules: str | Sequence[str], heads: 
 
     What lies in `heads`, the modules that are trained whole, is passed over (as PEFT does).
     """
-    named = {name: module for name, module in model.named_modules() if not _is_within(name, heads)}
+    named = {name: module for name, module in base_modules(model).items() if not _is_within(name, heads)}
     linears = {name: module for name, module in named.items() if is_linear(module)}
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -151,6 +195,17 @@ def match_targets(model: nn.Module, target_modules: str | Sequence[str], heads: 
     return matched
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the base by their names in it, also where adapters have been put around some."""
+    found: dict[str, nn.Module] = {}
+    around = "/"
+    for name, module in model.named_modules():
+        if not name.startswith(around):
+            found[name] = module.base if isinstance(module, LoRALinear) else module
+            around = f"{name}." if isinstance(module, LoRALinear) else "/"
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
     """Plain and bitsandbytes linears, and GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
@@ -163,40 +218,24 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return base.nx, base.nf  # type: ignore[return-value]
 
 
-def _wrap(
-    base: nn.Module, name: str, axis: MemberAxis, specs: Sequence[AdapterSpec], layer_count: int, seed: int
-) -> LoRALinear:
-    inputs, outputs = linear_shape(base)
-    alike: dict[tuple[str, int], list[int]] = {}
-    for k, spec in enumerate(specs):
-        if spec.adapts(name):
-            alike.setdefault((spec.kind, spec.rank_of(name)), []).append(k)
-    buckets = []
-    for (kind, rank), own in alike.items():
-        bucket = BUCKETS[kind](own, rank, inputs, outputs, [specs[k].scaling_of(name) for k in own])
-        bucket.reset([torch.Generator().manual_seed(key64(seed, "init", k, name) >> 1) for k in own])  # >> 1: 63 bits
-        buckets.append(bucket.to(base.weight.device))  # type: ignore[arg-type]
-    layer = LoRALinear(base, name, axis, buckets)
-    for k, spec in enumerate(specs):
-        factor = spec.mean_field_factor(name, layer_count)
-        if factor != 1.0:
-            layer.mean_factors[k] = factor
-        sites = spec.sites_of(name, layer_count)
-        for position, of_adapter in (("lora_input", layer.input_sites), ("lora_rank", layer.rank_sites)):
-            if position in sites and not sites[position].masks_weights:
-                of_adapter[k] = (sites[position], key64(name, position))
-    return layer
-
-
-def _layer_sites(layer: LoRALinear, specs: Sequence[AdapterSpec], name: str, layer_count: int) -> LayerSites:
+def _place_in_layer(adapters: Adapters, adapter: int, spec: AdapterSpec, name: str, key: int) -> None:
+    layer, rank = adapters.layers[name], spec.rank_of(name)
     inputs, outputs = linear_shape(layer.base)
-    sizes, sites = {}, {}
-    for k, spec in enumerate(specs):
-        if not spec.adapts(name):
-            continue
-        sites[k] = {p: site for p, site in spec.sites_of(name, layer_count).items() if site.masks_weights}
-        sizes.update({(k, "lora_A"): inputs, (k, "lora_B"): outputs, (k, "lora_rank"): spec.rank_of(name)})
-    return LayerSites(sizes, sites)
+    bucket_type = BUCKETS[spec.kind]
+    bucket = next((b for b in layer.buckets if type(b) is bucket_type and b.rank == rank), None)
+    if bucket is None:
+        bucket = bucket_type(rank, inputs, outputs).to(layer.base.weight.device)  # type: ignore[arg-type]
+        layer.buckets.append(bucket)
+    bucket.take(adapter, spec.scaling_of(name), torch.Generator().manual_seed(key >> 1))  # type: ignore[operator]  # 63 bits
+    factor = spec.mean_field_factor(name, adapters.layer_count)
+    if factor != 1.0:
+        layer.mean_factors[adapter] = factor
+    sites = spec.sites_of(name, adapters.layer_count)
+    for position, of_adapter in (("lora_input", layer.input_sites), ("lora_rank", layer.rank_sites)):
+        if position in sites and not sites[position].masks_weights:
+            of_adapter[adapter] = (sites[position], key64(name, position))
+    masked = {position: site for position, site in sites.items() if site.masks_weights}
+    adapters.sites[name].note(adapter, {"lora_A": inputs, "lora_B": outputs, "lora_rank": rank}, masked)
 
 
 def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
@@ -232,11 +271,6 @@ def _is_within(name: str, heads: Collection[str]) -> bool:
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def _wrap_head(
-    model: nn.Module, name: str, fresh: Collection[str], axis: MemberAxis, adapters: int, seed: int
-) -> TrainedHead:
-    head = TrainedHead(model.get_submodule(name), name, axis, adapters)
-    head.reset(fresh, seed, getattr(model.config, "initializer_range", 0.02))
+def _put_in_place(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, head)
-    return head
+    setattr(model.get_submodule(parent), leaf, module)

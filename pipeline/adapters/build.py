@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.attach import VACANT, Adapters, attach, match_targets, place, remove, wrap
 from pipeline.adapters.heads import load_head
 from pipeline.adapters.peft_format import StoredAdapter, load_matrices, read_adapter
+from pipeline.adapters.sites.anatomy import check_sites, is_causal
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig
 from pipeline.errors import ConfigError
@@ -25,16 +26,43 @@ def attach_adapter(config: AdapterConfig, base: BaseModel, max_steps: int, seed:
     Raises:
         ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
     """
-    spec = AdapterSpec.from_config(config, max_steps)
-    if config.init_from is None:
-        return attach(base.model, [spec], config.target_modules, seed, base.heads)
-    stored = read_adapter(Path(config.init_from))
-    _refuse_other_scaling(config, spec, stored)
+    spec, stored = AdapterSpec.from_config(config, max_steps), _stored_start(config, max_steps)
     adapters = attach(base.model, [spec], config.target_modules, seed, base.heads)
-    load_matrices(adapters.layers, 0, stored.matrices, "adapter.init_from")
-    if stored.head.tensors:
-        load_head(adapters.heads, 0, stored.head, "adapter.init_from")
+    if stored is not None:
+        _load_start(adapters, 0, stored)
     return adapters
+
+
+def open_slots(base: BaseModel) -> Adapters:
+    """The base ready for adapters that come and leave: every linear that `all-linear` means is wrapped."""
+    return wrap(base.model, match_targets(base.model, "all-linear", base.heads), base.heads)
+
+
+def admit_adapter(adapters: Adapters, config: AdapterConfig, max_steps: int, seed: int) -> int:
+    """Put the configured adapter into a free slot, where it starts as it would alone; returns the slot's number.
+
+    Raises:
+        ConfigError: as `attach_adapter`; a target that is not wrapped.
+    """
+    model = adapters.model
+    spec = AdapterSpec.from_config(config, max_steps).resolved_for(is_causal(model))
+    stored = _stored_start(config, max_steps)
+    check_sites(model, [spec])
+    targeted = match_targets(model, config.target_modules, adapters.heads)
+    if odd := [name for name in targeted if name not in adapters.layers]:
+        raise ConfigError(
+            "adapter.target_modules", config.target_modules, f"matches {odd[0]}, which runs that share a pass leave"
+            " alone", "Train it by itself, or use all-linear.",
+        )
+    slot = next((k for k, its in enumerate(adapters.specs) if its is VACANT), len(adapters.specs))
+    place(adapters, slot, spec, targeted, seed, 0)
+    try:
+        if stored is not None:
+            _load_start(adapters, slot, stored)
+    except ConfigError:
+        remove(adapters, slot)
+        raise
+    return slot
 
 
 def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Adapters:
@@ -45,6 +73,20 @@ def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Ad
         load_matrices(adapters.layers, k, adapter.matrices, f"adapter {k}")
         load_head(adapters.heads, k, adapter.head, f"adapter {k}")
     return adapters
+
+
+def _stored_start(config: AdapterConfig, max_steps: int) -> StoredAdapter | None:
+    if config.init_from is None:
+        return None
+    stored = read_adapter(Path(config.init_from))
+    _refuse_other_scaling(config, AdapterSpec.from_config(config, max_steps), stored)
+    return stored
+
+
+def _load_start(adapters: Adapters, adapter: int, stored: StoredAdapter) -> None:
+    load_matrices(adapters.layers, adapter, stored.matrices, "adapter.init_from")
+    if stored.head.tensors:
+        load_head(adapters.heads, adapter, stored.head, "adapter.init_from")
 
 
 def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: StoredAdapter) -> None:

@@ -36,24 +36,37 @@ class TrainedHead(nn.Module):
     model's classes are then those of an untrained head.
     """
 
-    def __init__(self, module: nn.Module, name: str, axis: MemberAxis, adapters: int) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, axis: MemberAxis, fresh: Collection[str], deviation: float, seed: int
+    ) -> None:
+        """
+        Args:
+            fresh: parameters that are new, so drawn: matrices ~ N(0, deviation²), biases 0, norm weights 1.
+            seed: of the start that members without an adapter have.
+        """
         super().__init__()
         self.start = module.to(torch.float32).requires_grad_(False)
-        self.copies = nn.ModuleList(copy.deepcopy(self.start).requires_grad_(True) for _ in range(adapters))
+        self.copies = nn.ModuleList()
         self.name = name
-        self._axis = axis
+        self._axis, self._fresh, self._deviation = axis, tuple(fresh), deviation
+        self._draw(self.start, seed, 0)
 
-    def reset(self, fresh: Collection[str], seed: int, deviation: float) -> None:
-        """Draw the parameters named in `fresh` anew, as functions of (seed, adapter, name) alone.
+    def take(self, adapter: int, seed: int, origin: int) -> None:
+        """Give an adapter its copy, at a fresh start: a function of (seed, origin, name) alone."""
+        while len(self.copies) <= adapter:
+            self.copies.append(copy.deepcopy(self.start).requires_grad_(True))
+        with torch.no_grad():
+            for own, first in zip(self.copies[adapter].parameters(), self.start.parameters(), strict=True):
+                own.copy_(first)
+        self._draw(self.copies[adapter], seed, origin)
 
-        Matrices ~ N(0, deviation²), biases 0, norm weights 1.
-        """
-        for k, module in [(0, self.start), *enumerate(self.copies)]:
-            for name, parameter in module.named_parameters():
-                if name in fresh:
-                    generator = torch.Generator().manual_seed(key64(seed, "head", k, f"{self.name}.{name}") >> 1)
-                    with torch.no_grad():
-                        parameter.copy_(_fresh_value(name, parameter.shape, deviation, generator))
+    def _draw(self, module: nn.Module, seed: int, origin: int) -> None:
+        for name, parameter in module.named_parameters():
+            if name in self._fresh:
+                key = key64(seed, "head", origin, f"{self.name}.{name}")
+                generator = torch.Generator().manual_seed(key >> 1)
+                with torch.no_grad():
+                    parameter.copy_(_fresh_value(name, parameter.shape, self._deviation, generator))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(M·B, …) -> (M·B, …), each member's rows through its own copy: fp32, or as ZeRO-3 holds the copies.

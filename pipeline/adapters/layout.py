@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from pipeline.adapters.members import Member
 from pipeline.config.method import Consistency
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which rows of a layout are branches of the same example."""
+    """Which rows of a run are branches of the same example."""
 
     branches: int
-    """G: members p·G … p·G + G-1 have the same examples in the same rows."""
+    """G: the run's members p·G … p·G + G-1 have the same examples in the same rows."""
     weights: tuple[float, ...]
-    """(M·B) weight of the row's example in the consistency term; 0 for fillers."""
+    """Of each of the run's rows: the weight of its example in the consistency term; 0 for fillers."""
     reference: RowLayout | None = None
     """The branches that carry no gradient, as a layout of their own; None where all branches do."""
     reference_branches: int = 0
     """F: how many they are per example."""
+    kind: Literal["kl", "js"] = "kl"
+    """How far apart they are is measured by this."""
+    first: int = 0
+    """The run's first member in the layout."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,18 @@ class RowLayout:
     """(M·B) index of the example in the micro-batch; fillers repeat an example."""
     weights: tuple[float, ...]
     """(M·B) weight in the supervised loss; 0 for fillers."""
-    pairing: Pairing | None = None
-    """Set where examples are compared under several draws."""
+    pairings: tuple[Pairing, ...] = ()
+    """Of each run whose examples are compared under several draws."""
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """Of a layout of one run."""
+        return self.pairings[0] if self.pairings else None
+
+    @property
+    def adapters(self) -> tuple[int | None, ...]:
+        """Whose rows they are, in the order in which they come."""
+        return tuple(dict.fromkeys(member.adapter for member in self.members))
 
 
 def split_layout(positions: Sequence[int], draws: int, adapter: int = 0) -> RowLayout:
@@ -81,8 +98,8 @@ def paired_layout(pairs: RowLayout, consistency: Consistency) -> RowLayout:
     moving, others = range(len(parts)), range(len(parts), size)
     weights = _branched(pairs, moving, [1.0] * len(moving)).weights
     reference = _branched(pairs, others, [0.0] * len(others)) if others else None
-    pairing = Pairing(len(moving), weights, reference, len(others))
-    return replace(_branched(pairs, moving, parts), pairing=pairing)
+    pairing = Pairing(len(moving), weights, reference, len(others), "js" if consistency.kind == "js" else "kl")
+    return replace(_branched(pairs, moving, parts), pairings=(pairing,))
 
 
 def training_layout(
@@ -104,8 +121,59 @@ def training_layout(
 def weightless(layout: RowLayout) -> RowLayout:
     """The same rows, none of which counts in any part of the loss."""
     nothing = (0.0,) * len(layout.weights)
-    pairing = None if layout.pairing is None else replace(layout.pairing, weights=nothing)
-    return replace(layout, weights=nothing, pairing=pairing)
+    pairings = tuple(replace(pairing, weights=(0.0,) * len(pairing.weights)) for pairing in layout.pairings)
+    return replace(layout, weights=nothing, pairings=pairings)
+
+
+def of_adapter(layout: RowLayout, adapter: int) -> RowLayout:
+    """The layout of a run alone, adapter 0, as that of the same run in the slot `adapter` of a pack."""
+    members = tuple(replace(member, adapter=adapter) for member in layout.members)
+    pairings = tuple(
+        replace(one, reference=None if one.reference is None else of_adapter(one.reference, adapter))
+        for one in layout.pairings
+    )
+    return replace(layout, members=members, pairings=pairings)
+
+
+def joined(layouts: Sequence[RowLayout], examples: Sequence[int]) -> RowLayout:
+    """The micro-batches of several runs as one, run by run; members that have fewer rows get fillers.
+
+    Args:
+        examples: how many each of them has; in the result they are numbered through.
+    """
+    rows, first, offset = max(layout.rows for layout in layouts), 0, 0
+    members: list[Member] = []
+    source: list[int] = []
+    weights: list[float] = []
+    pairings: list[Pairing] = []
+    for layout, count in zip(layouts, examples, strict=True):
+        source += [index + offset for index in _filled(layout.source, layout.rows, rows)]
+        weights += _filled(layout.weights, layout.rows, rows, 0.0)
+        for one in layout.pairings:
+            reference = None if one.reference is None else _shifted(one.reference, offset)
+            wide = tuple(_filled(one.weights, layout.rows, rows, 0.0))
+            pairings.append(replace(one, weights=wide, reference=reference, first=first + one.first))
+        members += layout.members
+        first, offset = first + len(layout.members), offset + count
+    return RowLayout(tuple(members), rows, tuple(source), tuple(weights), tuple(pairings))
+
+
+def reference_of(layout: RowLayout) -> RowLayout | None:
+    """The branches without gradient of all its runs, one run after the other; None where there are none."""
+    found = [one.reference for one in layout.pairings if one.reference is not None]
+    return joined(found, [0] * len(found)) if found else None
+
+
+def _filled(values: Sequence[T], rows: int, wanted: int, filler: T | None = None) -> list[T]:
+    """Those of each member followed by fillers: the given one, or its own first value."""
+    found: list[T] = []
+    for start in range(0, len(values), rows):
+        found += [*values[start : start + rows], *[values[start] if filler is None else filler] * (wanted - rows)]
+    return found
+
+
+def _shifted(layout: RowLayout, offset: int) -> RowLayout:
+    return replace(layout, source=tuple(index + offset for index in layout.source))
 
 
 def _branched(pairs: RowLayout, branches: Sequence[int], parts: Sequence[float]) -> RowLayout:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.bucket import Bucket
 from pipeline.adapters.masks import element_mask
 from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
 from pipeline.config.method import Site
@@ -20,50 +20,26 @@ PER_TOKEN = "lora_rank, per token"
 """Key, among a layer's masks, of the one on A x: `lora_rank` with the pattern `element`."""
 
 
-class Bucket(Protocol):
-    """Adapters of one kind and one rank in one layer, each in a slot of stacked parameters."""
-
-    names: tuple[str, ...]
-    """Its parameters, as PEFT calls them."""
-    slot: dict[int, int]
-    """adapter -> its index in them."""
-
-    def reset(self, generators: Sequence[torch.Generator]) -> None:
-        """Fresh start: the identity."""
-
-    def __call__(
-        self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
-    ) -> Tensor:
-        """Updates of the members in `adapters`, (M, N, O)."""
-
-
-class RankBucket(nn.Module):
+class RankBucket(Bucket):
     """Adapters of equal rank R in one layer, stacked: lora_A (K, R, I), lora_B (K, O, R).
 
     A starts as kaiming-uniform with a = sqrt(5) (PEFT's choice), B as zero: attaching is the identity.
     """
 
     names = ("lora_A", "lora_B")
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
-    def __init__(
-        self, adapters: Sequence[int], rank: int, inputs: int, outputs: int, scalings: Sequence[float]
-    ) -> None:
-        super().__init__()
-        self.adapters = tuple(adapters)
-        self.slot = {adapter: slot for slot, adapter in enumerate(self.adapters)}
-        self.rank, self.inputs, self.outputs = rank, inputs, outputs
-        self.scalings = tuple(scalings)
-        self.lora_A = nn.Parameter(torch.zeros(len(self.adapters), rank, inputs, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(len(self.adapters), outputs, rank, dtype=torch.float32))
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one adapter."""
+        return {"lora_A": (self.rank, self.inputs), "lora_B": (self.outputs, self.rank)}
 
-    def reset(self, generators: Sequence[torch.Generator]) -> None:
-        """Fresh start, one generator per adapter: A ~ U(-1/sqrt(I), 1/sqrt(I)), B = 0."""
+    def start(self, place: int, generator: torch.Generator) -> None:
+        """A ~ U(-1/sqrt(I), 1/sqrt(I)), B = 0."""
         bound = 1.0 / math.sqrt(self.inputs)
         with torch.no_grad():
-            self.lora_B.zero_()
-            for slot, generator in enumerate(generators):
-                fresh = torch.rand(self.rank, self.inputs, generator=generator) * (2 * bound) - bound
-                self.lora_A[slot].copy_(fresh)
+            self.lora_B[place].zero_()
+            self.lora_A[place].copy_(torch.rand(self.rank, self.inputs, generator=generator) * (2 * bound) - bound)
 
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
@@ -130,11 +106,12 @@ class LoRALinear(nn.Module):
     weight, after which training forwards silently pass no gradient to their input.
     """
 
-    def __init__(self, base: nn.Module, name: str, axis: MemberAxis, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, base: nn.Module, name: str, axis: MemberAxis) -> None:
         super().__init__()
         self.base = base
         self.name = name
-        self.buckets = nn.ModuleList(buckets)
+        self.buckets = nn.ModuleList()
+        """One for each kind and rank."""
         self._axis = axis
         self.input_sites: dict[int, tuple[Site, int]] = {}
         """adapter -> (`lora_input` site, key of this layer)."""
@@ -143,6 +120,17 @@ class LoRALinear(nn.Module):
         self.mean_factors: dict[int | None, float] = {}
         """adapter -> factor of its mask-free read-out, where it is not 1."""
         self.base.train(True)
+
+    def bucket_of(self, adapter: int) -> Bucket | None:
+        """What holds an adapter's matrices; None where it has none here."""
+        return next((bucket for bucket in self.buckets if adapter in bucket.slot), None)  # type: ignore[return-value, operator]
+
+    def leave(self, adapter: int) -> None:
+        """Forget an adapter."""
+        for bucket in self.buckets:
+            bucket.leave(adapter)  # type: ignore[operator]
+        for table in (self.input_sites, self.rank_sites, self.mean_factors):
+            table.pop(adapter, None)
 
     def train(self, mode: bool = True) -> LoRALinear:
         """Set the mode of everything but the base."""

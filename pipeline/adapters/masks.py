@@ -34,10 +34,21 @@ _TWO_31 = 2147483648
 class LayerSites:
     """Size of each masked axis of a layer, and per adapter the weight sites in force."""
 
-    sizes: Mapping[tuple[int, str], int]
+    sizes: dict[tuple[int, str], int]
     """(adapter, position) -> n: I, O or R."""
-    sites: Mapping[int, Mapping[str, Site]]
+    sites: dict[int, Mapping[str, Site]]
     """adapter -> position -> site."""
+
+    def note(self, adapter: int, sizes: Mapping[str, int], sites: Mapping[str, Site]) -> None:
+        """An adapter has come."""
+        self.sites[adapter] = sites
+        self.sizes.update({(adapter, position): size for position, size in sizes.items()})
+
+    def forget(self, adapter: int) -> None:
+        """It has left."""
+        self.sites.pop(adapter, None)
+        for place in [place for place in self.sizes if place[0] == adapter]:
+            del self.sizes[place]
 
 
 def draw_weight_masks(

@@ -203,9 +203,9 @@ def work_begins() -> None:
         _current.work_begins()
 
 
-def stop_asked(paths: RunPaths) -> bool:
-    """Whether a signal or the run folder's stop request asks this process to stop."""
-    return paths.stop_request.exists() or (_current is not None and _current.stop_asked())
+def stop_asked(paths: RunPaths | None = None) -> bool:
+    """Whether a signal or the stage's stop request asks this process to stop, or a run folder's asks that run."""
+    return (paths is not None and paths.stop_request.exists()) or (_current is not None and _current.stop_asked())
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,7 @@
-"""The processes of a stage together: joining them, and what they agree on. Every helper works in a world of one."""
+"""The processes of a stage together: joining them, and what they agree on.
+
+Every helper works in a world of one, also in one without a process group.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +41,26 @@ def start_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _open_device(local_rank)
+    if not torch.distributed.is_initialized():
+        zero.join_process_group()
+    lifeline.watch_peers()
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def lone_world() -> World:
+    """A world of this process alone, without a process group."""
+    return World(0, 1, 0, _open_device(0))
+
+
+def _open_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         # Its backward pass is NaN where all logits of a query are low, as where all its keys are dropped
         # (pytorch issue 196678, H100 and H200).
         torch.backends.cuda.enable_cudnn_sdp(False)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    if not torch.distributed.is_initialized():
-        zero.join_process_group()
-    lifeline.watch_peers()
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
 
 
 def leave_world() -> None:
@@ -64,6 +75,8 @@ def leave_world() -> None:
 
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise sum in float64 (float32 on devices without it)."""
+    if not torch.distributed.is_initialized():
+        return [float(value) for value in values]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     total = torch.tensor(list(values), dtype=dtype, device=device)
     torch.distributed.all_reduce(total)
@@ -72,6 +85,8 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
 
 def gather_objects(value: Any) -> list[Any]:
     """Every process's value, in rank order, on every process."""
+    if not torch.distributed.is_initialized():
+        return [value]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
@@ -89,7 +104,8 @@ def agree(flag: bool, device: torch.device) -> bool:
 
 def barrier() -> None:
     """Wait for all processes."""
-    torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def require_equal(what: str, value: str) -> None:

@@ -16,6 +16,7 @@ representation (regression). With S draws per step there are S/2 pairs: see `pip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.members import MemberAxis, MemberPlan
-from pipeline.config.method import Consistency
-from pipeline.loss.terms import Kind, branch_terms
+from pipeline.loss.terms import Kind, Places, RowRuns, Smoothing, at_places, branch_terms
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,26 @@ class Reference:
     """The rows of the branches without gradient, and the plan they follow."""
 
     tensors: dict[str, Tensor]
-    """What `Objective.features` is called with: P·F·B rows."""
+    """What `Objective.features` is called with."""
     plan: MemberPlan
-    branches: int
-    """F, per example."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which rows of a pass are branches of one example: rows are (pair, branch, row), B of them per branch."""
+    """Which rows of a pass are branches of one example, for the runs whose consistency terms have one form."""
 
-    branches: int
-    """G, per example."""
+    kind: Kind
+    branch: Tensor
+    """(M·B,) which branch of its example each row is, 0 … G-1; -1 = a row of other runs. The rows of every branch have
+    the same examples in the same order."""
     weights: Tensor
-    """(P·G·B,) weight of the row's example in the consistency term."""
-    rows: int
-    """B."""
-    reference: Reference | None
+    """(M·B,) weight of the row's example in the term; 0 for fillers and for rows of other runs."""
+    branches: int
+    """G."""
+    fixed: Tensor | None = None
+    """The same as `branch` for the rows of the reference."""
+    fixed_branches: int = 0
+    """F."""
 
 
 @dataclass(frozen=True)
@@ -66,58 +69,76 @@ class Features:
 class Objective(Protocol):
     """A model with the loss of its kind; the modules of `pipeline.loss.objective` are such."""
 
-    def __call__(self, *, row_weights: Tensor, **tensors: Tensor) -> Tensor:
-        """Σ weight(row) · loss over supervised places."""
+    def losses(self, *, smoothing: Smoothing = 0.0, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """((n,) loss of every supervised place, (n,) its row)."""
 
     def features(self, **tensors: Tensor) -> Features:
         """One forward pass, up to the supervised places."""
 
-    def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, features: Tensor, targets: Tensor, smoothing: Smoothing = 0.0) -> tuple[Tensor, Tensor]:
         """((n, D), (n,)) -> ((n,) loss in nats, (n, V) log-probabilities that branches are compared by)."""
 
 
 class TrainingObjective(nn.Module):
-    """What the engine wraps: a module whose forward is both parts of the loss."""
+    """What the engine wraps: a module whose forward is both parts of the loss, of every run of a pass."""
 
-    def __init__(self, objective: nn.Module, axis: MemberAxis, consistency: Consistency) -> None:
+    def __init__(self, objective: nn.Module, axis: MemberAxis) -> None:
         super().__init__()
         self.objective = objective
         self._axis = axis
-        self._kind: Kind = "js" if consistency.kind == "js" else "kl"
 
-    def forward(self, *, row_weights: Tensor, pairs: Pairs | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(Σ weight · loss, Σ weight · D), in nats; the second is 0 without pairs.
+    def forward(
+        self, *, runs: RowRuns, pairs: Sequence[Pairs] = (), reference: Reference | None = None, **tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(Σ weight · loss, Σ weight · D) of every run, (K,) each, in nats; the second is 0 for a run without pairs.
 
         The branches without gradient are read here, inside the one call that the engine sees, and under their own
         plan; the backward pass, and what it recomputes, is then under the caller's plan again.
 
         Args:
-            row_weights: (M·B,) weight of each row in the supervised loss.
+            runs: whose each row is, and its weight in the supervised loss.
             tensors: what the model reads, M·B rows (`pipeline.training.batch.MemberBatch.model_tensors`).
         """
         objective: Objective = self.objective  # type: ignore[assignment]
-        if pairs is None:
-            loss = objective(**tensors, row_weights=row_weights)
-            return loss, torch.zeros_like(loss)
-        constants = self._constants(objective, pairs)
+        if not pairs:
+            losses, rows = objective.losses(**tensors, smoothing=runs.row_smoothing)
+            totals = runs.totals(losses * runs.weights[rows], rows)
+            return totals, torch.zeros_like(totals)
+        constants = self._constants(objective, reference)
         features = objective.features(**tensors)
-        places = _by_branch(features, pairs.branches, pairs.rows)
-        first = places[0]
-        return branch_terms(
-            features.values[places], constants, features.targets[first],
-            row_weights[features.rows[places]], pairs.weights[features.rows[first]], objective.score, self._kind,
-        )  # fmt: skip
+        terms = []
+        for one in pairs:
+            index = _by_branch(features, one.branch, one.branches)
+            fixed = None
+            if constants is not None and one.fixed is not None:
+                fixed = constants.values[_by_branch(constants, one.fixed, one.fixed_branches)]
+            places = _places(features, index, runs, one.weights)
+            terms.append(branch_terms(features.values[index], fixed, places, runs, objective.score, one.kind))
+        paired = torch.stack([one.branch >= 0 for one in pairs]).any(0)
+        if not bool(paired.all()):
+            index = (~paired[features.rows]).nonzero().T
+            places = _places(features, index, runs, runs.weights)
+            terms.append(branch_terms(features.values[index], None, places, runs, objective.score, None))
+        losses_of, divergences_of = zip(*terms, strict=True)
+        return sum(losses_of), sum(divergences_of)  # type: ignore[return-value]
 
-    def _constants(self, objective: Objective, pairs: Pairs) -> Tensor | None:
-        """(F, n, D) features of the branches without gradient."""
-        if pairs.reference is None:
+    def _constants(self, objective: Objective, reference: Reference | None) -> Features | None:
+        """The features of the branches without gradient."""
+        if reference is None:
             return None
-        with torch.no_grad(), self._axis.active(pairs.reference.plan):
-            features = objective.features(**pairs.reference.tensors)
-        return features.values[_by_branch(features, pairs.reference.branches, pairs.rows)]
+        with torch.no_grad(), self._axis.active(reference.plan):
+            return objective.features(**reference.tensors)
 
 
-def _by_branch(features: Features, branches: int, rows: int) -> Tensor:
-    """(branches, n) indices into the places of a pass, each branch's in the same order of pair, row and token."""
-    branch = (features.rows // rows) % branches
-    return branch.argsort(stable=True).view(branches, -1)
+def _by_branch(features: Features, branch: Tensor, branches: int) -> Tensor:
+    """(branches, n) indices into the places of a pass, each branch's in the same order of run, pair, row and token."""
+    of_place = branch[features.rows]
+    known = (of_place >= 0).nonzero().squeeze(1)
+    return known[of_place[known].argsort(stable=True)].view(branches, -1)
+
+
+def _places(features: Features, index: Tensor, runs: RowRuns, weights: Tensor) -> Places:
+    """What `branch_terms` has to know of the places in `index` (G, n)."""
+    first = features.rows[index[0]]
+    smoothing = at_places(runs.row_smoothing, first)
+    return Places(features.targets[index[0]], first, runs.weights[features.rows[index]], weights[first], smoothing)

@@ -78,8 +78,12 @@ class Task(Protocol):
     def supervision(self, examples: Sequence[Encoded]) -> str:
         """For people: how much of the training rows carries loss."""
 
+    @property
+    def label_smoothing(self) -> float:
+        """ε of label smoothing: see `pipeline.loss.terms.token_losses`."""
+
     def objective(self) -> nn.Module:
-        """The base as a module whose forward is the weighted loss of a pass (see `pipeline.loss.objective`)."""
+        """The base as a module that says the loss of every supervised place (see `pipeline.loss.objective`)."""
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
@@ -117,7 +121,7 @@ class CausalLMTask:
 
     def objective(self) -> nn.Module:
         """Next-token loss."""
-        return SupervisedLM(self.base.model, self.label_smoothing)
+        return SupervisedLM(self.base.model)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None
@@ -177,7 +181,7 @@ class ClassificationTask:
 
     def objective(self) -> nn.Module:
         """Cross-entropy over the classes."""
-        return SupervisedClassifier(self.base.model, self.label_smoothing)
+        return SupervisedClassifier(self.base.model)
 
     def predict(
         self, adapters: Adapters, rows: Sequence[Row], members: Sequence[Member], on_chunk: OnChunk | None = None

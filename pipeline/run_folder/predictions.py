@@ -84,6 +84,10 @@ class Predictions(ABC):
             KeyError, ValueError: a row that no part holds.
         """
 
+    @abstractmethod
+    def of_member(self, m: int) -> Self:
+        """What one of the members says."""
+
     def scored_by(self, rule: ChoiceScore) -> Self:
         """The same predictions with choices scored by `rule` (`data.choice_score`), without another pass.
 
@@ -137,6 +141,12 @@ class ChoicePredictions(Predictions):
     def outputs(self) -> Floats:
         """(M, N, C): a row is a cell."""
         return self.log_probs
+
+    def of_member(self, m: int) -> Self:
+        """Scores, and what they were made of."""
+        own, known = slice(m, m + 1), self.likelihoods
+        likelihoods = None if known is None else replace(known, log_likelihoods=known.log_likelihoods[own])
+        return replace(self, log_probs=self.log_probs[own], likelihoods=likelihoods)
 
     def scored_by(self, rule: ChoiceScore) -> Self:
         """From the log-likelihoods of the texts; without them the scores are those of `sum`."""
@@ -225,6 +235,10 @@ class CompletionPredictions(Predictions):
         """(N + 1,) first token of each row."""
         return self.offsets
 
+    def of_member(self, m: int) -> Self:
+        """Its tokens."""
+        return replace(self, token_log_probs=self.token_log_probs[m : m + 1])
+
     def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
         """(T,) zeros: the reference is the one choice of its cell."""
         return np.zeros(self.token_log_probs.shape[1], dtype=np.int64)
@@ -262,6 +276,10 @@ class RegressionPredictions(Predictions):
     def outputs(self) -> Floats:
         """(M, N, 1): a row is a cell."""
         return self.values[..., None]
+
+    def of_member(self, m: int) -> Self:
+        """Its numbers."""
+        return replace(self, values=self.values[m : m + 1])
 
     def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
         """(N,) the right numbers."""

@@ -15,12 +15,10 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.distributed import zero
 from pipeline.errors import RunFolderError
 from pipeline.files import (
     MANIFEST,
@@ -32,6 +30,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.run_folder.paths import step_name
+from pipeline.training.engine import Slot
 
 STATE, COUNTERS = "state.safetensors", "counters.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,18 +55,18 @@ class Counters:
     """The last step after which a validation ended; a stop can come before that of `step`."""
 
 
-def collect_state(engine: Any, trained: dict[str, nn.Parameter], keep: bool) -> dict[str, Tensor]:
+def collect_state(slot: Slot, keep: bool) -> dict[str, Tensor]:
     """fp32 values and moments of every trained parameter, on the CPU; empty where not `keep`.
 
     Parameter by parameter, nothing frozen among them. A collective: all processes call it.
     """
     state: dict[str, Tensor] = {}
-    for name, parameter in trained.items():
-        value = zero.full_fp32(parameter)
+    for name in slot.sizes:
+        value = slot.value(name)
         if keep:
             state[name] = value.contiguous()
         for moment in MOMENTS:
-            found = zero.full_moment(engine, parameter, moment)
+            found = slot.moment(name, moment)
             if keep and found is not None:
                 state[f"{moment}/{name}"] = found.contiguous()
     return state
@@ -176,7 +175,7 @@ def load_extra(path: Path, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{prefix}/"): value for key, value in state.items() if key.startswith(f"{prefix}/")}
 
 
-def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -> Counters:
+def load_checkpoint(path: Path, slot: Slot) -> Counters:
     """Put a checkpoint's state into the engine; returns where it stands.
 
     Raises:
@@ -184,8 +183,8 @@ def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -
     """
     state = load_file(path / STATE)
     held = {name for name in state if "/" not in name}
-    if held != set(trained):
-        odd = sorted(held ^ set(trained))[:3]
+    if held != set(slot.sizes):
+        odd = sorted(held ^ set(slot.sizes))[:3]
         raise RunFolderError(
             str(path),
             None,
@@ -193,13 +192,10 @@ def load_checkpoint(path: Path, engine: Any, trained: dict[str, nn.Parameter]) -
             "Use a new --run-dir, or the configuration the run was started with.",
         )
     counters = Counters(**read_json(path / COUNTERS))
-    for name, parameter in trained.items():
-        zero.set_full_fp32(parameter, state[name])
     moments = {
-        parameter: {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
-        for name, parameter in trained.items()
+        name: {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
+        for name in slot.sizes
         if f"{MOMENTS[0]}/{name}" in state
     }
-    if moments:
-        zero.restore_moments(engine, counters.step, moments)
+    slot.restore(counters.step, state, moments)
     return counters

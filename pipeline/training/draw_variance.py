@@ -132,7 +132,7 @@ def _average(of_steps: list[Moments]) -> LayoutNoise:
 
 def step_gradient(
     adapters: Adapters, objective: TrainingObjective, batch: StepBatch, pad_id: int, key: MaskKey,
-    side: Literal["left", "right"] = "left", weight: float = 0.0,
+    side: Literal["left", "right"] = "left", weight: float = 0.0, smoothing: float = 0.0,
 ) -> Tensor:
     """The gradient of a step's loss with respect to all that is trained, flat, fp32 on the CPU; none is left behind.
 
@@ -140,13 +140,14 @@ def step_gradient(
         batch: the whole global batch, of one process.
         side: where padding goes.
         weight: of the consistency term, where the method has one.
+        smoothing: ε of label smoothing.
     """
     mean = GlobalMean(batch.supervised)
     for micro in batch.micros:
-        rows = lay_out(adapters, micro.examples, micro.layout, pad_id, key, side)
+        rows = lay_out(adapters, micro.examples, micro.layout, pad_id, key, side, {0: smoothing})
         with adapters.axis.active(rows.plan):
             nll, divergence = objective(**rows.inputs)
-            mean.for_engine(nll + weight * divergence).backward()
+            mean.for_engine(nll + weight * divergence).sum().backward()
     trained = [parameter for parameter in adapters.model.parameters() if parameter.requires_grad]
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     adapters.model.zero_grad(set_to_none=True)

@@ -20,7 +20,6 @@ from torch import nn
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
 from pipeline.data.encode import Encoded
-from pipeline.distributed import zero
 from pipeline.distributed.world import World, gather_objects, require_equal, sum_over_processes
 from pipeline.errors import LoradropError
 from pipeline.files import publish_folder
@@ -28,6 +27,7 @@ from pipeline.loss.terms import GlobalMean
 from pipeline.run_folder.paths import RunPaths, step_name
 from pipeline.training.batch import MemberBatch
 from pipeline.training.diagnosis import first_bad_module, record_pass, write_diagnosis
+from pipeline.training.engine import Slot
 
 RowsOf = Callable[[int], MemberBatch]
 """Micro-batch of the step at hand -> its rows, made again."""
@@ -67,15 +67,15 @@ class Guards:
     """Checks between the last backward pass of a step and its update. Collective: every process calls them alike."""
 
     def __init__(
-        self, engine: Any, adapters: Adapters, trained: Mapping[str, nn.Parameter], train: TrainConfig, paths: RunPaths,
+        self, slot: Slot, objective: nn.Module, adapters: Adapters, train: TrainConfig, paths: RunPaths,
         world: World, losses: Sequence[float] = (),
     ) -> None:
         """`losses` are those of the steps before, so that a resumed run has its running median."""
-        self._engine, self._adapters, self._trained = engine, adapters, dict(trained)
+        self._slot, self._objective, self._adapters = slot, objective, adapters
         self._train, self._paths, self._world = train, paths, world
         self._recent: deque[float] = deque(losses, maxlen=train.spike.window_steps)
         self._moved: set[str] = set()
-        masked = any(site.rate > 0 for site in adapters.specs[0].sites)
+        masked = any(site.rate > 0 for site in adapters.specs[slot.adapter].sites)
         self._patience = 2 if masked else 0
 
     def check(
@@ -95,7 +95,7 @@ class Guards:
             Untrained: in the first steps, a tensor that stays without gradient.
             LossSpike: where train.spike.action is `stop`.
         """
-        squares = zero.squared_gradient_norm(self._engine)
+        squares = self._slot.squared_gradient_norm()
         total, apart, squares = sum_over_processes(
             [math.fsum(losses), math.fsum(divergences), squares], self._world.device
         )
@@ -130,19 +130,20 @@ class Guards:
         lora_A has no gradient while lora_B is 0, so at step 1 one tensor of a module suffices. Under masks both get
         two steps more: all rows of a narrow layer may be dropped at once.
         """
-        for name, parameter in self._trained.items():
+        trained = self._slot.sizes
+        for name in trained:
             if name not in self._moved:
-                gradient = zero.full_gradient(parameter)  # a collective
+                gradient = self._slot.gradient(name)  # a collective
                 if gradient is not None and bool(gradient.any()):
                     self._moved.add(name)
         moved_modules = {name.rpartition(".")[0] for name in self._moved}
-        still = [name for name in self._trained if name not in self._moved]
+        still = [name for name in trained if name not in self._moved]
         if step <= self._patience:
             still = [name for name in still if name.rpartition(".")[0] not in moved_modules]
         if still and step >= self._patience:
             shown = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
             raise Untrained(
-                f"step {step + 1}: {len(still)} of {len(self._trained)} trainable tensors receive no gradient: {shown}."
+                f"step {step + 1}: {len(still)} of {len(trained)} trainable tensors receive no gradient: {shown}."
                 " Likely causes: activation checkpointing that cuts the graph (its input needs no gradient), a base"
                 " layer whose kernel has no backward pass, a frozen or detached tensor, or modules that the loss does"
                 " not depend on (leave those out of adapter.target_modules)."
@@ -154,7 +155,7 @@ class Guards:
         bad = [(p, m) for p, own in enumerate(by_process) for m, loss in enumerate(own) if not math.isfinite(loss)]
         if bad:
             process, micro = bad[0]
-            found = gather_objects(first_bad_module(self._engine.module, self._adapters, rows_of(micro)))
+            found = gather_objects(first_bad_module(self._objective, self._adapters, rows_of(micro)))
             where = found[process] or "the loss itself: every module's output is finite"
             what = f"the loss of micro-batch {micro} of process {process} is {by_process[process][micro]}"
             what += f"; first output that is not finite: {where}"
@@ -181,8 +182,8 @@ class Guards:
     def _first_bad_gradient(self) -> str:
         """The bad parameter whose gradient the backward pass makes first, that is the last one of the forward pass."""
         bad = None
-        for name, parameter in self._trained.items():
-            gradient = zero.full_gradient(parameter)  # a collective: no early exit
+        for name in self._slot.sizes:
+            gradient = self._slot.gradient(name)  # a collective: no early exit
             if gradient is not None and not bool(gradient.isfinite().all()):
                 bad = name
         return bad or "none by itself: the norm over all of them overflows"

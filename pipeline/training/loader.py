@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.adapters.layout import RowLayout, training_layout, weightless
+from pipeline.adapters.layout import RowLayout, reference_of, training_layout, weightless
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import TrainConfig
 from pipeline.data.cache import lengths_of
@@ -177,7 +177,7 @@ class BatchLoader:
 
 def widest_pass(layout: RowLayout) -> int:
     """Rows of the larger of the forward passes that a layout takes: branches without gradient have their own."""
-    reference = None if layout.pairing is None else layout.pairing.reference
+    reference = reference_of(layout)
     return max(len(layout.source), 0 if reference is None else len(reference.source))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.peft_format import adapter_matrices, write_adapter
-from pipeline.distributed import zero
 from pipeline.distributed.world import World, gather_objects
 from pipeline.errors import DiskFull
 from pipeline.files import (
@@ -25,6 +24,7 @@ from pipeline.run_folder.chain import Origin, own_member, predictions_from
 from pipeline.run_folder.members import write_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import Predictions, write_predictions
+from pipeline.training.engine import Slot
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Validation:
 
 
 def publish_adapter(
-    adapters: Adapters, base: str, origin: Origin, found: Validation, paths: RunPaths, world: World
+    adapters: Adapters, slot: Slot, base: str, origin: Origin, found: Validation, paths: RunPaths, world: World
 ) -> None:
     """adapter/ in PEFT format as it stands in the engine now, and the validation predictions that go with it.
 
@@ -48,11 +48,12 @@ def publish_adapter(
         base: name or path of the base model.
         origin: of the run.
     """
-    matrices = adapter_matrices(adapters.layers, 0, zero.full_fp32)  # a collective
-    head = head_state(adapters.heads, 0, zero.full_fp32)  # another one
+    matrices = adapter_matrices(adapters.layers, slot.adapter, slot.whole)  # a collective
+    head = head_state(adapters.heads, slot.adapter, slot.whole)  # another one
+    spec = adapters.specs[slot.adapter]
 
     def fill(folder: Path) -> None:
-        write_adapter(folder, matrices, adapters.specs[0], adapters.layer_count, base, adapters.suffixes, head)
+        write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head)
         entry = {"step": found.step, "validation_nll": found.scores["nll"], "origin": origin.as_dict()}
         write_json(folder / MANIFEST, entry)
 

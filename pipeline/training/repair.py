@@ -42,5 +42,5 @@ def restore_best(run: Run) -> None:
             str(run.paths.adapter), None, f"is not that of the best step, {best}, and {folder.name} is damaged",
             "Remove the run folder and train again.",
         )
-    load_checkpoint(folder, run.engine, run.trained)
+    load_checkpoint(folder, run.slot)
     run.publish(run.validation_of(best))

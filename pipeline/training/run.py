@@ -1,4 +1,7 @@
-"""One run in progress: where it stands, when things are due, how it validates, saves, resumes and stops."""
+"""One run in progress: where it stands, when things are due, how it validates, saves, resumes and stops.
+
+It does not know whether its engine has other runs, too.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from typing import Any, NoReturn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.config import RunConfig
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config import RunConfig, dump_config
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import Row
 from pipeline.distributed import lifeline
 from pipeline.distributed.world import World, agree, barrier, gather_objects
 from pipeline.errors import RunFolderError, Stopped
-from pipeline.files import ADAPTER_WEIGHTS, remove_asides, sha256_file
+from pipeline.files import ADAPTER_WEIGHTS, remove_asides, sha256_file, write_json, write_text
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
 from pipeline.run_folder.chain import Origin
@@ -31,7 +35,7 @@ from pipeline.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from pipeline.training.engine import trained_parameters
+from pipeline.training.engine import Slot
 from pipeline.training.published import Validation, main_writes, publish_adapter
 from pipeline.training.rank_budget import RankBudget
 
@@ -51,7 +55,8 @@ class Run:
     examples: Sequence[Encoded]
     validation_rows: list[Row]
     on_validation: OnValidation | None
-    engine: Any = None
+    slot: Slot
+    """Its parameters in the engine."""
     scores: dict[str, float] = field(default_factory=dict)
     """The last validation."""
 
@@ -60,9 +65,12 @@ class Run:
         self.counters = Counters(0, self.config.train.seed, **origin)
         self.saved = self.counters
         self.metrics = Metrics(self.paths.metrics, self.world.is_main)
-        self.trained = trained_parameters(self.adapters)
-        schedule = self.adapters.specs[0].schedule
-        self.budget = RankBudget(self.adapters.layers, schedule, self.config.train.max_gradient_norm)
+        self.budget = RankBudget(self.adapters.layers, self.spec.schedule, self.config.train.max_gradient_norm)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """What its adapter is."""
+        return self.adapters.specs[self.slot.adapter]
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -74,7 +82,7 @@ class Run:
         Raises:
             Stopped: `stop_asked` said so meanwhile.
         """
-        rows, members = self.validation_rows, [Member(0)]
+        rows, members = self.validation_rows, [Member(self.slot.adapter)]
         predictions = predict_shared(self.task, self.adapters, rows, members, self.world, stop_asked=stop_asked)
         return Validation(step, validation_scores(predictions, rows), predictions)
 
@@ -84,11 +92,15 @@ class Run:
         Raises:
             Stopped: a stop was requested meanwhile; a resumed run validates first.
         """
-        step, best = self.counters.step, self.counters.best_validation_nll
         try:
-            found = self.validation_of(step, self.stop_asked)
+            found = self.validation_of(self.counters.step, self.stop_asked)
         except Stopped:
             self.stop()
+        self.take_validation(found)
+
+    def take_validation(self, found: Validation) -> None:
+        """Record a validation of the state that the engine holds; save, and publish it, if it is the best so far."""
+        step, best = self.counters.step, self.counters.best_validation_nll
         self.scores = found.scores
         self.metrics.write("validation", step=step, **found.scores)
         self.counters = replace(self.counters, validated_step=step)
@@ -105,13 +117,13 @@ class Run:
     def publish(self, found: Validation) -> None:
         """adapter/ as the engine holds it, with the validation that goes with it. A collective."""
         base = self.task.base.identity.resolved
-        publish_adapter(self.adapters, base, self.origin, found, self.paths, self.world)
+        publish_adapter(self.adapters, self.slot, base, self.origin, found, self.paths, self.world)
 
     def save(self) -> None:
         """Publish a checkpoint, unless this very state is saved."""
         if self.counters == self.saved:
             return
-        state = collect_state(self.engine, self.trained, self.world.is_main)  # a collective
+        state = collect_state(self.slot, self.world.is_main)  # a collective
         state.update({f"budget/{name}": value for name, value in self.budget.state().items()})
         train = self.config.train
 
@@ -124,6 +136,13 @@ class Run:
         main_writes(self.world, publish)
         self.saved = self.counters
 
+    def record_start(self, environment: dict[str, Any]) -> None:
+        """Configuration, environment and status into the run folder. Main process only."""
+        if not self.paths.config.exists():
+            write_text(self.paths.config, dump_config(self.config))
+        write_json(self.paths.environment, environment)
+        update_status(self.paths, "train", "running", config_sha256=self.origin.config_sha256)
+
     def resume(self) -> None:
         """Put the newest whole checkpoint into the engine, if there is one.
 
@@ -134,7 +153,7 @@ class Run:
         for fault in faults:
             say(fault, self.world.is_main)
         if found is not None:
-            self.counters = load_checkpoint(found, self.engine, self.trained)
+            self.counters = load_checkpoint(found, self.slot)
             self.budget.load_state(load_extra(found, "budget"))
             if different := self.origin.difference(asdict(self.counters)):
                 remedy = "Put back what the run was started with, or give another --run-dir."
@@ -192,3 +211,20 @@ class Run:
             "validation_accuracy": best[-1].get("accuracy") if best else None,
             "adapter_sha256": sha256_file(self.paths.adapter / ADAPTER_WEIGHTS),
         }
+
+
+def validations_of(runs: Sequence[Run]) -> list[Validation]:
+    """Of several runs with the same adapters and rows, in one prediction pass.
+
+    Raises:
+        Stopped: all of them were asked to stop meanwhile.
+    """
+    first, rows = runs[0], runs[0].validation_rows
+    members = [Member(run.slot.adapter) for run in runs]
+
+    def stop_asked() -> bool:
+        return all(run.stop_asked() for run in runs)
+
+    found = predict_shared(first.task, first.adapters, rows, members, first.world, stop_asked=stop_asked)
+    own = ((run, found.of_member(m)) for m, run in enumerate(runs))
+    return [Validation(run.counters.step, validation_scores(one, rows), one) for run, one in own]

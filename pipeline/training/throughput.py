@@ -13,7 +13,6 @@ had to be done. So is the forward without gradient of a consistency term.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +47,13 @@ class Work:
         return self.model_flops(tokens, supervised) + again
 
 
-def work_of(base: nn.Module, trained: Iterable[nn.Parameter], recomputed: bool) -> Work:
-    """What takes part in a pass of a base model with its adapters."""
+def work_of(base: nn.Module, trained: int, recomputed: bool) -> Work:
+    """What takes part in a pass of a base model with an adapter of `trained` numbers."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     linears = [module for module in base.modules() if is_linear(module) and module is not head]
     return Work(
         base=sum(math.prod(linear_shape(linear)) for linear in linears),
-        adapter=sum(parameter.numel() for parameter in trained),
+        adapter=trained,
         head=math.prod(linear_shape(head)) if head is not None else 0,
         recomputed=recomputed,
     )

@@ -60,9 +60,9 @@ def run(
 ) -> tuple[float, float, Gradients]:
     """One micro-batch as the training loop runs it: both terms, and the gradient of nll + weight · D."""
     built = lay_out(adapters, rows, layout, PAD, KEY, side)  # type: ignore[arg-type]
-    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)
     with adapters.axis.active(built.plan):
-        nll, apart = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
+        nll, apart = objective(**built.inputs)
         (nll + term.weight * apart).backward()
     return float(nll.detach()), float(apart.detach()), gradients(adapters)
 
@@ -108,9 +108,9 @@ def test_the_loss_is_the_equation_by_hand(kind: str, branches: str, nll: float, 
     term = Consistency(kind=kind, branches=branches)  # type: ignore[arg-type]
     rows = [Encoded(f"row-{i}", (5,), (1,)) for i in range(3)]
     built = lay_out(adapters, rows, training_layout(range(3), 2, draw_layout, True, term), PAD, KEY)
-    objective = TrainingObjective(SupervisedClassifier(adapters.model), adapters.axis, term)
+    objective = TrainingObjective(SupervisedClassifier(adapters.model), adapters.axis)
     with adapters.axis.active(built.plan):
-        found = objective(**built.tensors, row_weights=built.weights, pairs=built.pairs)
+        found = objective(**built.inputs)
     assert [float(x) for x in found] == pytest.approx([3 * nll, 3 * apart], abs=1e-5)
 
 

@@ -65,7 +65,7 @@ def test_an_encoders_terms_equal_the_dense_model(family: str, kind: str, term: C
         rows = [Encoded(r.example, r.input_ids, r.labels, score=s) for r, s in zip(rows, SCORES, strict=True)]
     module = SupervisedClassifier if kind == "classes" else SupervisedRegressor
     built = lay_out(adapters, rows, training_layout(range(3), 4, "split", True, term), PAD, KEY, "right")
-    objective = TrainingObjective(module(adapters.model), adapters.axis, term)
+    objective = TrainingObjective(module(adapters.model), adapters.axis)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.inputs)
         (nll + term.weight * apart).backward()

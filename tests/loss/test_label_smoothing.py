@@ -53,7 +53,7 @@ def test_objectives_smooth(tmp_path: Path) -> None:
     adapters = attach(tiny_llama(), [AdapterSpec()], "all-linear", 0)
     rows = examples([7, 4])
     built = lay_out(adapters, rows, replicate_layout(2, 1), 2, MaskKey(0, 0))
-    found = SupervisedLM(adapters.model, 0.1)(**built.tensors, row_weights=built.weights)
+    found = SupervisedLM(adapters.model)(**built.tensors, row_weights=built.weights, smoothing=0.1)
     logits = [adapters.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1] for row in rows]
     expected = sum(
         cross_entropy(one, torch.tensor(row.labels[1:]), reduction="sum", label_smoothing=0.1)
@@ -64,7 +64,7 @@ def test_objectives_smooth(tmp_path: Path) -> None:
     encoder = trained_encoder(load_encoder(tmp_path), AdapterSpec())
     inputs = texts([5, 3])
     built = lay_out(encoder, inputs, replicate_layout(2, 1), 1, MaskKey(0, 0), "right")
-    found = SupervisedClassifier(encoder.model, 0.2)(**built.tensors, row_weights=built.weights)
+    found = SupervisedClassifier(encoder.model)(**built.tensors, row_weights=built.weights, smoothing=0.2)
     logits = [encoder.model(input_ids=torch.tensor([row.input_ids])).logits for row in inputs]
     expected = sum(cross_entropy(one, torch.tensor([i]), label_smoothing=0.2) for i, one in enumerate(logits))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

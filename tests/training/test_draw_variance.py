@@ -57,7 +57,7 @@ def test_variances_by_masks_and_by_rows_are_told_apart() -> None:
 def tiny_gradients(sites: tuple[Site, ...], rows: list[Encoded]) -> GradientOf:
     """Global batches of 8 rows on a tiny Llama, in passes of 4."""
     adapters = adapted_llama(AdapterSpec(rank=2, alpha=4.0, sites=sites), targets=["q_proj", "down_proj"])
-    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, adapters.specs[0].consistency)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)
     train = load_config(None, ["train.global_batch=8", "train.micro_batch=4", f"train.draws={DRAWS}"]).train
     loaders = {
         layout: open_loader(train.model_copy(update={"draw_layout": layout}), 64, rows, adapters.specs[0])
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_the_layout_and_leaves_none_behind() -> None:
     row = examples([6])[0]
     same = [replace(row, example=f"row-{i}") for i in range(8)]
     adapters = adapted_llama(AdapterSpec(rank=2, sites=LORA_DROPOUT))
-    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, adapters.specs[0].consistency)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)
     train = load_config(None, ["train.global_batch=8", "train.micro_batch=4", f"train.draws={DRAWS}"]).train
     found = []
     for layout in LAYOUTS:

@@ -56,7 +56,7 @@ def adapted(
 
 def loss_and_gradients(adapters: Adapters, micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor]]:
     term, total = adapters.specs[0].consistency, 0.0
-    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)
     for micro in micros:
         rows = lay_out(adapters, micro.examples, micro.layout, 2, MaskKey(0, 7))
         with adapters.axis.active(rows.plan):

@@ -39,20 +39,31 @@ KeyedSite = tuple[Site, int]
 """A site and the 64-bit key of (layer, position)."""
 
 
-def install_attention_sites(model: nn.Module, axis: MemberAxis, specs: Sequence[AdapterSpec], layer_count: int) -> None:
-    """Let the attention of a checked model drop what the specs' attention sites say; nothing where there are none."""
-    if not any(site.position in ATTENTION_POSITIONS and site.rate > 0 for spec in specs for site in spec.sites):
+def install_attention_sites(
+    model: nn.Module, axis: MemberAxis, adapter: int, spec: AdapterSpec, layer_count: int
+) -> None:
+    """Let the attention of a checked model drop what the spec's attention sites say; nothing where there are none."""
+    if not any(site.position in ATTENTION_POSITIONS and site.rate > 0 for site in spec.sites):
         return
     register()
     plain = model.config._attn_implementation == "eager"  # type: ignore[union-attr]
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     for name, module in attention_modules(model).items():
-        sites = {
-            k: tuple((site, key64(name, position)) for position, site in spec.sites_of(name, layer_count).items()
-                     if position in ATTENTION_POSITIONS)
-            for k, spec in enumerate(specs)
-        }
-        setattr(module, _ATTRIBUTE, AttentionSites(axis, name, plain, {k: s for k, s in sites.items() if s}))
+        if not hasattr(module, _ATTRIBUTE):
+            setattr(module, _ATTRIBUTE, AttentionSites(axis, name, plain))
+        found = tuple(
+            (site, key64(name, position)) for position, site in spec.sites_of(name, layer_count).items()
+            if position in ATTENTION_POSITIONS
+        )
+        if found:
+            getattr(module, _ATTRIBUTE).sites[adapter] = found
+
+
+def remove_attention_sites(model: nn.Module, adapter: int) -> None:
+    """Forget an adapter."""
+    for module in attention_modules(model).values():
+        if hasattr(module, _ATTRIBUTE):
+            getattr(module, _ATTRIBUTE).sites.pop(adapter, None)
 
 
 def register() -> None:

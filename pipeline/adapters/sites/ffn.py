@@ -8,7 +8,7 @@ which a stored adapter cannot carry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,18 +25,29 @@ from pipeline.config.method import Site
 from pipeline.randomness import key64
 
 POSITION = "ffn_hidden"
+_ATTRIBUTE = "loradrop_hidden_cut"
 
 
-def install_ffn_sites(model: nn.Module, axis: MemberAxis, specs: Sequence[AdapterSpec], layer_count: int) -> None:
-    """Let the feed-forward networks of a checked model drop what the specs say; nothing where there is no site.
+def install_ffn_sites(model: nn.Module, axis: MemberAxis, adapter: int, spec: AdapterSpec, layer_count: int) -> None:
+    """Let the feed-forward networks of a checked model drop what the spec says; nothing where there is no site.
 
     Call it after the linears have been wrapped: the mask belongs in front of the wrapper.
     """
     for name, module in down_projections(model).items():
-        found = {k: spec.sites_of(name, layer_count).get(POSITION) for k, spec in enumerate(specs)}
-        sites = {k: site for k, site in found.items() if site is not None}
-        if sites:
-            module.register_forward_pre_hook(HiddenCut(axis, name, sites, key64(name, POSITION)))
+        site = spec.sites_of(name, layer_count).get(POSITION)
+        if site is None:
+            continue
+        if not hasattr(module, _ATTRIBUTE):
+            setattr(module, _ATTRIBUTE, HiddenCut(axis, name, {}, key64(name, POSITION)))
+            module.register_forward_pre_hook(getattr(module, _ATTRIBUTE))
+        getattr(module, _ATTRIBUTE).sites[adapter] = site
+
+
+def remove_ffn_sites(model: nn.Module, adapter: int) -> None:
+    """Forget an adapter."""
+    for module in down_projections(model).values():
+        if hasattr(module, _ATTRIBUTE):
+            getattr(module, _ATTRIBUTE).sites.pop(adapter, None)
 
 
 @dataclass
@@ -56,7 +67,7 @@ class HiddenCut:
         Raises:
             MemberAxisError: the rows are not the plan's, or the plan has no row keys.
         """
-        if self.axis.current is None:
+        if self.axis.current is None or not self.sites:
             return None
         x = args[0]
         plan = self.axis.plan_for(x.shape[0], self.name)

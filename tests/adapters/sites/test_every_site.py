@@ -93,7 +93,7 @@ def test_never_a_nan(pattern: str, rate: float, term: Consistency) -> None:
     adapters, rows = with_every_site(pattern, rate), rows_of([8, 3, 5])
     built = lay_out(adapters, rows, training_layout(range(3), 2, "split", True, term), 2, MaskKey(1, 3))
     with adapters.axis.active(built.plan):
-        nll, apart = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, term)(**built.inputs)
+        nll, apart = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)(**built.inputs)
         (nll + apart).backward()
     assert bool(nll.isfinite()) and bool(apart.isfinite())
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(adapters).values())
