@@ -135,13 +135,14 @@ def of_adapter(layout: RowLayout, adapter: int) -> RowLayout:
     return replace(layout, members=members, pairings=pairings)
 
 
-def joined(layouts: Sequence[RowLayout], examples: Sequence[int]) -> RowLayout:
+def joined(layouts: Sequence[RowLayout], examples: Sequence[int], least: int = 1) -> RowLayout:
     """The micro-batches of several runs as one, run by run; members that have fewer rows get fillers.
 
     Args:
         examples: how many each of them has; in the result they are numbered through.
+        least: rows per member.
     """
-    rows, first, offset = max(layout.rows for layout in layouts), 0, 0
+    rows, first, offset = max(least, *(layout.rows for layout in layouts)), 0, 0
     members: list[Member] = []
     source: list[int] = []
     weights: list[float] = []
@@ -159,9 +160,12 @@ def joined(layouts: Sequence[RowLayout], examples: Sequence[int]) -> RowLayout:
 
 
 def reference_of(layout: RowLayout) -> RowLayout | None:
-    """The branches without gradient of all its runs, one run after the other; None where there are none."""
+    """The branches without gradient of all its runs, one run after the other; None where there are none.
+
+    They have the rows of the branches with gradient, fillers included.
+    """
     found = [one.reference for one in layout.pairings if one.reference is not None]
-    return joined(found, [0] * len(found)) if found else None
+    return joined(found, [0] * len(found), layout.rows) if found else None
 
 
 def _filled(values: Sequence[T], rows: int, wanted: int, filler: T | None = None) -> list[T]:

@@ -103,6 +103,7 @@ STAGES = {
               "none", "own", "pipeline.stages.verify:verify"),
         Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
+        Stage("pack", "", "one", "saved", "pipeline.stages.pack:pack_stage", loads_model=True),
         Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods", loads_model=True),
     )
 }

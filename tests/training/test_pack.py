@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
+from helpers.runs import losses
 
-from pipeline import Ended, Pack, RunConfig, load_config
-from pipeline.files import read_json_lines
-from pipeline.run_folder.paths import RunPaths
+from pipeline import Ended, Pack, RunConfig, dump_config, load_config, pack_refusal
+from pipeline.errors import EXIT_OK, EXIT_STOPPED, Stopped
+from pipeline.files import read_json, read_json_lines, write_json, write_text
+from pipeline.run_folder.mark import claim
+from pipeline.run_folder.paths import RunPaths, read_status
+from pipeline.stages.pack import write_plan
+from pipeline.stages.train import train_run
+from pipeline.training.guards import NotFinite
 
 STEPS = 9
 METHODS: dict[str, list[str]] = {
@@ -82,10 +94,144 @@ def test_packed_runs_are_the_runs_alone(tmp_path: Path, configs: dict[str, RunCo
 
 @pytest.mark.slow
 def test_a_pack_of_one_is_a_run_under_deepspeed(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
-    from pipeline.stages.train import train_run
-
     for name, config in configs.items():
         zero = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": "zero0"})})
         train_run(zero, tmp_path / "zero" / name)
         alone(config, tmp_path / "pack" / name)
         assert_equal_runs(tmp_path / "pack" / name, tmp_path / "zero" / name)
+
+
+def with_train(config: RunConfig, **values: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+
+@pytest.mark.slow
+def test_a_failure_and_a_stop_are_a_runs_own(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
+    """One run breaks, one is asked to stop and continues alone; the others do not notice."""
+    broken, folder = with_train(configs["dropout"], learning_rate=1e30, seed=9), tmp_path / "pack"
+    pack = Pack(broken)
+    for name, config in {"dropout": configs["dropout"], "broken": broken, "hidden": configs["hidden"]}.items():
+        pack.admit(config, folder / name)
+
+    def stop_hidden() -> None:
+        write_json(RunPaths(folder / "hidden").stop_request, {"by": "the scheduler"})
+
+    ended = run_all(pack, {4: [stop_hidden], 5: [lambda: pack.admit(configs["plain"], folder / "plain")]})
+    assert {name: one.state for name, one in ended.items()} == {
+        "dropout": "done", "broken": "failed", "hidden": "stopped", "plain": "done",
+    }
+    for name in ("dropout", "plain"):
+        alone(configs[name], tmp_path / "alone" / name)
+        assert_equal_runs(folder / name, tmp_path / "alone" / name)
+
+    status = read_json(RunPaths(folder / "broken").status)["train"]
+    expected = alone(broken, tmp_path / "alone" / "broken")
+    assert isinstance(expected.error, NotFinite) and isinstance(ended["broken"].error, NotFinite)
+    message = str(expected.error).replace(str(tmp_path / "alone"), str(folder))
+    assert (status["state"], status["detail"]) == ("failed", message) and str(ended["broken"].error) == message
+    assert_equal_runs(folder / "broken", tmp_path / "alone" / "broken")
+    assert (folder / "broken" / "diagnosis").is_dir()
+
+    assert read_json(RunPaths(folder / "hidden").status)["train"]["detail"] == "at step 5"
+    assert not RunPaths(folder / "hidden").stop_request.exists()
+    assert alone(configs["hidden"], folder / "hidden").state == "done"
+    alone(configs["hidden"], tmp_path / "alone" / "hidden")
+    assert losses(folder / "hidden") == pytest.approx(losses(tmp_path / "alone" / "hidden"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_runs_move_between_packs_and_deepspeed(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
+    """Stopped all together, one goes on under DeepSpeed, one in another pack beside a run that DeepSpeed began."""
+    folder = tmp_path / "moved"
+    pack = Pack(configs["plain"])
+    for name in ("dropout", "hidden"):
+        pack.admit(configs[name], folder / name)
+
+    def stop_all() -> None:
+        for name in ("dropout", "hidden"):
+            write_json(RunPaths(folder / name).stop_request, {})
+
+    assert {one.state for one in run_all(pack, {3: [stop_all]}).values()} == {"stopped"}
+    train_run(configs["dropout"], folder / "dropout")
+
+    def stop_plain(row: dict[str, float]) -> None:
+        write_json(RunPaths(folder / "plain").stop_request, {})
+
+    with pytest.raises(Stopped):
+        train_run(configs["plain"], folder / "plain", stop_plain)
+    other = Pack(configs["plain"])
+    for name in ("plain", "hidden"):
+        other.admit(configs[name], folder / name)
+    assert {one.state for one in run_all(other).values()} == {"done"}
+    for name, config in configs.items():
+        alone(config, tmp_path / "alone" / name)
+        assert_equal_runs(folder / name, tmp_path / "alone" / name)
+
+
+def test_what_cannot_share_a_pass_is_refused(tiny_settings: list[str]) -> None:
+    shared = load_config(None, tiny_settings)
+    refused = {
+        "adapter.kind": ["adapter.kind=adalora"], "data.streaming": ["data.streaming=true"],
+        "model.quantization": ["model.quantization=none"], "data.seed": ["data.seed=4"],
+        "data.max_tokens": ["data.max_tokens=32"], "train.deepspeed": ["train.deepspeed=zero3"],
+    }
+    for field, change in refused.items():
+        reason = pack_refusal(shared, load_config(None, [*tiny_settings, *change]))
+        assert reason is not None and reason.startswith(field), (field, reason)
+    for field, change in {
+        "model.quantization = int8": "model.quantization=int8", "model.compute_dtype": "model.compute_dtype=float16",
+    }.items():
+        same = load_config(None, [*tiny_settings, change])
+        assert (pack_refusal(same, same) or "").startswith(field)
+    fine = ["train.max_steps=3", "adapter.rank=8", "adapter.method=hiddenkey", "data.cache=false"]
+    assert pack_refusal(shared, load_config(None, [*tiny_settings, *fine])) is None
+
+
+def start_stage(folder: Path) -> subprocess.Popen[bytes]:
+    """The hidden stage `pack` as a comparison starts it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline.stages", "pack", "--run-dir", str(folder)]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Until it exists."""
+    for _ in range(3000):
+        if path.exists():
+            return
+        assert process.poll() is None, "ended by itself"
+        time.sleep(0.05)
+    raise AssertionError(f"{path} does not appear")
+
+
+@pytest.mark.slow
+def test_a_killed_pack_continues_from_its_checkpoints(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
+    """kill -9, then SIGTERM, then to the end: as if nothing had happened, in the folders of runs that were alone."""
+    folder, length = tmp_path / "comparison", {"max_steps": 40, "validate_every_steps": 10, "checkpoint_every_steps": 4}
+    runs = {name: with_train(config, **length) for name, config in configs.items()}
+    folder.mkdir()
+    write_text(RunPaths(folder).config, dump_config(configs["plain"]))
+    for name, config in runs.items():
+        claim(folder / name, "run")
+        write_text(RunPaths(folder / name).config, dump_config(config))
+    write_plan(folder, [Path(name) for name in runs], at_once=2)
+    process = start_stage(folder)
+    wait_for(process, RunPaths(folder / "hidden").checkpoints / "step_000008")
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    process = start_stage(folder)
+    wait_for(process, RunPaths(folder / "hidden").checkpoints / "step_000020")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == EXIT_STOPPED
+    states = {name: read_json(RunPaths(folder / name).status)["train"]["state"] for name in ("dropout", "hidden")}
+    assert states == {"dropout": "stopped", "hidden": "stopped"}
+    assert "train" not in read_status(RunPaths(folder / "plain"))
+
+    assert start_stage(folder).wait() == EXIT_OK
+    for name, config in runs.items():
+        alone(config, tmp_path / "alone" / name)
+        assert losses(folder / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=1e-5)
+        ours, theirs = (rows(where / name, "validation") for where in (folder, tmp_path / "alone"))
+        assert [row["nll"] for row in ours] == pytest.approx([row["nll"] for row in theirs], rel=1e-5)
+    assert start_stage(folder).wait() == EXIT_OK, "nothing is left to do"

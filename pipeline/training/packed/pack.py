@@ -186,15 +186,16 @@ class Pack:
 
 
 def train_pack(
-    runs: Sequence[tuple[RunConfig, Path]], shared: RunConfig, at_once: int = 8, trusted: bool = False
+    runs: Sequence[tuple[RunConfig, Path]], shared: RunConfig, at_once: int | None = None,
+    trusted: bool = False,
 ) -> list[Ended]:
-    """Train a list of runs, `at_once` of them in a pack; the next one is admitted as soon as one has left.
+    """Train a list of runs, `at_once` of them in a pack (None = all); the next is admitted as soon as one has left.
 
     Where the process is asked to stop, all are saved, and those that have not begun are `stopped`, too.
     """
     pack, waiting, ended = Pack(shared, trusted), deque(runs), list[Ended]()
     while waiting or pack.runs:
-        while waiting and pack.runs < at_once and not lifeline.stop_asked():
+        while waiting and pack.runs < (at_once or len(runs)) and not lifeline.stop_asked():
             config, run_dir = waiting.popleft()
             try:
                 pack.admit(config, run_dir)
