@@ -17,6 +17,7 @@ from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model
 from pipeline.model.held import held_bytes, hold_dequantized, is_held_dequantized, local_processes
 from pipeline.model.kind import MODEL_FAULTS, refuse_untrusted
+from pipeline.model.quantized import cached_folder, load_or_quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,8 +123,16 @@ def load_base(
         "quantization_config": quantization_config(config, dtype, unquantized, dtype if sharded else None),
     }
     tokenizer = load_tokenizer(config)
+    kept = None if sharded or classes is not None else cached_folder(config, resolved, dtype, device)
     with _transformers_errors(config.path):
-        model, absent = _load_weights(resolved, classes, {**weights, **common})
+        if kept is None:
+            model, absent = _load_weights(resolved, classes, {**weights, **common})
+        else:
+            settings = {name: value for name, value in weights.items() if name != "quantization_config"}
+            model, absent = load_or_quantize(
+                kept, lambda folder: _load_weights(str(folder), None, settings)[0],
+                lambda: _load_weights(resolved, None, {**weights, **common})[0],
+            ), set()
     model.requires_grad_(False)
     model.config.use_cache = False
     if classes is not None:
