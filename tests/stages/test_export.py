@@ -1,0 +1,37 @@
+"""The export stage on a run in bfloat16: what is compared is what was exported, not how it is rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import ModelConfig, load_config
+from pipeline.files import read_json
+from pipeline.run_folder.paths import RunPaths
+from pipeline.stages.export import export_run, precisions
+from pipeline.stages.train import train_run
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_comparison_is_made_in_float32_on_cpus_alone() -> None:
+    half = ModelConfig(compute_dtype="bfloat16")
+    assert precisions(half, CPU) == (torch.bfloat16, torch.float32)
+    assert precisions(half, GPU) == (torch.bfloat16, torch.bfloat16)
+    assert precisions(ModelConfig(), CPU) == (torch.float32, torch.float32)
+
+
+@pytest.mark.slow
+def test_a_run_in_bfloat16_is_exported_as_what_it_is(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.stages.export.leave_world", lambda: None)  # the process group serves the next test
+    words = ["model.compute_dtype=bfloat16", "data.train_rows=16", "data.validation_rows=8", "train.max_steps=2"]
+    config = load_config(None, [*tiny_settings, *words, "export.draws=1", "train.micro_batch=8"])
+    train_run(config, tmp_path)
+    export_run(tmp_path)
+    manifest = read_json(RunPaths(tmp_path).export / "manifest.json")
+    assert manifest["base"]["compute_dtype"] == "bfloat16" and manifest["compared_in"] == "float32"
+    assert len(manifest["exports"]) == 2 and all(export["ratio"] < 1e-3 for export in manifest["exports"])
