@@ -19,7 +19,9 @@ from tune.watch import TOKEN, RayWatch, end_bearers, token_sha256
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
 CONTROLLER_CPUS = 0.01
-"""What a trial function takes that only starts a TorchTrainer and waits for it."""
+"""What a trial function takes that only waits for those who train: a TorchTrainer, or the worker of a pack."""
+MOST_RUNS = 8
+"""Runs of a pack where `search.pack` is auto: beyond them a pass is bound by arithmetic on every device tried."""
 SCRATCH = "scratch"
 MADE_FOR = "made_for"
 """In a scratch folder: which search it is of. Nothing else is removed, whatever a note names."""
@@ -57,11 +59,29 @@ class Capacity:
     concurrent: int
     workers: int
     gpus: int
-    """Accelerators of each worker, 0 or 1."""
+    """Accelerators of each process, 0 or 1."""
+    packs: tuple[str, ...] = ()
+    """Names of the workers that train the trials, one per accelerator (or for all cores); none: each trains itself."""
+    threads: int = 1
+    """Of each such worker."""
+
+    @property
+    def worker_cpus(self) -> float:
+        """What Ray reserves for a worker: the trials that wait for it need something, too."""
+        return max(self.threads - 1, 0.5)
 
     def trial_resources(self) -> dict[str, float]:
-        """What Tune reserves for the trial function; a TorchTrainer reserves its workers' share itself."""
-        return {"cpu": 1, "gpu": self.gpus} if self.workers == 1 else {"cpu": CONTROLLER_CPUS}
+        """What Tune reserves for the trial function; who trains in its place reserves its own share."""
+        alone = self.workers == 1 and not self.packs
+        return {"cpu": 1, "gpu": self.gpus} if alone else {"cpu": CONTROLLER_CPUS}
+
+    def describe(self) -> str:
+        """For people."""
+        if self.packs:
+            where = f"{len(self.packs)} GPUs" if self.gpus else f"one base, {self.threads} threads"
+            return f"{self.concurrent} at once, packed on {where}"
+        processes = "process" if self.workers == 1 else "processes"
+        return f"{self.concurrent} at once, {self.workers} {processes} each{' with a GPU' if self.gpus else ''}"
 
 
 @contextmanager
@@ -106,12 +126,17 @@ def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan(search: SearchConfig, resources: dict[str, float], trials: int) -> Capacity:
+def plan(search: SearchConfig, resources: dict[str, float], trials: int, packed: bool = False) -> Capacity:
     """Fit the search into the cluster.
 
+    Args:
+        packed: whether workers train the trials, several at once.
+
     Raises:
-        ConfigError: trials x workers exceeds the cluster: it would wait for itself for ever.
+        ConfigError: trials x workers exceeds the cluster: it would wait for itself for ever; or the packs.
     """
+    if packed:
+        return _plan_packs(search, resources, trials)
     workers = search.workers_per_trial
     gpus = int(resources.get("GPU", 0))
     slots, kind = (gpus, "GPUs") if gpus else (int(resources.get("CPU", 1)), "CPUs")
@@ -128,6 +153,20 @@ def plan(search: SearchConfig, resources: dict[str, float], trials: int) -> Capa
             f"Set at most {most}, or 0 for as many as fit.",
         )  # fmt: skip
     return Capacity(concurrent=min(asked or most, trials), workers=workers, gpus=1 if gpus else 0)
+
+
+def _plan_packs(search: SearchConfig, resources: dict[str, float], trials: int) -> Capacity:
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    size = search.pack if isinstance(search.pack, int) else MOST_RUNS
+    most = size * max(gpus, 1)
+    if search.concurrent > most:
+        raise ConfigError(
+            "search.concurrent", search.concurrent, f"exceeds the {most} runs of the packs",
+            f"Set at most {most}, 0 for as many as fit, or a larger search.pack.",
+        )
+    concurrent = min(search.concurrent or most, trials)
+    names = tuple(f"pack_{number}" for number in range(min(max(gpus, 1), concurrent)))
+    return Capacity(concurrent, 1, int(gpus > 0), names, max(1, cpus // max(gpus, 1)))
 
 
 def _start(scratch: Path) -> None:

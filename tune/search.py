@@ -43,9 +43,9 @@ from tune.dimensions import Space
 from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress, tell
-from tune.space import ARM_TEXTS, Arm, load_arms
+from tune.space import ARM_TEXTS, Arm, load_arms, packing_refusal
 from tune.stopping import Stopping, stop_on_signal
-from tune.trial import TRIALS, TrainFunction
+from tune.trial import TRIALS, PackMaker, TrainFunction
 
 RAY_FOLDER = ".ray"
 SEARCHING = ".searching"
@@ -60,11 +60,14 @@ class SearchStopped(LoradropError):
     exit_code = EXIT_STOPPED
 
 
-def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) -> dict[str, Any]:
+def search(
+    config: RunConfig, folder: Path, train: TrainFunction | None = None, make_pack: PackMaker | None = None
+) -> dict[str, Any]:
     """Run, or continue, the search of `config.search` in `folder`; returns what search.json holds.
 
     Args:
         train: Stands in for `pipeline.train_run` in tests; must be importable in other processes.
+        make_pack: Stands in for `pipeline.Pack`, likewise.
 
     Raises:
         ConfigError: illegal space, a folder with another search, more trials at once than the cluster carries.
@@ -81,7 +84,7 @@ def search(config: RunConfig, folder: Path, train: TrainFunction | None = None) 
         _refuse_strange(ledger, arms)
         _forget_lost(ledger, folder)
         if pending(ledger, arms):
-            _run_trials(config, arms, ledger, folder, stopping, train)
+            _run_trials(config, arms, ledger, folder, stopping, (train, make_pack))
         if stopping.requested:
             raise SearchStopped("search stopped; finished trials are kept and the same command continues")
         result = conclude(config, arms, ledger, folder)
@@ -156,26 +159,29 @@ def _run_trials(
     ledger: Ledger,
     folder: Path,
     stopping: Stopping,
-    train: TrainFunction | None,
+    stand_ins: tuple[TrainFunction | None, PackMaker | None],
 ) -> None:
+    refusal = "" if config.search.pack == "off" else packing_refusal(config, arms)
+    packed = config.search.pack != "off" and not refusal
+    if refusal:
+        tell(f"Each trial loads the base for itself: {refusal}.")
     wanted, left = sum(arm.trials for arm in arms), len(pending(ledger, arms))
     if left < wanted:
         tell(f"Continuing: {wanted - left} of {wanted} trials have ended.")
     try:
         with cluster(folder / RAY_FOLDER, stopping) as resources:
             stopping.listen()
-            capacity = plan(config.search, resources, left)
+            capacity = plan(config.search, resources, left, packed)
             shares = " and ".join(f"{arm.trials} of {ARM_TEXTS[arm.name]}" for arm in arms)
             tell(
                 f"Search: {left} trials of {config.search.max_steps} steps"
-                f"{f' ({shares})' if len(arms) > 1 and left == wanted else ''}, {capacity.concurrent} at once, "
-                f"{capacity.workers} {'process' if capacity.workers == 1 else 'processes'} each"
-                f"{' with a GPU' if capacity.gpus else ''}."
+                f"{f' ({shares})' if len(arms) > 1 and left == wanted else ''}, {capacity.describe()}."
             )
             from tune.study import Study, run_study  # imports ray, which the cluster has set up by now
 
             progress = SearchProgress(ledger, wanted, config.search.max_steps, capacity.concurrent)
-            run_study(Study(config, arms, ledger, folder, capacity), progress, folder / RAY_FOLDER, stopping, train)
+            study = Study(config, arms, ledger, folder, capacity)
+            run_study(study, progress, folder / RAY_FOLDER, stopping, *stand_ins)
     finally:
         shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 

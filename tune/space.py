@@ -5,7 +5,7 @@ Both are *arms* of one search: tuned apart, by the same rule, with as many trial
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -96,18 +96,31 @@ def _tried_space(config: RunConfig, used: Mapping[str, DimensionFile], path: Pat
     return space
 
 
-def trial_config(config: RunConfig, values: Values, name: str) -> RunConfig:
+def trial_config(config: RunConfig, values: Values, name: str, packed: bool = False) -> RunConfig:
     """The run of one trial: `config` with `values`, `search.max_steps` steps and its name in the label."""
     steps = config.search.max_steps
-    # A trial is short and is rerun rather than resumed: periodic checkpoints would only fill the disk.
+    validations = validation_steps(config.train.validate_every_steps, steps)
+    # A trial by itself is short and is rerun rather than resumed: periodic checkpoints would only fill the disk. With
+    # a pack many end at once.
     of_a_trial = {
         "train.max_steps": steps,
-        "train.validate_every_steps": validation_steps(config.train.validate_every_steps, steps),
-        "train.checkpoint_every_steps": steps,
+        "train.validate_every_steps": validations,
+        "train.checkpoint_every_steps": validations if packed else steps,
         "train.keep_checkpoints": 1,
         "label": f"{config.label}: {name}" if config.label else name,
     }
     return with_values(config, {**of_a_trial, **values})
+
+
+def packing_refusal(config: RunConfig, arms: Sequence[Arm]) -> str:
+    """Why the search's trials train one by one; empty where they can be packed."""
+    if config.search.workers_per_trial > 1:
+        return f"a trial of {config.search.workers_per_trial} processes is no part of a pack"
+    from pipeline import pack_refusal
+
+    points = ((arm, values) for arm in arms for values in arm.space.corners())
+    refusals = (pack_refusal(config, trial_config(arm.config, values, "trial", packed=True)) for arm, values in points)
+    return next((refusal for refusal in refusals if refusal), "")
 
 
 def validation_steps(asked: int, max_steps: int) -> int:

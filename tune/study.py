@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 import ray.tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -21,11 +22,12 @@ from pipeline import RunConfig, RunPaths, dump_config, write_json
 from tune.cluster import Capacity
 from tune.dimensions import Values, point_key
 from tune.ledger import Ledger, pending
+from tune.pack import start_workers
 from tune.progress import SearchProgress
 from tune.sampling import suggest
 from tune.space import Arm, ArmName, trial_config, validation_steps
 from tune.stopping import Stopping
-from tune.trial import TRIALS, Assignment, TrainFunction, run_trial
+from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, run_trial
 
 REDUCTION = 2
 """Asynchronous successive halving (arXiv 1810.05934): at each rung the worse half stops."""
@@ -39,6 +41,8 @@ class Study:
     ) -> None:
         self.config, self.arms, self.ledger, self.folder, self.capacity = config, arms, ledger, folder, capacity
         self.queue = pending(ledger, arms)
+        self.packs: dict[str, str] = {}
+        """Trials begun -> their workers."""
 
     def next_assignment(self) -> Assignment | None:
         """The next trial to run, recorded as started; None when all have been given out."""
@@ -49,15 +53,25 @@ class Study:
         before = self.ledger.trials.get(name)
         values = before.values if before else self._new_values(arm, index)
         # The values may have been read from the folder, which has no say in this.
-        resolved = trial_config(arm.config, values, name).trusting(self.config.model.trust_remote_code)
+        packed = bool(self.capacity.packs)
+        resolved = trial_config(arm.config, values, name, packed).trusting(self.config.model.trust_remote_code)
         assignment = Assignment(
             name=name, folder=str(self.folder), working_folder=os.getcwd(), config=dump_config(resolved),
             config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,
+            pack=self._free_pack(name) if packed else "",
         )  # fmt: skip
         self.ledger.append(
             "start", trial=name, arm=arm.name, index=index, values=values, config_sha256=assignment.config_sha256
         )
         return assignment
+
+    def _free_pack(self, name: str) -> str:
+        """The worker with the fewest runs."""
+        load = dict.fromkeys(self.capacity.packs, 0)
+        for other, pack in self.packs.items():
+            load[pack] += other != name and self.ledger.trials[other].state == "running"
+        self.packs[name] = min(load, key=lambda pack: load[pack])
+        return self.packs[name]
 
     def _new_values(self, arm: Arm, index: int) -> Values:
         taken = {point_key(record.values) for record in self.ledger.in_order(arm.name)}
@@ -194,8 +208,8 @@ class StudyCallback(ray_tune.Callback):
 
     def _end(self, name: str, **outcome: Any) -> None:
         self.ledger.append("end", trial=name, **outcome)
-        # A trial is never resumed: what its adapter and predictions do not hold would only fill the disk.
-        shutil.rmtree(RunPaths(self.folder / TRIALS / name).checkpoints, ignore_errors=True)
+        if outcome["state"] != "failed":  # what its adapter and predictions do not hold would only fill the disk
+            shutil.rmtree(RunPaths(self.folder / TRIALS / name).checkpoints, ignore_errors=True)
         self.progress.ended(self.ledger.trials[name])
 
 
@@ -229,9 +243,16 @@ def make_scheduler(study: Study) -> ArmScheduler:
 
 
 def run_study(
-    study: Study, progress: SearchProgress, storage: Path, stopping: Stopping, train: TrainFunction | None
+    study: Study,
+    progress: SearchProgress,
+    storage: Path,
+    stopping: Stopping,
+    train: TrainFunction | None,
+    make_pack: PackMaker | None,
 ) -> None:
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
+    shared, trusted = dump_config(study.config), study.config.model.trust_remote_code
+    workers = start_workers(study.capacity, shared, trusted, study.folder, make_pack)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(functools.partial(run_trial, train=train), study.capacity.trial_resources()),
         tune_config=ray_tune.TuneConfig(
@@ -250,6 +271,8 @@ def run_study(
         ),
     )
     tuner.fit()
+    for worker in workers:
+        ray.kill(worker)
 
 
 class StopOnSignal(ray_tune.Stopper):

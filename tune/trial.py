@@ -1,4 +1,4 @@
-"""One trial: the function that Ray Tune runs, in a process of its own.
+"""One trial: the function that Ray Tune runs, in a process of its own. It trains, or (`tune/pack`) has trained.
 
     SEARCH/trials/trial_000/        an ordinary run folder
     SEARCH/trials/trial_000.log     what its processes printed
@@ -44,6 +44,8 @@ START_ATTEMPTS = 3
 
 TrainFunction = Callable[[RunConfig, Path, Callable[[dict[str, Any]], None]], dict[str, Any]]
 """`pipeline.train_run`: (config, run folder, on_validation) -> final scores."""
+PackMaker = Callable[[RunConfig, bool], Any]
+"""`pipeline.Pack`: (configuration whose base and rows all share, whether code that comes with the model may run)."""
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -67,6 +69,8 @@ class Assignment:
     """Processes of the trial."""
     gpus: int
     """Accelerators of each process, 0 or 1."""
+    pack: str = ""
+    """The worker that trains it, by name; none: the trial's own processes do."""
 
     @property
     def run(self) -> Path:
@@ -91,7 +95,11 @@ def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None
     import ray.tune as ray_tune
 
     assignment = Assignment(**given)
-    if assignment.workers == 1:
+    if assignment.pack:
+        from tune.pack import run_packed
+
+        run_packed(assignment, ray_tune.report)
+    elif assignment.workers == 1:
         _run_worker(assignment, train, ray_tune.report)
     else:
         _run_group(assignment, train)
@@ -124,7 +132,7 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
-        raise TrialFailed(_message(failures[min(failures)] if failures else error)) from None
+        raise TrialFailed(error_text(failures[min(failures)] if failures else error)) from None
 
 
 def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Report) -> None:
@@ -134,48 +142,59 @@ def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Rep
             os.environ.pop(name, None)
     process_rank = int(os.environ.get("RANK", "0"))
     os.chdir(assignment.working_folder)
-    _print_to(assignment.run.with_name(f"{assignment.name}{f'.rank{process_rank}' if process_rank else ''}.log"))
+    print_to(assignment.run.with_name(f"{assignment.name}{f'.rank{process_rank}' if process_rank else ''}.log"))
     try:
         with _alone(assignment.run, process_rank):
             _check_devices(assignment)
-            final = _train(assignment, train, report)
+            _train(assignment, train, report)
     except Exception as error:
         if isinstance(error, LoradropError) and error.exit_code == EXIT_STOPPED:
             return  # the scheduler asked for it
         traceback.print_exc()
         sys.stderr.flush()
-        raise TrialFailed(_message(error)) from None
-    report(final)
+        raise TrialFailed(error_text(error)) from None
 
 
-def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Report) -> dict[str, Any]:
+def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Report) -> None:
     if stand_in is None:
         from pipeline import train_run  # imports torch
     train: TrainFunction = stand_in or train_run
     config = build_config(yaml.safe_load(assignment.config))
-    _require_hash(assignment, config.sha256(), "reached the trial")
+    require_hash(assignment, config.sha256(), "reached the trial")
+    reporter = Reporter(assignment, report)
+    reporter.finished(train(config, assignment.run, reporter.validated))
 
-    standing: dict[str, Any] = {}
 
-    def on_validation(row: dict[str, Any]) -> None:
-        """Report what the trial would deliver if it ended now: the validation of the adapter that is published."""
+class Reporter:
+    """Tells Tune what a trial would deliver if it ended now: the validation of the adapter that is published."""
+
+    def __init__(self, assignment: Assignment, report: Report) -> None:
+        self._assignment, self._report = assignment, report
+        self._last_step = build_config(yaml.safe_load(assignment.config)).train.max_steps
+        self._standing: dict[str, Any] = {}
+
+    def validated(self, row: dict[str, Any]) -> None:
+        """A validation, as `train_run` tells of it. Raises `StageFailed` where it is not finite."""
         if not math.isfinite(row["nll"]):
             raise StageFailed(f"validation NLL is {row['nll']} at step {row['step']}")
-        if not standing or row["published"]:
-            standing.update(nll=row["nll"], accuracy=row.get("accuracy"))
+        if not self._standing or row["published"]:
+            self._standing.update(nll=row["nll"], accuracy=row.get("accuracy"))
         # The last validation is reported with the result, once the adapter is written.
-        if row["step"] < config.train.max_steps:
-            report({"step": int(row["step"]), **standing, "finished": False})
+        if row["step"] < self._last_step:
+            self._report({"step": int(row["step"]), **self._standing, "finished": False})
 
-    result = train(config, assignment.run, on_validation)
-    _require_hash(assignment, load_config(RunPaths(assignment.run).config).sha256(), "was trained")
-    return {
-        "step": result["steps"], "nll": result["validation_nll"], "accuracy": result["validation_accuracy"],
-        "adapter_sha256": result["adapter_sha256"], "finished": True,
-    }  # fmt: skip
+    def finished(self, result: dict[str, Any]) -> None:
+        """The end, as `train_run` returns it. Raises `StageFailed` where something else was trained."""
+        trained = load_config(RunPaths(self._assignment.run).config).sha256()
+        require_hash(self._assignment, trained, "was trained")
+        self._report({
+            "step": result["steps"], "nll": result["validation_nll"], "accuracy": result["validation_accuracy"],
+            "adapter_sha256": result["adapter_sha256"], "finished": True,
+        })  # fmt: skip
 
 
-def _require_hash(assignment: Assignment, sha256: str, what: str) -> None:
+def require_hash(assignment: Assignment, sha256: str, what: str) -> None:
+    """Raises `StageFailed` where a configuration is not the trial's."""
     if sha256 != assignment.config_sha256:
         raise StageFailed(f"{assignment.name}: another configuration than the chosen one {what}")
 
@@ -200,7 +219,7 @@ def _alone(run: Path, process_rank: int) -> Iterator[None]:
         yield
 
 
-def _print_to(path: Path) -> IO[bytes]:
+def print_to(path: Path) -> IO[bytes]:
     """Send this process's output, of C++ code too, to a file that outlives Ray's session."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_append(path)
@@ -211,7 +230,8 @@ def _print_to(path: Path) -> IO[bytes]:
     return file
 
 
-def _message(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
+    """One error for people, whatever Ray has wrapped it in."""
     cause = getattr(error, "cause", None)  # Ray wraps what a worker raised
     if isinstance(cause, Exception):
         error = cause

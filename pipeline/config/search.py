@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Line, NonNegative, Positive, Section
 
@@ -74,10 +74,18 @@ class SearchConfig(Section):
     max_steps: Positive = 40
     """Optimizer steps of a trial that is not stopped early."""
     concurrent: NonNegative = 0
-    """Trials at once; 0 = as many as the devices (or cores) carry."""
+    """Trials at once; 0 = as many as the devices (or cores, or packs) carry."""
+    pack: Literal["auto", "off"] | Positive = "auto"
+    """Trials of one process are trained together over one base, one worker per device: at most so many in each, auto =
+    8. Off, and where a pack cannot train the method (AdaLoRA): every trial loads the base for itself."""
     workers_per_trial: Positive = 1
     """Processes of one trial; above 1 a trial is a DeepSpeed TorchTrainer."""
     adapters: Positive = 3
     """Best trials whose adapters form the adapter ensemble."""
     seed: NonNegative = 0
     """Seed of the sampler."""
+
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _read_off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML 1.1 reads off as false

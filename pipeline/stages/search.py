@@ -25,6 +25,6 @@ def run_search(config: RunConfig, folders: Folders) -> int:
 
 
 def fixed_part(config: RunConfig) -> RunConfig:
-    """What may not change between two calls for one search: how many trials there are, and how many at once, may."""
-    free = {name: SearchConfig.model_fields[name].default for name in ("trials", "concurrent")}
+    """What may not change between two calls for one search: how many trials there are, and how they run, may."""
+    free = {name: SearchConfig.model_fields[name].default for name in ("trials", "concurrent", "pack")}
     return config.model_copy(update={"search": config.search.model_copy(update=free)})

@@ -30,10 +30,11 @@ train.learning_rate: {loguniform: [2e-4, 2e-3]}
 def write_config(folder: Path, space: str = SPACE, **search: Any) -> None:
     write_data(folder / "rows.jsonl")
     (folder / "space.yaml").write_text(space, encoding="utf-8")
+    alone = {"plain": False, "pack": "off"}
     settings = {
         "data": {"path": "rows.jsonl", "validation_rows": 16, "calibration_rows": 8, "test_rows": 8},  # relative
         "train": {"validate_every_steps": 2},
-        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, "plain": False, **search},
+        "search": {"space": "space.yaml", "trials": 4, "max_steps": 8, "adapters": 2, **alone, **search},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 

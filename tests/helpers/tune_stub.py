@@ -1,7 +1,8 @@
 """A training that takes milliseconds and leaves a true run folder, to search over with real Ray.
 
 `python tests/helpers/tune_stub.py CONFIG FOLDER` is `python -m tune` with this training.
-Environment: STUB_SECONDS per step; STUB_FAIL, STUB_DIE, STUB_NAN: a trial's name.
+Environment: STUB_SECONDS per step; STUB_FAIL, STUB_DIE: a trial's name. Where it is packed, STUB_DIE kills its worker,
+once, or with STUB_DEATHS=always each time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,7 @@ def train(config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, A
         if step % config.train.validate_every_steps and step != config.train.max_steps:
             continue
         predicted = log_probs(config, step, labels)
-        nll = float(-predicted[np.arange(len(labels)), labels].mean())
-        scores = {"nll": nll, "accuracy": float((predicted.argmax(axis=1) == labels).mean())}
+        scores = scored(predicted, labels)
         if main:
             publish(paths, config, predicted, tuple(row.id for row in rows))
         on_validation({"step": float(step), **scores, "published": 1.0})
@@ -79,6 +80,97 @@ def train(config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, A
         "validation_nll": scores["nll"], "validation_accuracy": scores["accuracy"], "steps": config.train.max_steps,
         "adapter_sha256": sha256_file(paths.adapter / ADAPTER_WEIGHTS),
     }  # fmt: skip
+
+
+def scored(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """NLL and accuracy."""
+    nll = float(-predicted[np.arange(len(labels)), labels].mean())
+    return {"nll": nll, "accuracy": float((predicted.argmax(axis=1) == labels).mean())}
+
+
+@dataclass
+class Ended:
+    """As the pack's."""
+
+    run_dir: Path
+    state: str
+    result: dict[str, Any] | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class PackedRun:
+    """A run of the stub's pack."""
+
+    config: RunConfig
+    paths: RunPaths
+    on_validation: Callable[[dict[str, Any]], None]
+    step: int = 0
+
+
+class Pack:
+    """Stands in for `pipeline.Pack`: one step of every run at a time, a checkpoint at every validation.
+
+    steps.txt of a run folder has a line for every step that was taken: its number and the process.
+    """
+
+    def __init__(self, config: RunConfig, trusted: bool = False) -> None:
+        rows = load_splits(config.data).validation
+        self.labels, self.row_ids = np.array([row.label for row in rows]), tuple(row.id for row in rows)
+        self.members: list[PackedRun] = []
+        print(f"pack in {os.getpid()}, {os.environ['OMP_NUM_THREADS']} threads")
+
+    @property
+    def runs(self) -> int:
+        """How many are in it."""
+        return len(self.members)
+
+    def admit(self, config: RunConfig, run_dir: Path, on_validation: Callable[[dict[str, Any]], None]) -> None:
+        """Begin a run, or go on with it."""
+        paths = RunPaths(run_dir)
+        found = sorted(paths.checkpoints.glob("step_*")) if paths.checkpoints.exists() else []
+        write_text(paths.config, dump_config(config))
+        self.members.append(PackedRun(config, paths, on_validation, int(found[-1].name[5:]) if found else 0))
+
+    def advance(self) -> list[Ended]:
+        """One step of each."""
+        time.sleep(float(os.environ.get("STUB_SECONDS", "0.01")))
+        ended = [one for run in list(self.members) if (one := self._step(run)) is not None]
+        left = {one.run_dir for one in ended}
+        self.members = [run for run in self.members if run.paths.root not in left]
+        return ended
+
+    def _step(self, run: PackedRun) -> Ended | None:
+        root, last = run.paths.root, run.config.train.max_steps
+        if run.step < last:
+            run.step += 1
+            with (root / "steps.txt").open("a") as file:
+                file.write(f"{run.step} {os.getpid()}\n")
+        if run.step == 3:
+            mark = root.with_name(f"{root.name}.died")
+            try:
+                if os.environ.get("STUB_DEATHS") == "always" or not mark.exists():
+                    if os.environ.get("STUB_DIE") == root.name:
+                        mark.touch()
+                    misbehave(root.name)
+            except DataError as error:
+                return Ended(root, "failed", error=error)
+        if run.step % run.config.train.validate_every_steps and run.step != last:
+            return None
+        predicted = log_probs(run.config, run.step, self.labels)
+        scores = scored(predicted, self.labels)
+        (run.paths.checkpoints / f"step_{run.step:06d}").mkdir(parents=True, exist_ok=True)
+        publish(run.paths, run.config, predicted, self.row_ids)
+        run.on_validation({"step": float(run.step), **scores, "published": 1.0})
+        if run.step == last:
+            return Ended(root, "done", {
+                "validation_nll": scores["nll"], "validation_accuracy": scores["accuracy"], "steps": last,
+                "adapter_sha256": sha256_file(run.paths.adapter / ADAPTER_WEIGHTS),
+            })
+        if run.paths.stop_request.exists():
+            run.paths.stop_request.unlink()
+            return Ended(root, "stopped")
+        return None
 
 
 def misbehave(name: str) -> None:
@@ -106,11 +198,13 @@ def main() -> int:
     """As `python -m tune`, with this module's training; prints what the driver has loaded."""
     import tune_stub  # by its name: workers import it, too
 
+    import pipeline
     from tune.progress import print_summary
     from tune.search import search
 
+    pipeline.pack_refusal = lambda shared, config: None
     try:
-        print_summary(search(load_config(sys.argv[1]), Path(sys.argv[2]), train=tune_stub.train))
+        print_summary(search(load_config(sys.argv[1]), Path(sys.argv[2]), tune_stub.train, tune_stub.Pack))
     except LoradropError as error:
         print(error, file=sys.stderr)
         return error.exit_code
