@@ -3,6 +3,7 @@
     {"event": "search", "identity": ..., "space": ...}             first line: what is searched
     {"event": "start",  "trial": ..., "arm", "index", "values", "config_sha256"}
     {"event": "report", "trial": ..., "step", "nll", "accuracy"}    one per validation
+    {"event": "overfits", "trial": ...}                             asked to end for that, with the best adapter it has
     {"event": "end",    "trial": ..., "state", ...}                 done, stopped (early) or failed
 
 Every line is on disk before the search goes on, so that a kill at any moment loses no finished trial.
@@ -41,6 +42,7 @@ class TrialRecord:
     """{"step", "nll", "accuracy"} of each validation of the last attempt."""
     adapter_sha256: str | None = None
     error: str | None = None
+    overfits: bool = False
 
     @property
     def ended(self) -> bool:
@@ -129,6 +131,8 @@ class Ledger:
             self.trials[name] = TrialRecord(name=name, **event)
         elif kind == "report":
             self.trials[name].reports.append(event)
+        elif kind == "overfits":
+            self.trials[name].overfits = True
         elif kind == "end":
             for key, value in event.items():
                 setattr(self.trials[name], key, value)

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import ray
+import ray.tune as ray_tune
 import yaml
 
 import pipeline
 from pipeline import (
+    EXIT_STOPPED,
     LAUNCHER_VARIABLES,
     LoradropError,
     RunConfig,
@@ -38,7 +40,7 @@ from pipeline import (
     write_json,
 )
 from tune.cluster import Capacity
-from tune.trial import TRIALS, Assignment, PackMaker, Report, Reporter, TrialFailed, error_text, print_to, require_hash
+from tune.trial import TRIALS, Assignment, PackMaker, Reporter, TrialFailed, error_text, print_to, require_hash
 
 POLL_SECONDS = 10.0
 """A worker answers after that long also where there is nothing new."""
@@ -60,7 +62,7 @@ class Admitted:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of its validations."""
     ended: tuple[str, Any] | None = None
-    """(done, the result), (stopped, None) or (failed, what was said)."""
+    """(done, the result), (stopped, None) or (failed, what is said of it)."""
 
 
 class PackWorker:
@@ -130,10 +132,10 @@ class PackWorker:
                     self._let_in(self._runs[name])
                 if self._training():
                     for ended in self._pack.advance():
-                        self._let_out(ended.run_dir, ended.state, ended.result, ended.error)
+                        self._let_out(ended.run_dir, ended.error or ended.result)
             except Exception as error:  # of the pack itself, for lack of memory say: the next run finds a new one
                 for run in [run for run in self._runs.values() if run.ended is None]:
-                    self._let_out(run.folder, "failed", None, error)
+                    self._let_out(run.folder, error)
                 self._pack = None
 
     def _training(self) -> bool:
@@ -150,17 +152,22 @@ class PackWorker:
                 self._pack = (self._make_pack or pipeline.Pack)(self._shared, self._trusted)  # imports torch
             self._pack.admit(run.config, run.folder, on_validation)
         except Exception as error:
-            self._let_out(run.folder, "failed", None, error)
+            self._let_out(run.folder, error)
 
-    def _let_out(self, folder: Path, state: str, result: Any, error: Exception | None) -> None:
-        if error is not None:
+    def _let_out(self, folder: Path, outcome: dict[str, Any] | Exception) -> None:
+        """`outcome`: the result, or what ended the run before it."""
+        ended: tuple[str, Any] = ("done", outcome)
+        if isinstance(outcome, LoradropError) and outcome.exit_code == EXIT_STOPPED:
+            ended = ("stopped", None)  # the scheduler asked for it
+        elif isinstance(outcome, Exception):
             print(f"{folder.name}:", file=sys.stderr)
-            traceback.print_exception(error)
+            traceback.print_exception(outcome)
             sys.stderr.flush()
+            ended = ("failed", error_text(outcome))
         run = self._runs[folder.name]
         run.lock.close()
         with self._changed:
-            run.ended = (state, result if error is None or state != "failed" else error_text(error))
+            run.ended = ended
             self._changed.notify_all()
 
 
@@ -205,13 +212,17 @@ def start_workers(
     ]  # fmt: skip
 
 
-def run_packed(assignment: Assignment, report: Report) -> None:
-    """A trial whose run is in a worker: pass on what it reports, and end with it.
+def run_packed(given: dict[str, Any]) -> None:
+    """A trial whose run is in a worker, as Tune runs it: pass on what is reported, and end with the run.
+
+    Args:
+        given: `Assignment.to_dict()`.
 
     Raises:
         TrialFailed: the run failed; its worker died again and again, or did not come back.
     """
-    reporter = Reporter(assignment, report)
+    assignment = Assignment(**given)
+    reporter = Reporter(assignment, ray_tune.report)
     try:
         _follow(assignment, reporter)
     except LoradropError as error:

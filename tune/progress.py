@@ -43,7 +43,8 @@ class SearchProgress:
         if record.state == "failed":
             outcome = f"failed: {record.error}"
         else:
-            outcome = f"{'done' if record.state == 'done' else f'stopped at step {record.steps}'}  {_scores(record)}"
+            stopped = f"stopped at step {record.steps}" if record.state == "stopped" or record.overfits else "done"
+            outcome = f"{stopped}{', it overfits' if record.overfits else ''}  {_scores(record)}"
         settings = "  ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in record.values.items())
         tell(f"{record.name} {outcome}  ({settings})  [{ended}/{self.trials}]{self._left()}")
 

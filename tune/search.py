@@ -101,7 +101,7 @@ def identity(config: RunConfig, arms: Sequence[Arm]) -> str:
     """Hash of all that a trial's score depends on: how many trials there are, and how many at once, does not."""
     parts = config.model_dump(mode="json")
     relevant = {key: parts[key] for key in ("model", "data", "adapter", "train")}
-    relevant["search"] = {key: parts["search"][key] for key in ("max_steps", "seed")}
+    relevant["search"] = {key: parts["search"][key] for key in ("max_steps", "seed", "early_exit")}
     return hashlib.sha256(json.dumps([relevant, describe(arms)], sort_keys=True).encode()).hexdigest()
 
 
@@ -277,4 +277,6 @@ def _entry(record: TrialRecord, loss: float | None) -> dict[str, Any]:
         "run": f"{TRIALS}/{record.name}",
         "adapter_sha256": record.adapter_sha256,
     }
+    if record.overfits:
+        entry["overfits"] = True
     return entry | ({"error": record.error} if record.state == "failed" else {})

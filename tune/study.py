@@ -8,29 +8,25 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 import ray.tune as ray_tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline import RunConfig, RunPaths, dump_config, write_json
+from pipeline import ADAPTER_WEIGHTS, RunConfig, RunPaths, dump_config, manifest_faults, sha256_file
 from tune.cluster import Capacity
 from tune.dimensions import Values, point_key
 from tune.ledger import Ledger, pending
-from tune.pack import start_workers
+from tune.pack import run_packed, start_workers
 from tune.progress import SearchProgress
 from tune.sampling import suggest
-from tune.space import Arm, ArmName, trial_config, validation_steps
+from tune.scheduling import make_scheduler
+from tune.space import Arm, trial_config
 from tune.stopping import Stopping
 from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, run_trial
-
-REDUCTION = 2
-"""Asynchronous successive halving (arXiv 1810.05934): at each rung the worse half stops."""
 
 
 class Study:
@@ -95,87 +91,6 @@ class StudySearcher(Searcher):
         """The ledger has it already."""
 
 
-class EnsembleASHA(ASHAScheduler):
-    """ASHA on validation NLL that leaves enough finished trials for the adapter ensemble.
-
-    Rungs are met at min_steps · 2^k. A trial is stopped only while more than `keep` others can still finish.
-    Stopping is a request that all processes of the trial agree on at their next step. Tune's own way, killing
-    the trial function, would leave a nested TorchTrainer's workers and their reservation behind.
-    """
-
-    def __init__(self, steps: tuple[int, int], trials: int, keep: int, request_stop: Callable[[str], None]) -> None:
-        """`steps`: those of the first rung, those of a whole trial."""
-        super().__init__(
-            time_attr="step", metric="nll", mode="min",
-            max_t=steps[1], grace_period=min(steps), reduction_factor=REDUCTION,
-        )  # fmt: skip
-        self.can_finish, self.keep, self.request_stop = trials, keep, request_stop
-        self.asked: set[str] = set()
-
-    def replay(self, ledger: Ledger, arm: ArmName) -> None:
-        """Meet the rungs with what an interrupted search already saw of an arm."""
-        for record in ledger.in_order(arm):
-            if not record.ended:
-                continue
-            stand_in: Any = SimpleNamespace(trial_id=record.name)
-            self.on_trial_add(None, stand_in)
-            for report in record.reports:
-                super().on_trial_result(None, stand_in, report)
-            self.can_finish -= record.state == "stopped"
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Always CONTINUE; a trial that lags behind is asked to end itself."""
-        decision = super().on_trial_result(tune_controller, trial, result)
-        name = trial.config["name"]
-        lags = decision == TrialScheduler.STOP and not result["finished"]
-        if lags and name not in self.asked and self.can_finish > self.keep:
-            self.can_finish -= 1
-            self.asked.add(name)
-            self.request_stop(name)
-        return str(TrialScheduler.CONTINUE)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A failed trial cannot finish either."""
-        self.can_finish -= 1
-        super().on_trial_error(tune_controller, trial)
-
-
-class ArmScheduler(FIFOScheduler):
-    """A scheduler per arm: a trial lags behind, or not, among those of its own arm alone."""
-
-    def __init__(self, schedulers: Mapping[str, EnsembleASHA], arm_of: Callable[[str], str]) -> None:
-        """
-        Args:
-            schedulers: of the arms, by name.
-            arm_of: the arm of a trial, by its name.
-        """
-        super().__init__()
-        self._schedulers, self._arm_of = schedulers, arm_of
-
-    def _of(self, trial: Any) -> EnsembleASHA:
-        return self._schedulers[self._arm_of(trial.config["name"])]
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """To the trial's arm, as all below."""
-        self._of(trial).on_trial_add(tune_controller, trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """As `EnsembleASHA`."""
-        return self._of(trial).on_trial_result(tune_controller, trial, result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """As `EnsembleASHA`."""
-        self._of(trial).on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """As `EnsembleASHA`."""
-        self._of(trial).on_trial_remove(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """As `EnsembleASHA`."""
-        self._of(trial).on_trial_error(tune_controller, trial)
-
-
 class StudyCallback(ray_tune.Callback):
     """Writes what happens into the ledger and shows it."""
 
@@ -193,11 +108,18 @@ class StudyCallback(ray_tune.Callback):
             self.progress.validated(self.ledger.trials[name])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Ended: by itself (then its result has been recorded) or stopped early by the scheduler."""
+        """Ended: by itself (then its result has been recorded) or stopped early by the scheduler.
+
+        One that was stopped because it overfits delivers what it would have: the best adapter that it had.
+        """
         record = self.ledger.trials[trial.config["name"]]
         if record.state != "running" or self.stopping.requested:
             return
-        self._end(record.name, state="stopped")
+        adapter = RunPaths(self.folder / TRIALS / record.name).adapter
+        if record.overfits and not manifest_faults(adapter):
+            self._end(record.name, state="done", adapter_sha256=sha256_file(adapter / ADAPTER_WEIGHTS))
+        else:
+            self._end(record.name, state="stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Failed: its error is kept, the others go on."""
@@ -224,24 +146,6 @@ def _error_text(trial: Any) -> str:
     return text.splitlines()[-1]
 
 
-def make_scheduler(study: Study) -> ArmScheduler:
-    """The arms' schedulers, with what an interrupted search has seen. Each arm keeps as many trials to their end: plain
-    LoRA, which needs no ensemble, is chosen among as many as the method.
-    """
-    search = study.config.search
-    first_rung = validation_steps(study.config.train.validate_every_steps, search.max_steps)
-
-    def request_stop(name: str) -> None:
-        write_json(RunPaths(study.folder / TRIALS / name).stop_request, {"by": "search"})
-
-    schedulers: dict[str, EnsembleASHA] = {}
-    for arm in study.arms:
-        one = EnsembleASHA((first_rung, search.max_steps), arm.trials, search.adapters, request_stop)
-        one.replay(study.ledger, arm.name)
-        schedulers[arm.name] = one
-    return ArmScheduler(schedulers, lambda name: study.ledger.trials[name].arm)
-
-
 def run_study(
     study: Study,
     progress: SearchProgress,
@@ -253,11 +157,12 @@ def run_study(
     """Run all open trials under Ray Tune; returns early when a stop is requested."""
     shared, trusted = dump_config(study.config), study.config.model.trust_remote_code
     workers = start_workers(study.capacity, shared, trusted, study.folder, make_pack)
+    function = run_packed if workers else functools.partial(run_trial, train=train)
     tuner = ray_tune.Tuner(
-        ray_tune.with_resources(functools.partial(run_trial, train=train), study.capacity.trial_resources()),
+        ray_tune.with_resources(function, study.capacity.trial_resources()),
         tune_config=ray_tune.TuneConfig(
             search_alg=StudySearcher(study),
-            scheduler=make_scheduler(study),
+            scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
             num_samples=len(study.queue),
             max_concurrent_trials=study.capacity.concurrent,
             reuse_actors=False,  # every trial has a process of its own: nothing leaks from one to the next

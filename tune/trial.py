@@ -1,4 +1,4 @@
-"""One trial: the function that Ray Tune runs, in a process of its own. It trains, or (`tune/pack`) has trained.
+"""One trial: the function that Ray Tune runs, in a process of its own. (Those that are packed: `tune/pack`.)
 
     SEARCH/trials/trial_000/        an ordinary run folder
     SEARCH/trials/trial_000.log     what its processes printed
@@ -95,11 +95,7 @@ def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None
     import ray.tune as ray_tune
 
     assignment = Assignment(**given)
-    if assignment.pack:
-        from tune.pack import run_packed
-
-        run_packed(assignment, ray_tune.report)
-    elif assignment.workers == 1:
+    if assignment.workers == 1:
         _run_worker(assignment, train, ray_tune.report)
     else:
         _run_group(assignment, train)

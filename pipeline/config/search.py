@@ -61,6 +61,18 @@ class CompareConfig(Section):
         return {LEARNING_RATE: self.learning_rates, **self.vary, **own}
 
 
+class EarlyExitConfig(Section):
+    """Ends a trial that overfits; the best adapter that it had counts as that of a whole trial."""
+
+    factor: Annotated[float, Field(gt=1.0)] | None = None
+    """A validation NLL above so many times the smoothed training loss is a sign of overfitting; empty = no early exit.
+    Under dropout the training loss, being that of masked passes, is higher, and signs are rarer."""
+    validations: Positive = 3
+    """Signs in a row, none of them a new best, that end a trial."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Weight of the past, per step, in the smoothed training loss."""
+
+
 class SearchConfig(Section):
     """Ray Tune."""
 
@@ -80,6 +92,8 @@ class SearchConfig(Section):
     8. Off, and where a pack cannot train the method (AdaLoRA): every trial loads the base for itself."""
     workers_per_trial: Positive = 1
     """Processes of one trial; above 1 a trial is a DeepSpeed TorchTrainer."""
+    early_exit: EarlyExitConfig = EarlyExitConfig()
+    """Beside successive halving, which always ends trials that lag behind others."""
     adapters: Positive = 3
     """Best trials whose adapters form the adapter ensemble."""
     seed: NonNegative = 0

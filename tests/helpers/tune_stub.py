@@ -169,7 +169,7 @@ class Pack:
             })
         if run.paths.stop_request.exists():
             run.paths.stop_request.unlink()
-            return Ended(root, "stopped")
+            return Ended(root, "stopped", error=Stopped(f"stopped at step {run.step}"))
         return None
 
 

@@ -17,7 +17,9 @@ from helpers import ROOT
 from helpers.tune_stub import write_data
 
 from pipeline import (
+    ADAPTER_WEIGHTS,
     ConfigError,
+    EarlyExitConfig,
     RunConfig,
     RunFolderError,
     RunPaths,
@@ -26,6 +28,8 @@ from pipeline import (
     dump_config,
     duration,
     load_splits,
+    publish_folder,
+    sha256_file,
     write_text,
 )
 from pipeline.data.rows import Row
@@ -42,6 +46,7 @@ from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress
 from tune.space import Arm
+from tune.stopping import Stopping
 from tune.trial import Assignment, _train
 
 
@@ -89,7 +94,7 @@ def reported(scheduler: Any, name: str, step: int, nll: float, finished: bool = 
 
 
 def asha(trials: int, keep: int) -> tuple[Any, list[str]]:
-    from tune.study import EnsembleASHA
+    from tune.scheduling import EnsembleASHA
 
     asked: list[str] = []
     return EnsembleASHA((10, 40), trials, keep, asked.append), asked
@@ -136,18 +141,92 @@ def test_a_restarted_search_remembers_the_rungs(tmp_path: Path) -> None:
     assert asked == ["c"], "one of the four was stopped before, so one more may be"
 
 
-def test_an_arm_is_stopped_by_its_own_trials_alone() -> None:
+def test_an_arm_is_stopped_by_its_own_trials_alone(tmp_path: Path) -> None:
     """Plain LoRA's trials are all worse than the method's, and the best of them is not stopped for it."""
-    from tune.study import ArmScheduler
+    from tune.scheduling import ArmScheduler, EarlyExit
 
     arms = {name: asha(trials=4, keep=1) for name in ("method", "plain")}
-    both = ArmScheduler({name: scheduler for name, (scheduler, _) in arms.items()}, lambda name: name.split("-")[0])
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    early_exit = EarlyExit(EarlyExitConfig(), ledger, tmp_path, lambda name: None)
+    both = ArmScheduler({name: scheduler for name, (scheduler, _) in arms.items()}, ledger, early_exit)
     for name, nll in (("method-a", 0.3), ("plain-a", 0.8), ("method-b", 0.4), ("plain-b", 0.7), ("plain-c", 0.9)):
+        ledger.append("start", trial=name, arm=name.split("-")[0], index=0, values={}, config_sha256="h")
         trial = SimpleNamespace(trial_id=name, config={"name": name})
         both.on_trial_add(None, trial)
         row = {"step": 10, "nll": nll, "accuracy": None, "finished": False}
         assert both.on_trial_result(None, trial, row) == "CONTINUE"
     assert [asked for _, asked in arms.values()] == [["method-b"], ["plain-c"]]
+
+
+def metrics(losses: list[float], nlls: dict[int, float]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for step, loss in enumerate(losses, 1):
+        rows.append({"kind": "train", "step": step, "loss": loss})
+        rows += [{"kind": "validation", "step": step, "nll": nlls[step]}] if step in nlls else []
+    return rows
+
+
+@pytest.mark.parametrize(("nlls", "expected"), [
+    ({2: 0.5, 4: 0.7, 6: 0.7}, True),  # above 1.2 x 0.5 twice
+    ({2: 0.5, 4: 0.7, 6: 0.55}, False),  # the last is not
+    ({2: 0.5, 4: 0.7}, False),  # once
+    ({2: 0.9, 4: 0.8, 6: 0.7}, False),  # a late bloomer: each is a new best
+    ({2: 0.5, 3: 0.55, 4: 0.7, 6: 0.7}, True),
+])
+def test_a_trial_overfits_that_stays_above_its_training_loss_and_gets_no_better(
+    nlls: dict[int, float], expected: bool
+) -> None:
+    from tune.scheduling import overfits
+
+    rule = EarlyExitConfig(factor=1.2, validations=2, smoothing=0.9)
+    assert overfits(metrics([0.5] * 6, nlls), rule) is expected
+    assert not overfits(metrics([0.5] * 6, nlls), EarlyExitConfig(factor=1.5, validations=2))
+
+
+def test_the_training_loss_is_smoothed() -> None:
+    """Two losses, 1 and 0.2, at weight 0.5: (0.5 x 1 + 0.2) / 1.5 = 0.467, not 0.2 and not 0.6."""
+    from tune.scheduling import overfits
+
+    for nll, expected in ((1.1 * 0.467 + 0.01, True), (1.1 * 0.467 - 0.01, False)):
+        rows = [{"kind": "validation", "step": 0, "nll": 0.1}, *metrics([1.0, 0.2], {2: nll})]
+        assert overfits(rows, EarlyExitConfig(factor=1.1, validations=1, smoothing=0.5)) is expected
+
+
+def test_a_trial_that_overfits_is_asked_once_and_the_ledger_knows(tmp_path: Path) -> None:
+    from tune.scheduling import EarlyExit
+
+    ledger, asked = Ledger(tmp_path / "ledger.jsonl"), list[str]()
+    ledger.append("start", trial="a", index=0, values={}, config_sha256="h")
+    path = RunPaths(tmp_path / "trials" / "a").metrics
+    write_text(path, "".join(json.dumps(row) + "\n" for row in metrics([0.5] * 4, {1: 0.4, 2: 0.9, 4: 0.9})))
+    for factor, expected in ((None, []), (5.0, []), (1.2, ["a"]), (1.2, ["a"])):
+        EarlyExit(EarlyExitConfig(factor=factor, validations=2), ledger, tmp_path, asked.append).look_at("a")
+        assert asked == expected
+    assert Ledger(ledger.path).trials["a"].overfits
+
+
+@pytest.mark.parametrize(("overfitting", "published", "state"), [
+    (True, True, "done"), (True, False, "stopped"), (False, True, "stopped"),
+])
+def test_a_trial_that_was_stopped_because_it_overfits_delivers_its_best_adapter(
+    tmp_path: Path, overfitting: bool, published: bool, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tune.study import StudyCallback
+
+    monkeypatch.setattr(progress_module, "tell", lambda line: None)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("start", trial="a", index=0, values={"x": 1}, config_sha256="h")
+    ledger.append("report", trial="a", step=4, nll=0.4, accuracy=None)
+    if overfitting:
+        ledger.append("overfits", trial="a")
+    adapter = RunPaths(tmp_path / "trials" / "a").adapter
+    if published:
+        publish_folder(adapter, lambda folder: write_text(folder / ADAPTER_WEIGHTS, "best"))
+    callback = StudyCallback(ledger, SearchProgress(ledger, 1, 8, 1), tmp_path, Stopping())
+    callback.on_trial_complete(0, [], SimpleNamespace(config={"name": "a"}))
+    record = Ledger(ledger.path).trials["a"]
+    assert (record.state, record.nll) == (state, 0.4)
+    assert record.adapter_sha256 == (sha256_file(adapter / ADAPTER_WEIGHTS) if state == "done" else None)
 
 
 def test_the_arms_take_turns(tmp_path: Path) -> None:
@@ -183,7 +262,7 @@ def train_and_collect(
         return {"steps": 4, "validation_nll": 0.1, "validation_accuracy": 0.9, "adapter_sha256": "w"}
 
     reports: list[dict[str, Any]] = []
-    reports.append(_train(given, train_run, reports.append))
+    _train(given, train_run, reports.append)
     return reports
 
 
