@@ -237,6 +237,8 @@ def _follow(assignment: Assignment, reporter: Reporter) -> None:
     while True:
         try:
             if not admitted:
+                if len(lives) >= LIVES:
+                    raise TrialFailed(f"the worker that trains it died {LIVES} times (killed, for lack of memory?)")
                 lives.add(ray.get(worker.admit.remote(assignment.to_dict())))
                 admitted = True
             found = ray.get(worker.reports.remote(assignment.name, seen))
@@ -249,8 +251,6 @@ def _follow(assignment: Assignment, reporter: Reporter) -> None:
         answered = time.monotonic()
         if found is None:  # the worker is another one
             admitted = False
-            if len(lives) > LIVES:
-                raise TrialFailed(f"the worker that trains it died {LIVES} times (killed, for lack of memory?)")
             continue
         rows, ended = found
         for row in rows:
