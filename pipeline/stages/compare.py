@@ -1,20 +1,27 @@
 """The comparison of methods: train each at each setting, predict with all of them at once, report.
 
-Every training is a run of its own (`trainings/`), started and continued as `loradrop train` does it. What the base
+Every training is a run of its own (`trainings/`). They share a base where one device trains them and nothing speaks
+against it (`pipeline.config.pack`); the others are started and continued as `loradrop train` does it. What the base
 model cannot honour is found before the first one starts; a training that fails does not stop the others.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import RunConfig, dump_config
+from pipeline.config.pack import pack_refusal
 from pipeline.data.splits import load_splits
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, StageFailed
+from pipeline.distributed.devices import accelerator_memory
+from pipeline.distributed.nodes import owned_folders
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, RunFolderError, StageFailed
 from pipeline.files import read_json, write_text
 from pipeline.run_folder.chain import is_trained
 from pipeline.run_folder.comparison import (
@@ -28,11 +35,13 @@ from pipeline.run_folder.comparison import (
     with_loss,
     write_comparison,
 )
-from pipeline.run_folder.paths import Folders, RunPaths, refuse_other
-from pipeline.stages.processes import headline, start
+from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
+from pipeline.stages.pack import write_plan
+from pipeline.stages.processes import begin_training, headline, start
 from pipeline.terminal import duration, one_line, say
 
-CHECK = "method_check"
+CHECK, PACK = "method_check", "pack"
+_POLL_SECONDS = 2.0
 
 
 def run_comparison(config: RunConfig, folders: Folders) -> int:
@@ -68,34 +77,114 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
 def train_all(
     trainings: Sequence[Training], configs: Sequence[RunConfig], folder: Path, shared: RunConfig
 ) -> tuple[list[Training], int]:
-    """Run what is not done yet, one after another; compare.json says after each how it ended.
+    """Run what is not done yet: together what can share a base (`pipeline.stages.pack`), the rest one after another;
+    compare.json says after each how it ended.
 
     Args:
         shared: the comparison's own configuration: its data, its label, by what validation chooses.
     """
-    found, paths, clock = list(trainings), RunPaths(folder), Clock()
-    for i, (training, own) in enumerate(zip(trainings, configs, strict=True)):
-        if training.state == "refused":
+    progress = _Trainings(list(trainings), configs, folder, shared)
+    code = train_together(progress)
+    if code == EXIT_STOPPED:
+        return progress.found, code
+    for i, own in enumerate(configs):
+        if progress.found[i].state != "waiting":
             continue
-        waiting = sum(
-            its.train.max_steps
-            for one, its in zip(found[i:], configs[i:], strict=True)
-            if one.state == "waiting" and not is_trained(RunPaths(folder / one.run), its)
-        )
-        headline(f"{i + 1}/{len(found)} {training.method}, {values_text(training.values)}{clock.left(waiting)}")
-        started, was_done = time.monotonic(), is_trained(RunPaths(folder / training.run), own)
-        code = start("train", own, Folders(folder / training.run))
+        progress.headline(f"{i + 1}/{len(configs)} {_shown(progress.found[i])}", range(i, len(configs)))
+        started, was_done = time.monotonic(), progress.is_done(i)
+        code = start("train", own, Folders(folder / progress.found[i].run))
         if code == EXIT_STOPPED:
-            return found, code
-        found[i] = outcome(training, folder) if code == EXIT_OK else _failed(training, folder, code)
-        write_comparison(paths, shared.label, found)
+            return progress.found, code
+        progress.ended(i, code)
         if not was_done:
-            clock.add(time.monotonic() - started, own.train.max_steps)
+            progress.clock.add(time.monotonic() - started, own.train.max_steps)
     rows = load_splits(shared.data).validation
-    found = choose([with_loss(one, folder, rows, shared.select.by) for one in found])
-    write_comparison(paths, shared.label, found)
+    found = choose([with_loss(one, folder, rows, shared.select.by) for one in progress.found])
+    write_comparison(RunPaths(folder), shared.label, found)
     states = {one.state for one in found}
     return found, EXIT_FAILED if "failed" in states else EXIT_USER if "refused" in states else EXIT_OK
+
+
+def train_together(progress: _Trainings) -> int:
+    """Train as one pack what is left and can share a base; the exit code of its process, 0 where none was started.
+
+    What a pack did not get to, for want of memory say, is left waiting.
+    """
+    together = progress.packable()
+    if len(together) < 2:
+        return EXIT_OK
+    folder, shared = progress.folder, progress.shared
+    runs = [folder / progress.found[i].run for i in together]
+    progress.headline(f"{len(together)} of {len(progress.found)} trainings, together on one base", together)
+    started, code = time.monotonic(), EXIT_OK
+    with owned_folders(runs, PACK, None):
+        for i, run in zip(together, runs, strict=True):
+            begin_training(progress.configs[i], run)
+            update_status(RunPaths(run), "train", "starting", config_sha256=progress.configs[i].training_sha256())
+        write_plan(folder, [run.relative_to(folder) for run in runs])
+        with progress.watching(together):
+            code = start(PACK, shared, Folders(folder))
+    for i in together:
+        if progress.is_done(i) or _status(RunPaths(folder / progress.found[i].run)).get("state") == "failed":
+            progress.ended(i, EXIT_OK if progress.is_done(i) else EXIT_FAILED)
+    steps = sum(progress.configs[i].train.max_steps for i in together if progress.found[i].state == "done")
+    progress.clock.add(time.monotonic() - started, steps)
+    return code
+
+
+class _Trainings:
+    """What has become of the trainings so far, in compare.json as well."""
+
+    def __init__(
+        self, found: list[Training], configs: Sequence[RunConfig], folder: Path, shared: RunConfig
+    ) -> None:
+        self.found, self.configs, self.folder, self.shared = found, configs, folder, shared
+        self.clock = Clock()
+
+    def is_done(self, i: int) -> bool:
+        """Whether the run folder holds the end of this very training."""
+        return is_trained(RunPaths(self.folder / self.found[i].run), self.configs[i])
+
+    def packable(self) -> list[int]:
+        """Those that are left and can be trained in one process on the one device there is."""
+        launch = self.shared.launch
+        if launch.processes or launch.nodes > 1 or launch.hostfile or len(accelerator_memory()) > 1:
+            return []
+        left = [i for i, one in enumerate(self.found) if one.state == "waiting" and not self.is_done(i)]
+        return [i for i in left if not pack_refusal(self.shared, self.configs[i])]
+
+    def headline(self, text: str, ahead: Iterable[int]) -> None:
+        """What starts now, and how long what is ahead will take."""
+        left = [i for i in ahead if self.found[i].state == "waiting" and not self.is_done(i)]
+        headline(f"{text}{self.clock.left(sum(self.configs[i].train.max_steps for i in left))}")
+
+    def ended(self, i: int, code: int) -> None:
+        """A training has ended."""
+        one = self.found[i]
+        self.found[i] = outcome(one, self.folder) if code == EXIT_OK else _failed(one, self.folder, code)
+        write_comparison(RunPaths(self.folder), self.shared.label, self.found)
+
+    @contextmanager
+    def watching(self, together: Sequence[int]) -> Iterator[None]:
+        """Meanwhile, those of a pack that end well are recorded as they do."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_POLL_SECONDS):
+                for i in together:
+                    if self.found[i].state != "waiting" or not self.is_done(i):
+                        continue
+                    with suppress(RunFolderError):  # it is looked at again when the pack has ended
+                        self.ended(i, EXIT_OK)
+                        say(f"done: {_shown(self.found[i])}")
+
+        watcher = threading.Thread(target=watch, daemon=True, name="pack-watch")
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
 
 class Clock:
@@ -133,9 +222,17 @@ def print_comparison(folder: Path, seconds: float) -> None:
     print(f"\nfinished in {duration(seconds)}\n  report   {one_line(os.path.relpath(folder / 'report.html'))}")
 
 
+def _shown(training: Training) -> str:
+    return f"{training.method}, {values_text(training.values)}"
+
+
+def _status(paths: RunPaths) -> dict[str, Any]:
+    return dict(read_json(paths.status).get("train", {})) if paths.status.exists() else {}
+
+
 def _failed(training: Training, folder: Path, code: int) -> Training:
     paths = RunPaths(folder / training.run)
-    status = read_json(paths.status).get("train", {}) if paths.status.exists() else {}
+    status = _status(paths)
     error = status.get("detail") if status.get("state") == "failed" else None
     log = paths.root / "logs" / "train.log"
     return replace(training, state="failed", error=error or f"ended with exit code {code}; see {log}")

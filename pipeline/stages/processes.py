@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from pipeline.config import RunConfig, dump_config
 from pipeline.distributed.launcher import run_stage, run_world_stage
@@ -33,13 +34,9 @@ def start(name: str, config: RunConfig, folders: Folders) -> int:
 def _start(name: str, config: RunConfig, folders: Folders) -> int:
     stage, paths = STAGES[name], RunPaths(folders.run)
     if stage.settings == "new":
-        claim(folders.run, "run")
-        if any(made.exists() for made in (paths.metrics, paths.checkpoints, paths.adapter)):
-            refuse_other(paths.config, config)  # else it ended before its first step, over a value that is mended now
-        if is_trained(paths, config):
+        if not begin_training(config, folders.run):
             print(f"{folders.run.name}: already trained", file=sys.stderr)
             return EXIT_OK
-        write_text(paths.config, dump_config(config))
     else:
         headline(name)
         check_adapter(stage, config, folders)
@@ -51,6 +48,22 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
         return run_world_stage(name, program, folders.run, config.launch)
     command = [sys.executable, "-m", *program, "--run-dir", str(folders.run)]
     return run_stage(command, folders.run / "logs" / f"{name}.log", folders.run, name)
+
+
+def begin_training(config: RunConfig, run: Path) -> bool:
+    """Make the run folder of a training, or go on in it; False where it is trained already.
+
+    Raises:
+        RunFolderError: it belongs to another configuration, or is not ours.
+    """
+    paths = RunPaths(run)
+    claim(run, "run")
+    if any(made.exists() for made in (paths.metrics, paths.checkpoints, paths.adapter)):
+        refuse_other(paths.config, config)  # else it ended before its first step, over a value that is mended now
+    if is_trained(paths, config):
+        return False
+    write_text(paths.config, dump_config(config))
+    return True
 
 
 def check_adapter(stage: Stage, config: RunConfig, folders: Folders) -> None:

@@ -35,7 +35,7 @@ def compare(stop_at: int, arguments: list[str]) -> tuple[int, list[str], str]:
 def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_settings: list[str]) -> None:
     folder = tmp_path / "tiny-compare"
     command = ["compare", "--run-dir", str(tmp_path / "tiny"), *tiny_settings, "ensemble.size=2",
-               "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={METHODS}"]
+               "launch.processes=1", "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={METHODS}"]
     code, trained, _ = compare(3, command)
     assert (code, trained) == (EXIT_STOPPED, NAMES[:3])
     first = sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS)
