@@ -1,7 +1,8 @@
 """`python compare_stub.py STOP_AT ARGUMENT…`: the command line with every stage in this one process.
 
 What is imported once serves all trainings, and DeepSpeed's process groups live as long as the process. The training
-number STOP_AT is asked to stop in its second step. Prints `trained NAME` for every training that starts.
+number STOP_AT is asked to stop in its second step; 1 is the pack, all of whose runs are. Prints `trained NAME` for
+every training that starts, `trained NAME-compare` for a pack.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def work(name: str, run_dir: Path) -> int:
     function = stage.load()
     if hasattr(module := sys.modules[function.__module__], "leave_world"):
         module.leave_world = lambda: None
-    if name == "train":
+    if name in ("train", "pack"):
         started += 1
         print("trained", run_dir.name)
     return stage_main(name, function, run_dir, in_world=stage.processes == "all")

@@ -77,3 +77,25 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
 
     code, _, shown = compare(0, [*command, "data.train_rows=32"])
     assert code == EXIT_USER and "another configuration" in shown
+
+
+@pytest.mark.slow
+def test_a_packed_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """One pack of all methods but AdaLoRA's, which trains alone."""
+    folder = tmp_path / "tiny-compare"
+    ada = "adapter: {method: none, kind: adalora, adalora: {warmup: 1, final: 2}}, vary: {train.learning_rate: [0.01]}"
+    methods = f"[none, {{name: hiddenkey, adapter: {{method: hiddenkey}}}}, {{name: ada, {ada}}}]"
+    command = ["compare", "--run-dir", str(tmp_path / "tiny"), *tiny_settings, "ensemble.size=2",
+               "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={methods}"]
+    code, trained, shown = compare(1, command)
+    assert (code, trained) == (EXIT_STOPPED, ["tiny-compare"]), shown
+    code, trained, shown = compare(0, command)
+    assert (code, trained) == (EXIT_OK, ["tiny-compare", "ada-lr0.01"]), shown
+    assert "4 of 5 trainings, together on one base" in shown and "continuing from step_000002" in shown
+    for name in ("none-lr0.01", "none-lr0.003", "hiddenkey-lr0.01", "hiddenkey-lr0.003", "ada-lr0.01"):
+        rows = read_json_lines(folder / "trainings" / name / "metrics.jsonl")
+        assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    for part in ("Plain LoRA, lr 0.01", "HiddenKey, lr 0.003", "ada, lr 0.01"):
+        assert part in shown
+    code, trained, _ = compare(0, command)
+    assert (code, trained) == (EXIT_OK, []), "what is done is done again"
