@@ -20,8 +20,9 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange a few numbers; Ray's own default would take a third of the memory."""
 CONTROLLER_CPUS = 0.01
 """What a trial function takes that only waits for those who train: a TorchTrainer, or the worker of a pack."""
-MOST_RUNS = 8
-"""Runs of a pack where `search.pack` is auto: beyond them a pass is bound by arithmetic on every device tried."""
+RUNS_ON_GPU, RUNS_ON_CPU = 8, 4
+"""Runs of a pack where `search.pack` is auto. On a CPU a pass is bound by arithmetic with few of them, each trial that
+waits for its run costs a process, and the later trials profit from what the earlier ones have shown."""
 SCRATCH = "scratch"
 MADE_FOR = "made_for"
 """In a scratch folder: which search it is of. Nothing else is removed, whatever a note names."""
@@ -157,7 +158,7 @@ def plan(search: SearchConfig, resources: dict[str, float], trials: int, packed:
 
 def _plan_packs(search: SearchConfig, resources: dict[str, float], trials: int) -> Capacity:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    size = search.pack if isinstance(search.pack, int) else MOST_RUNS
+    size = search.pack if isinstance(search.pack, int) else (RUNS_ON_GPU if gpus else RUNS_ON_CPU)
     most = size * max(gpus, 1)
     if search.concurrent > most:
         raise ConfigError(

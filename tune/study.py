@@ -165,7 +165,8 @@ def run_study(
             scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
             num_samples=len(study.queue),
             max_concurrent_trials=study.capacity.concurrent,
-            reuse_actors=False,  # every trial has a process of its own: nothing leaks from one to the next
+            # A trial that trains has a process of its own: nothing leaks from one to the next. A client has no state.
+            reuse_actors=bool(workers),
         ),
         run_config=ray_tune.RunConfig(
             name="study",

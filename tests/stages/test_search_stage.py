@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import build_config, load_config
 from pipeline.config.load import with_values
-from pipeline.errors import RunFolderError
+from pipeline.errors import RunFolderError, UserError
 from pipeline.files import write_json
 from pipeline.run_folder.paths import Folders
 from pipeline.stages import search
@@ -19,7 +19,7 @@ def test_a_search_goes_on_with_more_trials_and_nothing_else(tmp_path: Path, monk
     monkeypatch.setattr(search, "run_stage", lambda *_: 0)
     folders, config = Folders(tmp_path / "run"), build_config({"search": {"trials": 2}})
     assert search.run_search(config, folders) == 0
-    more = with_values(config, {"search.trials": 5, "search.concurrent": 1})
+    more = with_values(config, {"search.trials": 5, "search.concurrent": 1, "search.pack": "off"})
     assert search.run_search(more, folders) == 0
     assert load_config(folders.search / "config.yaml").search.trials == 5
     for key, value in (("search.max_steps", 7), ("search.seed", 7), ("adapter.rank", 2), ("search.space", "rates")):
@@ -40,3 +40,13 @@ def test_plain_lora_is_trained_with_its_own_best_settings(tmp_path: Path) -> Non
     write_json(tmp_path / "search.json", {**own, "plain": {"best_config": {"adapter.rates.ffn_hidden": 0.2}}})
     with pytest.raises(RunFolderError, match=r"chooses adapter\.rates\.ffn_hidden, which no search varies"):
         chosen_configs(config, tmp_path)
+
+
+def test_a_pack_can_be_switched_off_as_yaml_says_it() -> None:
+    """`off` is a boolean in YAML 1.1."""
+    for given, expected in (("off", "off"), ("auto", "auto"), ("3", 3)):
+        assert load_config(None, [f"search.pack={given}"]).search.pack == expected
+    with pytest.raises(UserError, match=r"search\.pack"):
+        load_config(None, ["search.pack=on"])
+    with pytest.raises(UserError, match=r"search\.pack"):
+        load_config(None, ["search.pack=0"])

@@ -16,6 +16,7 @@ import pytest
 from helpers import ROOT
 from helpers.tune_stub import write_data
 
+import pipeline
 from pipeline import (
     ADAPTER_WEIGHTS,
     ConfigError,
@@ -45,7 +46,7 @@ from tune.dimensions import Space
 from tune.ensemble import choose_ensemble, validation_losses
 from tune.ledger import Ledger, TrialRecord, pending
 from tune.progress import SearchProgress
-from tune.space import Arm
+from tune.space import Arm, load_arms, packing_refusal
 from tune.stopping import Stopping
 from tune.trial import Assignment, _train
 
@@ -83,6 +84,44 @@ def test_what_would_wait_for_ever_is_refused(search: dict[str, int], resources: 
     with pytest.raises(ConfigError) as caught:
         plan(build_config({"search": search}).search, resources, 6)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("search", "resources", "trials", "expected"), [
+    ({}, {"CPU": 2.0}, 8, (4, ("pack_0",), 2, 0)),
+    ({}, {"CPU": 16.0, "GPU": 2.0}, 30, (16, ("pack_0", "pack_1"), 8, 1)),
+    ({"pack": 3}, {"CPU": 4.0}, 8, (3, ("pack_0",), 4, 0)),
+    ({"concurrent": 1}, {"CPU": 16.0, "GPU": 2.0}, 8, (1, ("pack_0",), 8, 1)),
+    ({}, {"CPU": 1.0}, 2, (2, ("pack_0",), 1, 0)),
+])
+def test_as_many_packed_trials_at_once_as_the_packs_take(
+    search: dict[str, int], resources: dict[str, float], trials: int, expected: tuple[Any, ...]
+) -> None:
+    found = plan(build_config({"search": search}).search, resources, trials, packed=True)
+    assert (found.concurrent, found.packs, found.threads, found.gpus) == expected
+    reserved = found.worker_cpus * len(found.packs) + found.trial_resources()["cpu"] * found.concurrent
+    assert reserved <= resources["CPU"] and "gpu" not in found.trial_resources()
+    with pytest.raises(ConfigError, match=r"search\.concurrent = 99: exceeds the \d+ runs of the packs"):
+        plan(build_config({"search": {**search, "concurrent": 99}}).search, resources, trials, packed=True)
+
+
+@pytest.mark.parametrize(("search", "said"), [
+    ({"workers_per_trial": 2}, "a trial of 2 processes is no part of a pack"), ({}, "for want of a reason"),
+])
+def test_what_cannot_be_packed_says_why(
+    monkeypatch: pytest.MonkeyPatch, search: dict[str, Any], said: str
+) -> None:
+    """Every extreme of both arms is asked about."""
+    asked: list[tuple[str, int, int]] = []
+
+    def refusal(shared: RunConfig, config: RunConfig) -> str | None:
+        asked.append((str(config.adapter.method), config.adapter.rank, config.train.checkpoint_every_steps))
+        return said if config.adapter.method == "none" and config.adapter.rank == 16 else None
+
+    monkeypatch.setattr(pipeline, "pack_refusal", refusal, raising=False)
+    config = build_config({"search": {"max_steps": 8, **search}, "train": {"validate_every_steps": 2}})
+    assert packing_refusal(config, load_arms(config)) == said
+    assert all(steps == 2 for *_, steps in asked), "a packed trial is saved at every validation"
+    assert packing_refusal(config, load_arms(config)[:1]) == ("" if not search else said)
 
 
 def reported(scheduler: Any, name: str, step: int, nll: float, finished: bool = False) -> None:
