@@ -64,11 +64,13 @@ def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tup
 
 
 def step_costs(trainings: Sequence[Training]) -> dict[str, float]:
-    """Training -> median time of a step over the median of the reference method's; empty without a reference."""
-    reference = [one.step_seconds for one in trainings if one.method == REFERENCE and one.state == "done"]
-    if not reference:
+    """Training -> median time of a step over the median of the reference method's; empty without a reference, and where
+    trainings shared their passes: a step of any then took as long as that of all."""
+    done = [one for one in trainings if one.state == "done"]
+    reference = [one.step_seconds for one in done if one.method == REFERENCE]
+    if not reference or any(one.packed for one in done):
         return {}
-    return {one.name: one.step_seconds / median(reference) for one in trainings if one.state == "done"}
+    return {one.name: one.step_seconds / median(reference) for one in done}
 
 
 def format_comparison(result: Entries) -> str:

@@ -52,7 +52,7 @@ def chance_line(result: Mapping[str, Any]) -> str:
 
 def remarks(inputs: ReportInputs, result: Mapping[str, Any]) -> list[str]:
     """Warnings first, then what to do next; a sentence each."""
-    return [*_warnings(result), *_edges(inputs), *_next_steps(inputs, result)]
+    return [*_warnings(result), *_edges(inputs), *_seconds(inputs), *_next_steps(inputs, result)]
 
 
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
@@ -96,6 +96,12 @@ def _edges(inputs: ReportInputs) -> Iterator[str]:
     if uneven := larger_grids(inputs.trainings or ()):
         yield (f"Chosen among more settings than plain LoRA: {'; '.join(uneven)}. That favours them; give plain LoRA "
                "as many: {name: none, adapter: {method: none}, vary: {train.learning_rate: [...]}}.")
+
+
+def _seconds(inputs: ReportInputs) -> Iterator[str]:
+    if any(one.packed for one in inputs.trainings or ()):
+        yield ("Trained together: seconds of training are those of all trainings that shared a pass, and no cost of a step "
+               "is compared. launch.processes=1 trains one after another.")
 
 
 def larger_grids(trainings: Sequence[Training]) -> list[str]:

@@ -67,6 +67,8 @@ class Training:
     """Median of a step."""
     chosen: bool = False
     """Whether validation chose these values for the method."""
+    packed: bool = False
+    """Whether it shared its passes with others: its seconds are then those of all of them."""
 
     @property
     def run(self) -> str:

@@ -30,6 +30,7 @@ from pipeline.run_folder.comparison import (
     choose,
     outcome,
     plan_trainings,
+    read_comparison,
     shared_part,
     values_text,
     with_loss,
@@ -83,7 +84,9 @@ def train_all(
     Args:
         shared: the comparison's own configuration: its data, its label, by what validation chooses.
     """
-    progress = _Trainings(list(trainings), configs, folder, shared)
+    before = {one.name for one in read_comparison(RunPaths(folder)) or [] if one.packed}
+    found = [replace(one, packed=one.name in before) for one in trainings]
+    progress = _Trainings(found, configs, folder, shared)
     code = train_together(progress)
     if code == EXIT_STOPPED:
         return progress.found, code
@@ -120,6 +123,7 @@ def train_together(progress: _Trainings) -> int:
     with owned_folders(runs, PACK, None):
         for i, run in zip(together, runs, strict=True):
             begin_training(progress.configs[i], run)
+            progress.found[i] = replace(progress.found[i], packed=True)
             update_status(RunPaths(run), "train", "starting", config_sha256=progress.configs[i].training_sha256())
         write_plan(folder, [run.relative_to(folder) for run in runs])
         with progress.watching(together):

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config import RunConfig, build_config
 from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml
+from pipeline.report.comparison import step_costs
 from pipeline.report.inputs import TrainingCurve
 from pipeline.report.remarks import chance, chance_line, edges, larger_grids, remarks
 from pipeline.run_folder.comparison import Training, plan_trainings
@@ -100,6 +101,16 @@ def test_a_choice_among_more_settings_than_plain_lora_had_is_said() -> None:
     (said,) = remarks(inputs(trainings=tried), result())
     assert said.startswith("Chosen among more settings than plain LoRA: HiddenKey (3, plain LoRA 2).")
     assert larger_grids([t for t in tried if t.method != "none"]) == []
+
+
+def test_of_trainings_that_shared_passes_no_cost_is_told() -> None:
+    one = Training("a", "none", {}, 0, "ab", "done", step_seconds=2.0)
+    other = replace(one, name="b", method="dropkey", step_seconds=3.0)
+    assert step_costs([one, other]) == {"a": 1.0, "b": 1.5} and remarks(inputs(trainings=[one, other]), result()) == []
+    packed = [replace(one, packed=True), other]
+    assert step_costs(packed) == {}
+    (said,) = remarks(inputs(trainings=packed), result())
+    assert said.startswith("Trained together: seconds of training are those of all")
 
 
 def test_the_shipped_comparisons_give_plain_lora_as_many_settings_as_any_method() -> None:

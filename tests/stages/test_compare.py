@@ -146,8 +146,12 @@ def test_trainings_that_can_share_a_base_are_one_pack(tmp_path: Path, monkeypatc
     pack = ["pack", *names("none", "dropkey"), *names("ada")]
     assert (code, started) == (EXIT_OK, ["method_check", *pack, "evaluate", "report"])
     assert set(states.values()) == {"done"}
+    packed = [one.name for one in read_comparison(RunPaths(tmp_path / "x-compare")) or [] if one.packed]
+    assert packed == names("none", "dropkey")
     code, started, _ = run(tmp_path, monkeypatch, {}, packed=True, methods=f"none, {other}, dropkey, hiddencut")
     assert started[:4] == ["method_check", "pack", *names("hiddencut")], "what was done before is trained again"
+    packed = [one.name for one in read_comparison(RunPaths(tmp_path / "x-compare")) or [] if one.packed]
+    assert packed == names("none", "dropkey", "hiddencut")
 
 
 def test_a_failure_in_a_pack_is_that_training_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
