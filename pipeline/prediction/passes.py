@@ -1,30 +1,30 @@
-"""Scores of answers, or of classes, under M members at once, without touching any state of the model.
-
-Logits are computed at the scored positions only; a row whose answers are one token each costs one sequence.
-"""
+"""Scores of answers, or of classes, under M members at once, without touching any state of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import Adapters, with_row_keys
-from pipeline.adapters.members import MaskKey, Member, replicate_rows
-from pipeline.data.collate import collate, example_keys
-from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.adapters.attach import Adapters
+from pipeline.adapters.members import MaskKey, Member, MemberPlan
+from pipeline.data.collate import collate
+from pipeline.data.encode import Encoded
 from pipeline.data.sampler import length_sorted_chunks
 from pipeline.distributed import zero
 from pipeline.distributed.world import largest
 from pipeline.model.classifier import head_outputs
-from pipeline.model.head import head_of, hidden_states
+from pipeline.prediction.causal import PaddedPass, SharingPass, replicated
+from pipeline.prediction.pace import Pace
+from pipeline.prediction.sequences import Scored, common_beginning, plan_sequences
 
-HEAD_ROWS = 256
-"""Hidden states turned into logits at a time (memory: rows × vocabulary)."""
+T = TypeVar("T")
+KEY_COST = 8
+"""A token of a beginning that all rows share costs each of them, in memory, a token's share: its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -34,43 +34,15 @@ class PassSettings:
     pad_id: int
     """Token id written on padding."""
     budget_tokens: int
-    """Rows × members × padded length of one forward."""
+    """Rows × members × padded length of one forward, at most."""
     key: MaskKey
     """Of all mask draws."""
+    shares_keys: bool = False
+    """Whether passes may share keys and values, and pad on the right (see `model.shared_keys: may_share`)."""
+    pace: Pace = field(default_factory=Pace, compare=False)
+    """What was measured of passes of several sizes."""
     on_chunk: Callable[[int, int], None] | None = None
     """Told (sequences done, sequences in all)."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One sequence and the tokens scored in it: log p(target) given everything up to `position`."""
-
-    row: int
-    input_ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    targets: tuple[int, ...]
-    choices: tuple[int, ...]
-    """Which answer of the row each target belongs to."""
-    example: str
-
-
-def plan_sequences(candidates: Sequence[Sequence[Encoded]]) -> list[Scored]:
-    """Sequences to run for rows of candidate answers; one-token answers to one prompt share a sequence."""
-    sequences: list[Scored] = []
-    for row, answers in enumerate(candidates):
-        if len(answers) > 1 and _share_one_prompt(answers):
-            prompt = answers[0].input_ids[:-1]
-            targets = tuple(answer.input_ids[-1] for answer in answers)
-            last = (len(prompt) - 1,) * len(targets)
-            sequences.append(Scored(row, prompt, last, targets, tuple(range(len(targets))), answers[0].example))
-            continue
-        for choice, answer in enumerate(answers):
-            positions = tuple(t - 1 for t, label in enumerate(answer.labels) if label != IGNORE_INDEX and t > 0)
-            targets = tuple(answer.labels[t + 1] for t in positions)
-            sequences.append(
-                Scored(row, answer.input_ids, positions, targets, (choice,) * len(targets), answer.example)
-            )
-    return sequences
 
 
 def predict_choices(
@@ -86,7 +58,7 @@ def predict_choices(
     scores = np.full((len(members), len(candidates), width), -np.inf)
     for row, answers in enumerate(candidates):
         scores[:, row, : len(answers)] = 0.0
-    for sequence, log_probs in _score(adapters, plan_sequences(candidates), members, settings):
+    for sequence, log_probs in _score(adapters, candidates, members, settings):
         for j, choice in enumerate(sequence.choices):
             scores[:, sequence.row, choice] += log_probs[:, j]
     return scores
@@ -96,10 +68,10 @@ def predict_completions(
     adapters: Adapters, references: Sequence[Encoded], members: Sequence[Member], settings: PassSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p of every supervised token of each row's reference: (M, total tokens) and offsets (N+1,)."""
-    sequences = plan_sequences([[reference] for reference in references])
-    offsets = np.concatenate([[0], np.cumsum([len(s.targets) for s in sequences])]).astype(np.int64)
+    counts = [reference.supervised for reference in references]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     flat = np.zeros((len(members), int(offsets[-1])), dtype=np.float32)
-    for sequence, log_probs in _score(adapters, sequences, members, settings):
+    for sequence, log_probs in _score(adapters, [[one] for one in references], members, settings):
         flat[:, offsets[sequence.row] : offsets[sequence.row + 1]] = log_probs
     return flat, offsets
 
@@ -123,113 +95,89 @@ def _head_outputs(
 ) -> Tensor:
     """(M, N, C) fp32 on the CPU."""
 
-    def forward(tensors: dict[str, Tensor]) -> Tensor:
-        segments = tensors.get("token_type_ids")
-        return head_outputs(adapters.model, tensors["input_ids"], tensors["attention_mask"], segments)
+    def prepare(masks: MemberPlan) -> Callable[[list[int]], Tensor]:
+        def run(chunk: list[int]) -> Tensor:
+            batch = collate([texts[i] for i in chunk], settings.pad_id, "right")
+            plan, tensors = replicated(adapters, masks, batch)
+            with adapters.axis.active(plan):
+                found = head_outputs(
+                    adapters.model, tensors["input_ids"], tensors["attention_mask"], tensors.get("token_type_ids")
+                )
+            return found.float().cpu().view(masks.size, len(chunk), -1)
+
+        return run
 
     outputs: dict[int, Tensor] = {}
-    for chunk, found_MBC in _passes(adapters, texts, members, settings, forward, "right"):
-        on_cpu = found_MBC.float().cpu()
-        outputs.update({row: on_cpu[:, b] for b, row in enumerate(chunk)})
+    for chunk, found_MBC in _passes(adapters, [len(text.input_ids) for text in texts], members, settings, prepare):
+        outputs.update({row: found_MBC[:, b] for b, row in enumerate(chunk)})
     return torch.stack([outputs[row] for row in range(len(texts))], dim=1)
 
 
 def _score(
-    adapters: Adapters, sequences: list[Scored], members: Sequence[Member], settings: PassSettings
+    adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], settings: PassSettings
 ) -> Iterator[tuple[Scored, np.ndarray]]:
-    """Yield each sequence with its (M, targets) log-probabilities."""
+    """Yield each sequence (all of a row's, in any order) with its (M, targets) log-probabilities."""
+    by_token = any(_masks_tokens(adapters, member) for member in members)
+    shares = settings.shares_keys and not by_token and not zero.is_sharded(adapters.model)
+    sequences = plan_sequences(candidates, tails=shares)
+    beginning, sequences = common_beginning(sequences) if shares else ((), sequences)
+    costs = [sequence.tokens + len(beginning) // KEY_COST for sequence in sequences]
 
-    def hidden(tensors: dict[str, Tensor]) -> Tensor:
-        return hidden_states(adapters.model, tensors["input_ids"], tensors["attention_mask"], tensors["position_ids"])
+    def prepare(masks: MemberPlan) -> Callable[[list[int]], list[tuple[Scored, np.ndarray]]]:
+        padded = PaddedPass(adapters, masks, settings.pad_id)
+        run = SharingPass(adapters, masks, settings.pad_id, beginning) if shares else padded
+        return lambda chunk: run([sequences[i] for i in chunk])
 
-    texts = [Encoded(s.example, s.input_ids, (IGNORE_INDEX,) * len(s.input_ids)) for s in sequences]
-    passes = _passes(adapters, texts, members, settings, hidden)
-    for chunk, hidden_MBTD in passes:
-        chosen = [sequences[i] for i in chunk]
-        yield from zip(chosen, _gather(hidden_MBTD, chosen, hidden_MBTD.shape[2], head_of(adapters.model)), strict=True)
+    for _, found in _passes(adapters, costs, members, settings, prepare):
+        yield from found
+
+
+def _masks_tokens(adapters: Adapters, member: Member) -> bool:
+    """Whether masks of a member depend on the token, and so want whole sequences."""
+    if member.adapter is None or member.draw is None:
+        return False
+    return any(not site.masks_weights for site in adapters.specs[member.adapter].sites if site.rate > 0)
 
 
 def _passes(
     adapters: Adapters,
-    texts: Sequence[Encoded],
+    costs: Sequence[int],
     members: Sequence[Member],
     settings: PassSettings,
-    forward: Callable[[dict[str, Tensor]], Tensor],
-    side: Literal["left", "right"] = "left",
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Run all texts under all members, chunk by chunk: yield (indices of the texts, (M, B, …) outputs).
+    prepare: Callable[[MemberPlan], Callable[[list[int]], T]],
+) -> Iterator[tuple[list[int], T]]:
+    """Run all rows under all members, chunk by chunk: yield (indices of the rows, what is found).
 
     Args:
-        forward: (M·B, T) tensors -> (M·B, …); called with gradients off, evaluation mode on and the plan active.
-        side: where rows are padded.
+        costs: tokens of each row.
+        prepare: the plan of the members for one row each -> a chunk's pass; called with gradients off and evaluation
+            mode on.
     """
     was_training = adapters.model.training
     adapters.model.eval()
     try:
         with torch.no_grad():
-            masks = adapters.plan(members, 1, settings.key)
+            run = prepare(adapters.plan(members, 1, settings.key))
             done = 0
-            lengths = [len(text.input_ids) for text in texts]
-            chunks = length_sorted_chunks(lengths, settings.budget_tokens, len(members))
-            for chunk, counts in lockstep(chunks, adapters.model):
-                batch = collate([texts[i] for i in chunk], settings.pad_id, side)
-                tensors = {name: replicate_rows(t, masks.size) for name, t in batch.tensors(adapters.device).items()}
-                plan = replace(masks, rows=len(chunk))
-                if adapters.needs_row_keys():
-                    examples = example_keys(batch.example_ids).to(adapters.device).repeat(masks.size)
-                    plan = with_row_keys(plan, examples, tensors["position_ids"])
-                with adapters.axis.active(plan):
-                    output = forward(tensors)
+            for chunk, counts in _chunks(adapters.model, costs, len(members), settings):
+                found = run(chunk)
                 if counts:
-                    yield chunk, output.view(masks.size, len(chunk), *output.shape[1:])
+                    yield chunk, found
                     done += len(chunk)
                 if settings.on_chunk is not None:
-                    settings.on_chunk(done, len(texts))
+                    settings.on_chunk(done, len(costs))
     finally:
         adapters.model.train(was_training)
 
 
-def _gather(
-    hidden_MBTD: Tensor, chosen: list[Scored], length: int, head: Callable[[Tensor], Tensor]
-) -> list[np.ndarray]:
-    """log p(target) at each scored position; positions are left-padded into the batch."""
-    where = [
-        (b, length - len(s.input_ids) + p, t)
-        for b, s in enumerate(chosen)
-        for p, t in zip(s.positions, s.targets, strict=True)
-    ]
-    distinct = sorted({(b, p) for b, p, _ in where})
-    slot = {place: i for i, place in enumerate(distinct)}
-    device = hidden_MBTD.device
-    b_index = torch.tensor([b for b, _ in distinct], device=device)
-    p_index = torch.tensor([p for _, p in distinct], device=device)
-    target = torch.tensor([t for _, _, t in where], device=device)
-    source = torch.tensor([slot[b, p] for b, p, _ in where], device=device)
-    members = []
-    for hidden_BTD in hidden_MBTD:
-        selected = hidden_BTD[b_index, p_index]
-        logits_parts = []
-        for begin in range(0, len(distinct), HEAD_ROWS):
-            log_probs = torch.log_softmax(head(selected[begin : begin + HEAD_ROWS]).float(), dim=-1)
-            inside = (source >= begin) & (source < begin + HEAD_ROWS)
-            logits_parts.append((inside.nonzero().squeeze(1), log_probs[source[inside] - begin, target[inside]]))
-        values = torch.empty(len(where), device=device)
-        for index, part in logits_parts:
-            values[index] = part
-        members.append(values)
-    table = torch.stack(members).cpu().numpy()
-    ends = np.cumsum([len(s.targets) for s in chosen])
-    return np.split(table, ends[:-1], axis=1)
-
-
-def _share_one_prompt(answers: Sequence[Encoded]) -> bool:
-    prompt = answers[0].input_ids[:-1]
-    return len(prompt) > 0 and all(
-        answer.input_ids[:-1] == prompt
-        and sum(label != IGNORE_INDEX for label in answer.labels) == 1
-        and answer.labels[-1] != IGNORE_INDEX
-        for answer in answers
-    )
+def _chunks(
+    model: nn.Module, costs: Sequence[int], members: int, settings: PassSettings
+) -> Iterator[tuple[list[int], bool]]:
+    """Each chunk and whether it counts."""
+    if zero.is_sharded(model):  # every process runs as many passes, however fast it is
+        yield from lockstep(length_sorted_chunks(costs, settings.budget_tokens, members), model)
+    else:
+        yield from ((chunk, True) for chunk in settings.pace.chunks(costs, settings.budget_tokens, members))
 
 
 def lockstep(chunks: Sequence[list[int]], model: nn.Module) -> Iterator[tuple[list[int], bool]]:

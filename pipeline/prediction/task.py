@@ -36,6 +36,7 @@ from pipeline.model.classifier import position_limit
 from pipeline.model.head import check_halves, head_of, hidden_states
 from pipeline.model.kind import model_kind
 from pipeline.model.load import BaseModel, load_base
+from pipeline.model.shared_keys import may_share
 from pipeline.prediction.passes import (
     PassSettings,
     predict_choices,
@@ -250,7 +251,8 @@ def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
     refuse_for_causal(rows)
     base = load_base(config.model, device, sharded=sharded)
     check_halves(base.model, device)
-    return CausalLMTask(base, longest, smoothing, _passes(config, base), config.data.choice_score)
+    passes = replace(_passes(config, base), shares_keys=not sharded and may_share(base.model, device))
+    return CausalLMTask(base, longest, smoothing, passes, config.data.choice_score)
 
 
 def _passes(config: RunConfig, base: BaseModel) -> PassSettings:

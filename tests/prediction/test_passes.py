@@ -18,8 +18,10 @@ from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.model.head import HEAD_ROWS
 from pipeline.prediction import passes
-from pipeline.prediction.passes import HEAD_ROWS, PassSettings, plan_sequences, predict_completions
+from pipeline.prediction.passes import PassSettings, predict_completions
+from pipeline.prediction.sequences import plan_sequences
 from pipeline.scores.ensemble import average
 from pipeline.support.tiny import tiny_gpt2, tiny_llama
 
