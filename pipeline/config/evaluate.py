@@ -19,6 +19,9 @@ class EnsembleConfig(Section):
     """Space in which members are averaged; the paper leaves it open."""
     seed: NonNegative = 1000
     """Seed of the test-time masks."""
+    stop_when_flat: bool = False
+    """Draw in rounds of 4, `size` draws at most, and stop after a round whose gain in validation NLL is within one
+    paired standard error. The draws made then predict the other splits. A comparison makes all of its draws."""
 
 
 class SelectConfig(Section):
@@ -58,7 +61,8 @@ class EvaluateConfig(Section):
     """Predictions and scores."""
 
     batch_tokens: Positive = 4096
-    """Tokens (rows × members × padded length) in one forward pass."""
+    """Tokens (rows × members × padded length) in one forward pass, at most. Where there are passes enough, a half and a
+    quarter are tried at the start too, and the fastest is kept."""
     ece_bins: Positive = 15
     """Equal-mass bins of the debiased calibration error; the plug-in one has 15 of equal width, as the literature."""
     bootstrap_samples: Positive = 2000

@@ -28,7 +28,8 @@ def step_lines(config: RunConfig, folders: Folders, name: str) -> Iterator[str]:
         case "plain":
             yield _line(name, f"the same budget without dropout -> {folders.plain}")
         case "evaluate":
-            yield _line(name, f"{config.ensemble.size} mask draws, 3 splits -> {run / 'predictions'}")
+            most = "at most " if config.ensemble.stop_when_flat else ""
+            yield _line(name, f"{most}{config.ensemble.size} mask draws, 3 splits -> {run / 'predictions'}")
         case "report":
             yield _line(name, f"{run / 'report.html'}")
         case "export":

@@ -137,7 +137,9 @@ class Places:
     @classmethod
     def of(cls, sequences: Sequence[Scored], length: int | None = None) -> Places:
         """Of rows padded on the right; on the left, to `length` tokens, where that is given."""
-        rows, distinct, source = [], [], []
+        rows: list[list[int]] = []
+        distinct: list[tuple[int, int]] = []
+        source: list[int] = []
         for b, one in enumerate(sequences):
             own = sorted(set(one.positions))
             offset = 0 if length is None else length - len(one.input_ids)

@@ -57,7 +57,7 @@ def common_beginning(sequences: Sequence[Scored]) -> tuple[tuple[int, ...], list
 
     Every sequence keeps all places where something is scored, one token at least.
     """
-    first: tuple[int, ...] = commonprefix([sequence.input_ids for sequence in sequences])
+    first = tuple(commonprefix([sequence.input_ids for sequence in sequences]))
     count = min(len(first), *(min(sequence.positions, default=len(sequence.input_ids) - 1) for sequence in sequences))
     saved, tokens = count * (len(sequences) - 1), sum(sequence.tokens for sequence in sequences)
     if saved * WORTH_SHARING <= tokens:
@@ -81,7 +81,7 @@ def _shared(row: int, answers: Sequence[Encoded]) -> Scored:
     """One sequence that all answers continue."""
     places = [_places(choice, answer) for choice, answer in enumerate(answers)]
     inputs = [_inputs(answer, of_answer) for answer, of_answer in zip(answers, places, strict=True)]
-    root: tuple[int, ...] = commonprefix(inputs)
+    root = tuple(commonprefix(inputs))
     cut, example = len(root), answers[0].example
     tails: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     for ids, of_answer in zip(inputs, places, strict=True):

@@ -45,6 +45,7 @@ def ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict
         "chosen_name": chosen.short_name,
         "chosen_size": 0 if chosen.key == "mean_field" else chosen.passes,
         "rule": RULE.format(selection_name(by, inputs.kind)),
+        "stopped": inputs.config.ensemble.stop_when_flat and len(draws) < inputs.config.ensemble.size,
     }
 
 

@@ -116,7 +116,9 @@ def _chosen_size(result: dict[str, Any]) -> str:
         return ""
     ensemble = result["ensemble"]
     chosen = "no mask ensemble" if ensemble["chosen"] == "mean_field" else f"{ensemble['chosen_name']} averaged"
-    return f"Validation chooses {chosen}: the {ensemble['rule']}."
+    stopped = (f" No more than {max(ensemble['sizes'])} masks were drawn: the last round lowered validation NLL by one"
+               " paired standard error at most." if ensemble.get("stopped") else "")
+    return f"Validation chooses {chosen}: the {ensemble['rule']}.{stopped}"
 
 
 def _chosen_adapters(result: dict[str, Any]) -> str:

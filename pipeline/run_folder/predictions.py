@@ -75,6 +75,15 @@ class Predictions(ABC):
             RunFolderError: a row whose right answer was not predicted; `where` names the predictions.
         """
 
+    def inserted(self, place: int, others: Self) -> Self:
+        """The same with the members of `others`, which are of the same rows, before member `place`."""
+        of_rows, theirs = {"offsets", "tokens", "characters"}, others.arrays()
+        arrays = {
+            name: mine if name in of_rows else np.concatenate([mine[:place], theirs[name], mine[place:]])
+            for name, mine in self.arrays().items()
+        }
+        return self.from_arrays(self.row_ids, arrays, self.seconds + others.seconds)
+
     @classmethod
     @abstractmethod
     def merged(cls, parts: Sequence[Self], row_ids: Sequence[str]) -> Self:

@@ -1,4 +1,4 @@
-"""The evaluation stage: every member's predictions on three splits, without reading a label.
+"""The evaluation stage: every member's predictions on three splits, without reading a label of the test rows.
 
 All members share one pass: base, adapter, its mask draws, the plain run, the best searched adapters; of a comparison
 every trained adapter, and mask draws of those that validation chose.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +17,15 @@ from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import StoredAdapter, read_adapter
+from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
-from pipeline.data.splits import EVALUATED_SPLITS, load_splits
+from pipeline.config.evaluate import EnsembleConfig
+from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped, one_line
 from pipeline.prediction.predict import predict_shared
+from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_same_rows, require_whole
 from pipeline.run_folder.comparison import read_comparison
@@ -47,19 +51,17 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters
     )
     stored = [read_entry(entry) for entry in entries]
-    members, described = member_list(entries, stored, config.ensemble.seed)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     if read_comparison(paths) is None:
         require_adapter(paths, origin)
     for entry in entries:
         require_same_rows(entry.folder, splits.fingerprint)
-    row_ids = {name: [row.id for row in getattr(splits, name)] for name in EVALUATED_SPLITS}
-    made_from = predictions_from(origin, described)
-    rule = config.data.choice_score
-    missing = [name for name in EVALUATED_SPLITS if not _is_complete(paths, name, made_from, row_ids[name], rule)]
+    lineups = _lineups(entries, stored, config.ensemble, origin)
+    lineups, missing = _kept(paths, lineups, splits, config)
+    lineup = lineups[0]
     if not missing:
-        write_members(paths.predictions, described)  # all processes the same; the folder may have been moved
+        write_members(paths.predictions, lineup.described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
         return
     world = start_world()
@@ -67,7 +69,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     task = open_task(config, splits, world.device)
     adapters = attach_stored(task.base, stored, config.train.seed)
     rows = sum(len(getattr(splits, name)) for name in missing)
-    say(f"{len(members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
+    say(f"{len(lineup.members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
         _stop(paths, world)
     work_begins()
@@ -75,21 +77,32 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         update_status(paths, "evaluate", "running")
         for name in missing:  # of other members: never to be taken for these
             (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
-        write_members(paths.predictions, described)
+        write_members(paths.predictions, lineup.described)
     progress = Progress(rows, 0, world.is_main, unit="row")
     done = 0
     for name in missing:
         chosen = getattr(splits, name)
         started = time.monotonic()
         shown = _counter(progress, done, len(chosen), name, world.world_size)
+        predict = partial(
+            predict_shared, task, adapters, chosen, world=world, on_chunk=shown, stop_asked=lambda: stop_asked(paths)
+        )
         try:
-            predictions = predict_shared(task, adapters, chosen, members, world, shown, lambda: stop_asked(paths))
+            if name == "validation":
+                lineup, predictions = predict_in_rounds(lineups, predict, chosen, config.ensemble.average)
+            else:
+                predictions = predict(lineup.members)
         except Stopped:
             _stop(paths, world)
         done += len(chosen)
+        if name == "validation" and len(lineup.members) < len(lineups[-1].members):
+            drawn, most = len(lineup.draws), config.ensemble.size
+            say(f"{drawn} of {most} mask draws: validation gains too little from more", world.is_main)
         if world.is_main:
             seconds = time.monotonic() - started
-            write_predictions(paths.predictions, name, replace(predictions, seconds=seconds, made_from=made_from))
+            write_members(paths.predictions, lineup.described)
+            predictions = replace(predictions, seconds=seconds, made_from=lineup.made_from)
+            write_predictions(paths.predictions, name, predictions)
     progress.close()
     if world.is_main:
         update_status(paths, "evaluate", "done")
@@ -102,6 +115,37 @@ def _stop(paths: RunPaths, world: World) -> NoReturn:
         paths.stop_request.unlink(missing_ok=True)
     leave_world()
     raise Stopped("stopped; the splits that are finished are kept, and the same command continues")
+
+
+def _lineups(
+    entries: list[Entry], stored: list[StoredAdapter], ensemble: EnsembleConfig, origin: Origin
+) -> list[Lineup]:
+    """All members; before them, where the draws may stop, those with the mask draws of one round, two, …"""
+    counts = range(ROUND, ensemble.size, ROUND) if ensemble.stop_when_flat else ()
+    lineups: list[Lineup] = []
+    for count in (*counts, ensemble.size):
+        chosen = [replace(one, draws=min(one.draws, count)) if one.group == "mean_field" else one for one in entries]
+        members, described = member_list(chosen, stored, ensemble.seed)
+        if not lineups or len(members) > len(lineups[-1].members):  # else there are no masks
+            lineups.append(Lineup(members, described, predictions_from(origin, described)))
+    return lineups
+
+
+def _kept(
+    paths: RunPaths, lineups: list[Lineup], splits: Splits, config: RunConfig
+) -> tuple[list[Lineup], list[str]]:
+    """(the one lineup that is known to predict, else all in question; the splits that are yet to be predicted)."""
+
+    def found(name: str, lineup: Lineup) -> Predictions | None:
+        row_ids = [row.id for row in getattr(splits, name)]
+        return _complete(paths, name, lineup.made_from, row_ids, config.data.choice_score)
+
+    for made, lineup in enumerate(lineups, start=1):
+        validation, rows = found("validation", lineup), splits.validation
+        known = validation is not None and draws_stop(lineups, made, validation, rows, config.ensemble.average)
+        if known or len(lineups) == 1:
+            return [lineup], [name for name in EVALUATED_SPLITS if found(name, lineup) is None]
+    return lineups, list(EVALUATED_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -189,14 +233,16 @@ def member_list(
     return members, described
 
 
-def _is_complete(
-    paths: RunPaths, split: str, made_from: dict[str, str], row_ids: list[str], rule: ChoiceScore
-) -> bool:
+def _complete(
+    paths: RunPaths, split: str, made_from: dict[str, Any], row_ids: list[str], rule: ChoiceScore
+) -> Predictions | None:
+    """The predictions of a split, if they are those of these members."""
     try:
         predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
     except RunFolderError:
-        return False
-    return predictions.made_from == made_from and list(predictions.row_ids) == row_ids
+        return None
+    fits = predictions.made_from == made_from and list(predictions.row_ids) == row_ids
+    return predictions if fits else None
 
 
 def _counter(
