@@ -1,0 +1,54 @@
+"""Every case on the tiny model, once: figures mean nothing, rows and targets do."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import CASES
+from benchmarks.checkout import ROOT, Checkout
+from benchmarks.setting import SCALES, Setting
+
+
+@pytest.fixture
+def setting(tiny_folder: Path, tmp_path: Path) -> Setting:
+    overrides = (
+        f"model.path={tiny_folder / 'model'}", f"data.path={tiny_folder / 'rows.jsonl'}", "data.max_tokens=64",
+        "train.global_batch=8", "train.micro_batch=4", "evaluate.bootstrap_samples=200",
+    )
+    return Setting(SCALES["small"], tmp_path, Checkout(ROOT, "here"), repeats=1, overrides=overrides)
+
+
+def check(name: str, setting: Setting) -> None:
+    rows = list(CASES[name].run(setting))
+    assert rows and {row.case for row in rows} == {name}
+    for row in rows:
+        if row.value is None:
+            assert row.note.startswith("skipped: ")
+            continue
+        assert math.isfinite(row.value.median) and row.value.median > 0 and row.value.count == 1
+        assert row.limit is None or (row.limit.gflops > 0 and row.limit.share.median > 0)
+    of_ratios = {target for target in CASES[name].targets if not CASES[name].commands or setting.against}
+    assert {row.target for row in rows} - {""} >= of_ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.commands])
+def test_passes(name: str, setting: Setting) -> None:
+    check(name, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.commands])
+def test_commands(name: str, setting: Setting) -> None:
+    check(name, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer", "evaluate", "first-step"])
+def test_commands_against_another_checkout(name: str, setting: Setting) -> None:
+    from dataclasses import replace
+
+    check(name, replace(setting, against=Checkout(ROOT, "there")))
