@@ -81,17 +81,25 @@ def prompt_tokens(config: RunConfig, rows: Sequence[Row], tokenizer: Any) -> int
 
 
 class StockStep:
-    """The same of stock PEFT, whose rows are laid out beforehand; the same loss, at supervised positions only."""
+    """The same of stock PEFT, whose rows are laid out beforehand."""
 
-    def __init__(self, model: nn.Module, examples: list[Encoded]) -> None:
+    def __init__(self, model: nn.Module, examples: list[Encoded], own_loss: bool) -> None:
+        """`own_loss`: as the model computes it, from logits at all positions; else ours, at supervised ones only."""
         device = next(model.parameters()).device
-        self._objective, self._model = SupervisedLM(model), model
+        self._objective, self._model, self._own_loss = SupervisedLM(model), model, own_loss
         self._tensors = collate(examples, 0).tensors(device)
         self._weights = torch.ones(len(examples), device=device)
 
+    def loss(self) -> torch.Tensor:
+        """The mean over supervised tokens as the model computes it, or their sum as we do."""
+        if self._own_loss:
+            found: torch.Tensor = self._model(**self._tensors).loss
+            return found
+        return self._objective(**self._tensors, row_weights=self._weights)
+
     def __call__(self) -> None:
         """One step."""
-        self._objective(**self._tensors, row_weights=self._weights).backward()
+        self.loss().backward()
         self._model.zero_grad(set_to_none=True)
 
 

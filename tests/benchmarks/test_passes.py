@@ -61,9 +61,10 @@ def test_a_pack_has_the_gradients_of_its_runs(setting: Setting) -> None:
 def test_stock_peft_has_the_loss_that_we_have(setting: Setting) -> None:
     ours, stock = our_adapters(setting, "float32"), stock_peft(setting, "float32", 0.0)
     examples = random_examples(ours.model, 4, 8)
-    step = StockStep(stock, examples)
-    theirs = step._objective(**step._tensors, row_weights=step._weights)
-    torch.testing.assert_close(theirs.detach(), loss_of(ours, examples, plain_layout(4)), rtol=1e-5, atol=1e-6)
+    expected = loss_of(ours, examples, plain_layout(4))
+    for own_loss, supervised in ((False, 1), (True, 4)):
+        theirs = StockStep(stock, examples, own_loss).loss().detach() * supervised
+        torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-6)
     adapted = sum(parameter.numel() for parameter in stock.parameters() if parameter.requires_grad)
     assert adapted == sum(parameter.numel() for parameter in ours.model.parameters() if parameter.requires_grad) > 0
 
