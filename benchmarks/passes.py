@@ -48,7 +48,8 @@ def stock_peft(setting: Setting, dtype: str, dropout: float) -> nn.Module:
     """The same base under stock PEFT, with its defaults but for rank, alpha, dropout and targets; ready to train."""
     from peft import LoraConfig, get_peft_model
 
-    config = config_of(setting, dtype)
+    quantized = ["model.hold=quantized"] if setting.here.knows("model.hold") else []  # what a stock user has
+    config = config_of(setting, dtype, *quantized)
     base: BaseModel = load_base(config.model, torch.device(setting.device))
     lora = LoraConfig(
         r=config.adapter.rank, lora_alpha=int(config.adapter.alpha), lora_dropout=dropout, target_modules="all-linear",
