@@ -59,7 +59,8 @@ NO_TORCH = (
     "pipeline.distributed.launcher", "pipeline.distributed.nodes", "pipeline.distributed.devices",
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
-    "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report", "pipeline.stages.test",
+    "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
+    "pipeline.stages.test",
     "tune.__main__", "tune.search", "tune.study",
 )
 """Rules 4 and 6: modules that import no torch, nor a module of ours that does, where the interpreter runs them."""

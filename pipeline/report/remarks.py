@@ -100,8 +100,8 @@ def _edges(inputs: ReportInputs) -> Iterator[str]:
 
 def _seconds(inputs: ReportInputs) -> Iterator[str]:
     if any(one.packed for one in inputs.trainings or ()):
-        yield ("Trained together: seconds of training are those of all trainings that shared a pass, and no cost of a step "
-               "is compared. launch.processes=1 trains one after another.")
+        yield ("Trained together: seconds of training are those of all trainings that shared a pass, and no cost of a "
+               "step is compared. launch.processes=1 trains one after another.")
 
 
 def larger_grids(trainings: Sequence[Training]) -> list[str]:
