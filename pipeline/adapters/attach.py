@@ -16,8 +16,8 @@ from pipeline.adapters.heads import TrainedHead
 from pipeline.adapters.linear import LoRALinear, RankBucket
 from pipeline.adapters.masks import LayerSites, draw_weight_masks
 from pipeline.adapters.members import MaskKey, Member, MemberAxis, MemberAxisError, MemberPlan, RowKeys
-from pipeline.adapters.sites.anatomy import check_sites, is_causal
-from pipeline.adapters.sites.attention import install_attention_sites, remove_attention_sites
+from pipeline.adapters.sites.anatomy import check_sites, is_causal, padding_reason
+from pipeline.adapters.sites.attention import install_attention_sites, install_end_to_end, remove_attention_sites
 from pipeline.adapters.sites.deberta import install_position_projections
 from pipeline.adapters.sites.ffn import install_ffn_sites, remove_ffn_sites
 from pipeline.adapters.spec import AdapterSpec, count_layers
@@ -47,6 +47,8 @@ class Adapters:
     """Last name part -> how many linears of the base, trained heads left out, end in it."""
     heads: dict[str, TrainedHead] = field(default_factory=dict)
     """Modules that each adapter trains whole, by name; none in a causal model."""
+    end_to_end: bool = False
+    """Whether training passes lay their rows end to end, without padding: see `set_end_to_end`."""
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +77,17 @@ class Adapters:
     def needs_row_keys(self) -> bool:
         """Whether any adapter has an activation site."""
         return any(not site.masks_weights for spec in self.specs for site in spec.sites if site.rate > 0)
+
+    def set_end_to_end(self, attention: str, longest: int) -> str | None:
+        """From now on training passes lay their rows end to end; if the model does not allow it, the reason.
+
+        Arguments as `padding_reason`.
+        """
+        reason = padding_reason(self.model, attention, longest)
+        if reason is None:
+            install_end_to_end(self.model, self.axis)
+            self.end_to_end = True
+        return reason
 
 
 def with_row_keys(plan: MemberPlan, example: Tensor, position: Tensor) -> MemberPlan:

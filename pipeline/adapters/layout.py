@@ -54,6 +54,14 @@ class RowLayout:
         """Whose rows they are, in the order in which they come."""
         return tuple(dict.fromkeys(member.adapter for member in self.members))
 
+    @property
+    def real(self) -> tuple[int, ...]:
+        """Indices of the rows that are no fillers: the first of each example under its member."""
+        first: dict[tuple[int, int], int] = {}
+        for row, source in enumerate(self.source):
+            first.setdefault((row // self.rows, source), row)
+        return tuple(first.values())
+
 
 def split_layout(positions: Sequence[int], draws: int, adapter: int = 0) -> RowLayout:
     """Divide examples among S draws: draw = position in the *global* batch mod S.

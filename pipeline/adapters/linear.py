@@ -150,8 +150,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M·B, …, I) -> (M·B, …, O). Raises `MemberAxisError` where the leading size is not M·B."""
-        plan = self._axis.plan_for(x.shape[0], self.name)
+        plan = self._axis.plan_for(x.shape[0], self.name, x[..., 0].numel())
         y = self.base(x)
+        if plan.end_to_end is not None:
+            return y + self._member_by_member(x, y.shape[-1], plan).to(y.dtype)
         inputs, outputs = x.shape[-1], y.shape[-1]
         x_MNI = x.reshape(plan.size, -1, inputs)
         y_MNO = y.reshape(plan.size, -1, outputs)
@@ -166,6 +168,19 @@ class LoRALinear(nn.Module):
             update = self._update(bucket, x_chosen, plan, chosen, index).to(y.dtype)
             y_MNO = y_MNO + update if index is None else y_MNO.index_add(0, index, update)
         return y_MNO.reshape(y.shape)
+
+    def _member_by_member(self, x: Tensor, outputs: int, plan: MemberPlan) -> Tensor:
+        """Updates of rows laid end to end, (1, N, O): members have different numbers of tokens."""
+        x_NI = x.flatten(0, -2)
+        updates = []
+        for m, (start, stop) in enumerate(plan.spans(len(x_NI))):
+            bucket = next((bucket for bucket in self.buckets if plan.members[m].adapter in bucket.slot), None)
+            if bucket is None:
+                updates.append(x_NI.new_zeros(stop - start, outputs))
+                continue
+            own = self._drop_input(x_NI[None, start:stop], plan, [m])
+            updates.append(self._update(bucket, own, plan, [m], as_index([m], x.device))[0])
+        return torch.cat(updates).view(*x.shape[:-1], outputs)
 
     def _update(
         self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int], index: Tensor | None
@@ -201,6 +216,6 @@ class LoRALinear(nn.Module):
         if member.draw is None or member.adapter not in sites:
             return None
         site, layer_key = sites[member.adapter]
-        keys, rows = plan.keys_for(inputs, self.name), slice(m * plan.rows, (m + 1) * plan.rows)
-        mask = element_mask(keys, rows, layer_key, features, site.rate, site.compensation == "inverse")
+        keys, rescale = plan.keys_for(inputs, self.name), site.compensation == "inverse"
+        mask = element_mask(keys, keys.rows_of(m, m + 1), layer_key, features, site.rate, rescale)
         return mask.reshape(inputs, features)

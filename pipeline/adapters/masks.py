@@ -16,8 +16,10 @@ all but the first and last block of a line have `span_length` entries.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -175,16 +177,15 @@ def _layer_keys(keys: RowKeys, rows: slice, layer_key: int) -> tuple[int, int] |
 
     Both halves count: no two (step, layer) pairs of a run share masks.
     """
-    total = len(keys.branch)
-    per_member = total // len(keys.seeds)
-    start, stop, _ = rows.indices(total)
-    seeds = keys.seeds[start // per_member : -(-stop // per_member)]
+    start, stop, _ = rows.indices(len(keys.branch))
+    ends = list(accumulate(keys.rows))
+    seeds = keys.seeds[bisect_right(ends, start) : bisect_left(ends, stop) + 1]
     if same_for_all(seeds):
         key = key64(seeds[0], layer_key)
         return _signed(key), _signed(key >> 32)
     halves = [(_signed(key), _signed(key >> 32)) for key in (key64(seed, layer_key) for seed in keys.seeds)]
     of_member = torch.tensor(halves, dtype=torch.int32).to(keys.branch.device, non_blocking=True)
-    of_row = of_member.repeat_interleave(per_member, dim=0)[rows]
+    of_row = torch.cat([key.expand(count, 2) for key, count in zip(of_member, keys.rows, strict=True)])[rows]
     return of_row[:, :1], of_row[:, 1:]
 
 

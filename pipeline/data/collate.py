@@ -1,4 +1,4 @@
-"""Encoded rows -> padded tensors."""
+"""Encoded rows -> tensors: padded rows, or one row of them all."""
 
 from __future__ import annotations
 
@@ -91,6 +91,41 @@ def collate(
             types[i, span] = torch.tensor(row.token_types)
     scores = torch.tensor(numbers, dtype=torch.float32) if len(numbers) == len(encoded) else None
     return Batch(ids, mask, labels, positions, [row.example for row in encoded], parts, types, scores)
+
+
+@dataclass
+class Line:
+    """Rows laid end to end; all tensors are (1, N) int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    """1: all tokens are real."""
+    labels: Tensor
+    """As in `Encoded`, unshifted; IGNORE_INDEX on the first token of every row: nothing of its own precedes it."""
+    position_ids: Tensor
+    """Counted from 0 in every row."""
+    token_rows: Tensor
+    """Index of the row that a token is of."""
+
+    def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
+        """By name, on a device."""
+        return {name: tensor.to(device) for name, tensor in vars(self).items()}
+
+
+def lay_in_line(encoded: Sequence[Encoded]) -> Line:
+    """Rows one behind the other, without padding.
+
+    Args:
+        encoded: one example each, at least one.
+    """
+    lengths = torch.tensor([len(row.input_ids) for row in encoded])
+    ids = torch.tensor([[token for row in encoded for token in row.input_ids]])
+    labels = [label for row in encoded for label in (IGNORE_INDEX, *row.labels[1:])]
+    return Line(
+        ids, torch.ones_like(ids), torch.tensor([labels]),
+        torch.cat([torch.arange(length) for length in lengths.tolist()]).unsqueeze(0),
+        torch.arange(len(encoded)).repeat_interleave(lengths).unsqueeze(0),
+    )
 
 
 def _places(row: Encoded, start: int) -> list[tuple[str, slice]]:

@@ -70,16 +70,16 @@ def length_sorted_chunks(lengths: Sequence[int], budget_tokens: int, copies: int
 
 
 def token_chunks(
-    lengths: Sequence[int], budget_tokens: int, rows_of: Callable[[Sequence[int]], int], classes: int = 1
+    lengths: Sequence[int], budget_tokens: int, tokens_of: Callable[[Sequence[int]], int], classes: int = 1
 ) -> list[list[int]]:
-    """The positions of a global batch in chunks of similar length: rows · longest length <= `budget_tokens`.
+    """The positions of a global batch in chunks of similar length, of at most `budget_tokens` each.
 
     The longest of every class (draw) come first, then the second longest of each, and so on: the members of a pass
     then have equally many rows, and no fillers are needed. A single row may exceed the budget.
 
     Args:
         lengths: tokens of the row at each position.
-        rows_of: rows of a pass over some positions, as its layout has them.
+        tokens_of: tokens of a pass over some positions, as its layout has them.
         classes: a position's class is its remainder by this; S under layout `split`.
     """
     ranked: list[tuple[int, int, int]] = []
@@ -90,7 +90,7 @@ def token_chunks(
     for _, _, position in sorted(ranked):
         if chunks:
             wider = [*chunks[-1], position]
-            if rows_of(wider) * max(lengths[p] for p in wider) <= budget_tokens:
+            if tokens_of(wider) <= budget_tokens:
                 chunks[-1] = wider
                 continue
         chunks.append([position])

@@ -49,25 +49,28 @@ class Supervised(nn.Module, ABC):
 class SupervisedLM(Supervised):
     """A causal model: logits only where tokens are supervised. Tensors are (M·B, T).
 
-    Packed rows come without attention mask: see `MemberBatch.model_tensors`.
+    Packed rows come without attention mask: see `MemberBatch.model_tensors`. Rows laid end to end are (1, N), and
+    `token_rows` says which row a token is of.
     """
 
     def losses(  # type: ignore[override]
         self, *, input_ids: Tensor, position_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
-        smoothing: Smoothing = 0.0,
+        token_rows: Tensor | None = None, smoothing: Smoothing = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """-log p of every supervised token."""
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
-        losses, rows = token_losses(hidden, labels, head_of(self.model), smoothing)
+        losses, rows = token_losses(hidden, labels, head_of(self.model), smoothing, token_rows)
         return losses.float(), rows
 
     def features(  # type: ignore[override]
-        self, *, input_ids: Tensor, position_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+        self, *, input_ids: Tensor, position_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
+        token_rows: Tensor | None = None,
     ) -> Features:
         """Hidden states (n, D) that predict the supervised tokens."""
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids)
         rows, positions, targets = supervised_positions(labels)
-        return Features(hidden[rows, positions], rows, targets)
+        own = rows if token_rows is None else token_rows[rows, positions]
+        return Features(hidden[rows, positions], own, targets)
 
     def score(self, features: Tensor, targets: Tensor, smoothing: Smoothing = 0.0) -> tuple[Tensor, Tensor]:
         """nll of each token, and the distribution over the vocabulary."""

@@ -98,7 +98,8 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_losses(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], smoothing: Smoothing = 0.0
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], smoothing: Smoothing = 0.0,
+    token_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-log p(token) of every supervised token, in nats: (losses (n,), row index (n,)).
 
@@ -108,9 +109,11 @@ def token_losses(
         head: (n, D) -> (n, V) logits.
         smoothing: ε of label smoothing: (1 - ε) · -log p(token) + ε · the mean of -log p over the vocabulary; one
             number, or that of each row, (B,).
+        token_rows: (1, N) row of each token, where rows are laid end to end.
     """
     rows, positions, targets = supervised_positions(labels)
-    return chunked_losses(hidden[rows, positions], targets, head, at_places(smoothing, rows)), rows
+    of = rows if token_rows is None else token_rows[rows, positions]
+    return chunked_losses(hidden[rows, positions], targets, head, at_places(smoothing, of)), of
 
 
 def chunked_losses(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
+from pipeline.adapters.end_to_end import lay_end_to_end
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
@@ -32,6 +34,7 @@ from pipeline.loss.terms import chunked_losses
 from pipeline.model.head import head_of, hidden_states
 from pipeline.model.load import switch_off_dropout
 
+CPU = torch.device("cpu")
 SHORT, LONG = 2, 4
 """Layers of the two traces."""
 MAPPED = 32 * 1024**2
@@ -78,7 +81,7 @@ def trace_pass(
         dtype: compute dtype.
     """
     short, long = (
-        _trace(adapter, train, empty_model(shortened(description, layers), dtype, attention), batch)
+        _trace(adapter, train, attention, empty_model(shortened(description, layers), dtype, attention), batch)
         for layers in (SHORT, LONG)
     )
     return short.towards(long, layer_count(description))
@@ -112,8 +115,9 @@ def shortened(description: Any, layers: int) -> Any:
     return short
 
 
-def _trace(adapter: AdapterConfig, train: TrainConfig, model: nn.Module, batch: Batch) -> Peaks:
+def _trace(adapter: AdapterConfig, train: TrainConfig, attention: str, model: nn.Module, batch: Batch) -> Peaks:
     adapters = attach(model, [AdapterSpec.from_config(adapter, train.max_steps)], adapter.target_modules, 0)
+    adapters.set_end_to_end(attention, batch.tokens)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
@@ -129,14 +133,20 @@ def _run(adapters: Adapters, train: TrainConfig, batch: Batch, live: Live) -> No
     masked = any(site.rate > 0 for site in spec.sites)
     count = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // batch.tokens)
     layout = training_layout(range(count), train.draws, train.draw_layout, masked, spec.consistency)
-    rows = len(layout.source)
     plan = adapters.plan(layout.members, layout.rows, MaskKey(0, 0))
+    rows = len(layout.real) if adapters.end_to_end else len(layout.source)
+    examples = torch.zeros(rows, dtype=torch.int64) if adapters.needs_row_keys() else None
     positions = torch.zeros(rows, batch.tokens, dtype=torch.int64)
-    if adapters.needs_row_keys():
-        plan = with_row_keys(plan, torch.zeros(rows, dtype=torch.int64), positions)
+    mask = torch.ones_like(positions)
+    if adapters.end_to_end:
+        counts = Counter(row // layout.rows for row in layout.real)
+        plan = lay_end_to_end(plan, [[batch.tokens] * counts[m] for m in range(plan.size)], CPU, examples)
+        positions, mask = positions.view(1, -1), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    elif examples is not None:
+        plan = with_row_keys(plan, examples, positions)
     index = torch.zeros(rows * batch.supervised, dtype=torch.int64)
     with live, adapters.axis.active(plan):
-        hidden = hidden_states(adapters.model, positions, torch.ones_like(positions), positions)
+        hidden = hidden_states(adapters.model, positions, mask, positions)
         loss = chunked_losses(hidden[index, index], index, head_of(adapters.model)).sum()
         live.start_backward()
         loss.backward()

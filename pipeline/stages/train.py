@@ -20,6 +20,7 @@ from pipeline.prediction.task import open_task, training_examples, training_stre
 from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.terminal import say
+from pipeline.training.batch import choose_rows
 from pipeline.training.engine import (
     DeepSpeedEngine,
     DeepSpeedSlot,
@@ -62,11 +63,14 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     adapters = attach_adapter(config.adapter, task.base, config.train.max_steps, config.train.seed)
     require_same_inputs(splits.fingerprint, examples, adapters.model)
     origin = Origin(config.training_sha256(), splits.fingerprint)
-    if config.train.packing:
-        check_packing(task.base.model, config.model.attention)
     stream = training_stream(task, splits, config.data, config.train)
+    longest = max(lengths_of(examples)) if stream is None else config.data.max_tokens
+    padded_because = choose_rows(adapters, config.model.attention, longest)
+    if config.train.packing and padded_because:
+        check_packing(task.base.model, config.model.attention)
     loader = open_loader(
-        config.train, config.data.max_tokens, examples, adapters.specs[0], world.process_rank, world.world_size, stream
+        config.train, config.data.max_tokens, examples, adapters.specs[0], world.process_rank, world.world_size, stream,
+        adapters.end_to_end,
     )
     trained = trained_parameters(adapters)
     objective = TrainingObjective(task.objective(), adapters.axis)
@@ -76,7 +80,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     if world.is_main:
         identity = task.base.identity.as_dict()
         run.record_start(describe_environment(identity, splits.fingerprint, world.world_size))
-        describe(run, engine, loader, micro_steps)
+        describe(run, engine, loader, micro_steps, padded_because)
     run.resume()
     try:
         run.begin()
@@ -93,7 +97,9 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     return run.finish()
 
 
-def describe(run: Run, engine: DeepSpeedEngine, loader: BatchLoader, micro_steps: int) -> None:
+def describe(
+    run: Run, engine: DeepSpeedEngine, loader: BatchLoader, micro_steps: int, padded_because: str | None
+) -> None:
     """Say before the first step what is going to be trained, and on what."""
     train, identity = run.config.train, run.task.base.identity
     trained = sum(run.slot.sizes.values())
@@ -121,6 +127,7 @@ def describe(run: Run, engine: DeepSpeedEngine, loader: BatchLoader, micro_steps
     sample = " (a sample of the stream)" if run.config.data.streaming else ""
     say(f"data         {len(run.examples)} rows{sample}, {total:,} tokens, {run.task.supervision(run.examples)}")
     say(f"batch        {loader.describe(micro_steps)}")
+    say(f"rows         {f'padded: {padded_because}' if padded_because else 'end to end, without padding'}")
 
 
 def train_stage(run_dir: Path, trusted: bool = False) -> None:

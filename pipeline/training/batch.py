@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import Adapters, with_row_keys
-from pipeline.adapters.layout import Pairing, RowLayout, reference_of
+from pipeline.adapters.end_to_end import lay_end_to_end
+from pipeline.adapters.layout import Pairing, RowLayout, plain_layout, reference_of
 from pipeline.adapters.members import MaskKey, MemberPlan, as_index
-from pipeline.data.collate import batch_keys, collate
-from pipeline.data.encode import Encoded
+from pipeline.adapters.sites.anatomy import padding_reason
+from pipeline.data.collate import batch_keys, collate, example_keys, lay_in_line
+from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.loss.consistency import Pairs, Reference
 from pipeline.loss.terms import Kind, RowRuns
+from pipeline.model.head import hidden_states
 
 
 @dataclass(frozen=True)
 class MemberBatch:
-    """The rows of one pass on the device, and the plan they follow."""
+    """The rows of one pass on the device, and the plan they follow.
+
+    R rows: M·B padded ones, or as many as there are examples, fillers left out, laid end to end in one row of N tokens.
+    """
 
     tensors: dict[str, Tensor]
-    """input_ids, attention_mask, position_ids, labels (M·B, T); pairs: token_type_ids; regression: scores (M·B,)."""
+    """input_ids, attention_mask, position_ids, labels (R, T); pairs: token_type_ids; regression: scores (R,). Of rows
+    laid end to end (1, N), with the row of each token in token_rows."""
     runs: RowRuns
     """Whose rows they are, and the weight of each in the loss."""
     plan: MemberPlan
+    members: Tensor
+    """(R,) member of each row."""
     examples: tuple[str, ...] = ()
     """(M·B) example ids."""
     pairs: tuple[Pairs, ...] = ()
@@ -38,32 +48,37 @@ class MemberBatch:
 
     @property
     def weights(self) -> Tensor:
-        """(M·B,) weight of each row in the loss."""
+        """(R,) weight of each row in the loss."""
         return self.runs.weights
 
     @property
     def counted(self) -> Tensor:
-        """(M·B,) above 0 for rows that are no fillers; a mask-free branch counts, though it has no supervised loss."""
+        """(R,) above 0 for rows that are no fillers; a mask-free branch counts, though it has no supervised loss."""
         counted = self.weights
         for one in self.pairs:
             counted = torch.where(one.branch >= 0, one.weights, counted)
         return counted
 
     def of_run(self, number: int) -> tuple[dict[str, Tensor], Tensor]:
-        """`tensors` and `counted` of the rows of the run `number` alone."""
-        adapters = [member.adapter for member in self.plan.members]
-        own = list(dict.fromkeys(adapters))[number]
-        start = adapters.index(own) * self.plan.rows
-        rows = slice(start, start + adapters.count(own) * self.plan.rows)
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}, self.counted[rows]
+        """`tensors` of the rows of the run `number` alone, and `counted` as these number their rows."""
+        mine = self.runs.run == number
+        if "token_rows" not in self.tensors:
+            return {name: tensor[mine] for name, tensor in self.tensors.items()}, self.counted[mine]
+        own = mine[self.tensors["token_rows"][0]]
+        return {name: tensor[:, own] for name, tensor in self.tensors.items()}, self.counted
 
     @property
     def model_tensors(self) -> dict[str, Tensor]:
         """`tensors`, of packed rows without the attention mask.
 
         Without one, transformers keeps tokens apart wherever their positions do not follow each other: the examples of
-        a row from each other, and padding, whose positions are all 0, from everything.
+        a row from each other, and padding, whose positions are all 0, from everything. Of rows laid end to end the
+        attention follows from the plan: transformers hands a mask of four dimensions on as it is, and makes none of
+        N × N.
         """
+        if self.plan.end_to_end is not None:
+            made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.weights.device)
+            return {**self.tensors, "attention_mask": made}
         return {name: tensor for name, tensor in self.tensors.items() if not (self.packed and name == "attention_mask")}
 
     @property
@@ -77,52 +92,122 @@ def lay_out(
     adapters: Adapters, examples: list[Encoded], layout: RowLayout, pad_id: int, key: MaskKey | Mapping[int, MaskKey],
     side: Literal["left", "right"] = "left", smoothing: Mapping[int, float] | None = None,
 ) -> MemberBatch:
-    """Lay examples out as `layout` says and draw the masks of `key`.
+    """Lay examples out as `layout` says and draw the masks of `key`; end to end where the adapters are set to that.
 
     Args:
         key: of all members, or by adapter.
         smoothing: ε of label smoothing by adapter; none where it is not named.
     """
     device = adapters.device
-    batch = collate([examples[index] for index in layout.source], pad_id, side=side)
-    tensors = batch.tensors(device)
+    own, rows = list(range(len(layout.source))), [examples[index] for index in layout.source]
+    if adapters.end_to_end:
+        own = [row for row in layout.real for _ in rows[row].parts]
+        rows = [part for row in layout.real for part in rows[row].parts]
+    member = [row // layout.rows for row in own]
     keys = key if isinstance(key, MaskKey) else [key[m.adapter] for m in layout.members]  # type: ignore[index]
     plan = adapters.plan(layout.members, layout.rows, keys)
-    if adapters.needs_row_keys():
-        plan = with_row_keys(plan, batch_keys(batch).to(device), tensors["position_ids"])
+    lay_rows = partial(_in_line, member) if adapters.end_to_end else partial(_padded, pad_id, side)
+    tensors, plan = lay_rows(adapters, plan, rows)
+
     order = {adapter: number for number, adapter in enumerate(layout.adapters)}
-    run = as_index([order[member.adapter] for member in layout.members], device).repeat_interleave(layout.rows)
-    weights = torch.tensor(layout.weights, dtype=torch.float32, device=device)
+    run = as_index([order[layout.members[m].adapter] for m in member], device)
+    weights = torch.tensor([layout.weights[row] for row in own], dtype=torch.float32, device=device)
     runs = RowRuns(run, weights, tuple((smoothing or {}).get(adapter, 0.0) for adapter in order))  # type: ignore[arg-type]
-    reference, rows_of_reference = None, reference_of(layout)
-    if rows_of_reference is not None:
-        other = lay_out(adapters, examples, rows_of_reference, pad_id, key, side)
+    reference, branches_of_reference = None, None
+    if (others := reference_of(layout)) is not None:
+        other = lay_out(adapters, examples, others, pad_id, key, side)
         reference = Reference(other.model_tensors, other.plan)
-    pairs = _pairs(layout, rows_of_reference, device)
-    return MemberBatch(tensors, runs, plan, tuple(batch.example_ids), pairs, reference, batch.packed)
+        branches_of_reference = partial(_branch_of_rows, others, other.members)
+    pairs = _pairs(layout, own, as_index(member, device), branches_of_reference)
+    names = tuple(row.example for row in rows)
+    packed = not adapters.end_to_end and any(len(row.parts) > 1 for row in rows)
+    return MemberBatch(tensors, runs, plan, as_index(member, device), names, pairs, reference, packed)
 
 
-def _pairs(layout: RowLayout, reference: RowLayout | None, device: torch.device) -> tuple[Pairs, ...]:
-    """The pairings of a layout, those of one form together."""
+def _pairs(
+    layout: RowLayout, own: Sequence[int], member: Tensor,
+    branches_of_reference: Callable[[Collection[int | None], int], Tensor] | None,
+) -> tuple[Pairs, ...]:
+    """The pairings of a layout, those of one form together.
+
+    Args:
+        own: the rows of the layout that there are.
+        member: (R,) of each of them.
+        branches_of_reference: `_branch_of_rows` of the branches without gradient.
+    """
     forms: dict[tuple[Kind, int, int], list[Pairing]] = {}
     for one in layout.pairings:
         forms.setdefault((one.kind, one.branches, one.reference_branches), []).append(one)
     found = []
     for (kind, branches, fixed_branches), alike in forms.items():
-        weights = torch.zeros(len(layout.source))
+        weights = [0.0] * len(layout.source)
         for one in alike:
             start = one.first * layout.rows
-            weights[start : start + len(one.weights)] = torch.tensor(one.weights)
-        own = {layout.members[one.first].adapter for one in alike}
-        branch = _branch_of_rows(layout, own, branches)
-        fixed = None if reference is None else _branch_of_rows(reference, own, fixed_branches).to(device)
-        moved = branch.to(device), weights.to(device)
-        found.append(Pairs(kind, *moved, branches, fixed if fixed_branches else None, fixed_branches))
+            weights[start : start + len(one.weights)] = one.weights
+        of_rows = torch.tensor([weights[row] for row in own], device=member.device)
+        runs, fixed = {layout.members[one.first].adapter for one in alike}, None
+        if fixed_branches and branches_of_reference is not None:
+            fixed = branches_of_reference(runs, fixed_branches)
+        branch = _branch_of_rows(layout, member, runs, branches)
+        found.append(Pairs(kind, branch, of_rows, branches, fixed, fixed_branches))
     return tuple(found)
 
 
-def _branch_of_rows(layout: RowLayout, own: set[int | None], branches: int) -> Tensor:
-    """(M·B,) 0 … branches - 1 over the members of the runs in `own`, which each have a multiple of that; else -1."""
-    mine = torch.tensor([member.adapter in own for member in layout.members])
-    of_member = torch.where(mine, (mine.cumsum(0) - 1) % max(branches, 1), -1)
-    return of_member.repeat_interleave(layout.rows)
+def _branch_of_rows(layout: RowLayout, member: Tensor, runs: Collection[int | None], branches: int) -> Tensor:
+    """(R,) 0 … branches - 1 over the members of some runs, which each have a multiple of that; else -1.
+
+    `member`: (R,) of each row.
+    """
+    mine = torch.tensor([one.adapter in runs for one in layout.members], device=member.device)
+    return torch.where(mine, (mine.cumsum(0) - 1) % branches, -1)[member]
+
+
+def choose_rows(adapters: Adapters, attention: str, longest: int) -> str | None:
+    """Have `lay_out` lay rows end to end where the model says of a few tokens what it says of padded rows.
+
+    Returns:
+        Why rows are padded; None where they lie end to end.
+
+    Args:
+        attention, longest: as `padding_reason`.
+    """
+    def states() -> Tensor:
+        rows = [Encoded(str(ids), ids, (IGNORE_INDEX,) * len(ids)) for ids in ((5, 6, 7, 8, 9), (7, 5, 9, 6))]
+        built = lay_out(adapters, rows, plain_layout(len(rows)), 0, MaskKey(0, "rows"))
+        read = built.model_tensors
+        with torch.no_grad(), adapters.axis.active(built.plan):
+            hidden = hidden_states(adapters.model, read["input_ids"], read["attention_mask"], read["position_ids"])
+        return hidden[built.tensors["attention_mask"].bool()].float()
+
+    if reason := padding_reason(adapters.model, attention, longest):
+        return reason
+    padded = states()
+    adapters.set_end_to_end(attention, longest)
+    try:
+        if torch.allclose(states(), padded, rtol=0.0, atol=3e-2 * float(padded.abs().max())):
+            return None
+    except (RuntimeError, TypeError, ValueError):  # a family that does something of its own with masks or positions
+        pass
+    adapters.end_to_end = False
+    return f"{type(adapters.model).__name__} does not keep rows that lie end to end apart"
+
+
+def _padded(
+    pad_id: int, side: Literal["left", "right"], adapters: Adapters, plan: MemberPlan, rows: Sequence[Encoded]
+) -> tuple[dict[str, Tensor], MemberPlan]:
+    batch = collate(rows, pad_id, side=side)
+    tensors = batch.tensors(adapters.device)
+    if adapters.needs_row_keys():
+        plan = with_row_keys(plan, batch_keys(batch).to(adapters.device), tensors["position_ids"])
+    return tensors, plan
+
+
+def _in_line(
+    member: Sequence[int], adapters: Adapters, plan: MemberPlan, rows: Sequence[Encoded]
+) -> tuple[dict[str, Tensor], MemberPlan]:
+    """`member`: of each row."""
+    device, lengths = adapters.device, [[] for _ in plan.members]  # type: list[list[int]]
+    for m, row in zip(member, rows, strict=True):
+        lengths[m].append(len(row.input_ids))
+    keys = example_keys([row.example for row in rows]).to(device) if adapters.needs_row_keys() else None
+    return lay_in_line(rows).tensors(device), lay_end_to_end(plan, lengths, device, keys)

@@ -67,7 +67,8 @@ def record_pass(rows: MemberBatch) -> dict[str, Any]:
     inputs = {**rows.tensors, "row_weights": rows.weights}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
     members = [asdict(member) for member in rows.plan.members]
-    return {"tensors": tensors, "examples": list(rows.examples), "members": members, "rows": rows.plan.rows}
+    of_rows = rows.members.tolist()
+    return {"tensors": tensors, "examples": list(rows.examples), "members": members, "member_of_row": of_rows}
 
 
 def write_diagnosis(folder: Path, record: dict[str, Any], passes: list[list[dict[str, Any]]]) -> None:

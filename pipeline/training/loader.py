@@ -110,10 +110,14 @@ class BatchLoader:
     """Step -> what this process does in it: a function of the step alone, so that resuming needs no state."""
 
     def __init__(
-        self, source: RowSource, train: TrainConfig, spec: AdapterSpec, process_rank: int, world_size: int
+        self, source: RowSource, train: TrainConfig, spec: AdapterSpec, process_rank: int, world_size: int,
+        end_to_end: bool = False,
     ) -> None:
-        """`spec`: whether its sites mask anything, and its consistency term, decide how rows lie along draws."""
-        self._source, self._train, self._spec = source, train, spec
+        """`spec`: whether its sites mask anything, and its consistency term, decide how rows lie along draws.
+
+        `end_to_end`: whether passes will have no padding, which decides how many rows micro_tokens allows.
+        """
+        self._source, self._train, self._spec, self._end_to_end = source, train, spec, end_to_end
         self._rank, self._world = process_rank, world_size
         self._masked = any(site.rate > 0 for site in spec.sites)
 
@@ -161,7 +165,11 @@ class BatchLoader:
         lengths = [self._source.length(*place) for place in places]
         branches = 1 if self._spec.consistency.kind == "none" else 2
         classes = train.draws // branches if self._masked and train.draw_layout == "split" else 1
-        chunks = token_chunks(lengths, budget, lambda positions: widest_pass(self._layout(positions)), classes)
+
+        def size(positions: Sequence[int]) -> int:
+            return pass_tokens(self._layout(positions), [lengths[p] for p in positions], self._end_to_end)
+
+        chunks = token_chunks(lengths, budget, size, classes)
         rounds = -(-len(chunks) // self._world)
         return [*chunks[self._rank :: self._world], []][:rounds]
 
@@ -175,19 +183,25 @@ class BatchLoader:
         return MicroBatch([self._source.row(*shortest)], weightless(self._layout([0])))
 
 
-def widest_pass(layout: RowLayout) -> int:
-    """Rows of the larger of the forward passes that a layout takes: branches without gradient have their own."""
+def pass_tokens(layout: RowLayout, lengths: Sequence[int], end_to_end: bool) -> int:
+    """Tokens of the larger of the forward passes that a layout takes: branches without gradient have their own.
+
+    Args:
+        lengths: of the examples that the layout is of.
+        end_to_end: whether there is neither padding nor a filler.
+    """
     reference = reference_of(layout)
-    return max(len(layout.source), 0 if reference is None else len(reference.source))
+    own = sum(lengths[layout.source[row]] for row in layout.real) if end_to_end else len(layout.source) * max(lengths)
+    return own if reference is None else max(own, pass_tokens(reference, lengths, end_to_end))
 
 
 def open_loader(
     train: TrainConfig, max_tokens: int, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0,
-    world_size: int = 1, stream: RowSource | None = None,
+    world_size: int = 1, stream: RowSource | None = None, end_to_end: bool = False,
 ) -> BatchLoader:
     """The batches of a run over its training examples, or over a stream in their place."""
     source: RowSource = stream or ShuffledBatches(SingleRows(examples), "rows", train)
     if train.packing:
         packed = PackedRows(examples, lengths_of(examples), max_tokens, train.seed)
         source = ShuffledBatches(packed, f"of {len(packed)} packed rows", train)
-    return BatchLoader(source, train, spec, process_rank, world_size)
+    return BatchLoader(source, train, spec, process_rank, world_size, end_to_end)

@@ -23,7 +23,7 @@ from pipeline.terminal import Progress, say
 from pipeline.training.batch import MemberBatch, lay_out
 from pipeline.training.engine import Engine
 from pipeline.training.guards import Guards, StepNumbers, recent_losses
-from pipeline.training.loader import BatchLoader, StepBatch
+from pipeline.training.loader import BatchLoader, StepBatch, pass_tokens
 from pipeline.training.loss_scale import LossScale
 from pipeline.training.run import Run, validations_of
 from pipeline.training.schedule import schedule_factor, warmup_steps
@@ -216,8 +216,10 @@ def shared_passes(lanes: Sequence[Lane], budget: int | None) -> list[list[tuple[
 
 
 def places_of(parts: Sequence[tuple[Lane, int]]) -> int:
-    """Tokens that a pass computes, padding and fillers included."""
+    """Tokens that a pass computes, padding and fillers included where there are some."""
     micros = [lane.step.batch.micros[i] for lane, i in parts]
+    if parts[0][0].run.adapters.end_to_end:
+        return sum(pass_tokens(m.layout, [len(row.input_ids) for row in m.examples], end_to_end=True) for m in micros)
     rows = sum(len(micro.layout.members) for micro in micros) * max(micro.layout.rows for micro in micros)
     return rows * max(len(example.input_ids) for micro in micros for example in micro.examples)
 

@@ -70,7 +70,8 @@ class Meter:
 
     def add(self, tensors: dict[str, Tensor], weights: Tensor) -> None:
         """Note the rows of one micro-batch. Nothing is read from the device yet."""
-        kept = (weights > 0).unsqueeze(1)
+        rows = tensors.get("token_rows")  # of rows laid end to end
+        kept = (weights > 0).unsqueeze(1) if rows is None else weights[rows] > 0
         real = (tensors["attention_mask"].bool() & kept).sum()
         supervised = ((tensors["labels"] >= 0) & kept).sum()
         self._rows.append((tensors["input_ids"].numel(), real, supervised))
@@ -78,7 +79,9 @@ class Meter:
     def read(self, seconds: float) -> dict[str, float | None]:
         """The numbers of the step that took `seconds`; counting starts anew.
 
-        padding_share: positions of this process without a token that counts. memory_gib: the most that this process
+        padding_share: positions of this process without a token that counts, as all layers but attention see them:
+        attention sorts rows that are laid end to end into padded ones of similar length, which are not counted.
+        memory_gib: the most that this process
         has held since its start, GiB: of an accelerator what torch has allocated there (without the CUDA context, and
         without what its allocator keeps free); without one all that was resident, imports, loading, validation and the
         free blocks in the C library's heap included. mfu, hfu: None where the peak is not known.

@@ -154,10 +154,15 @@ def test_every_epoch_packs_every_example_once_and_otherwise() -> None:
     assert [again.row(1, index) for index in range(len(again))] == epochs[1]
 
 
-def loaders(settings: list[str], lengths: list[int], masked: bool, processes: int = 1) -> list[BatchLoader]:
+def loaders(
+    settings: list[str], lengths: list[int], masked: bool, processes: int = 1, end_to_end: bool = False
+) -> list[BatchLoader]:
     config, spec = load_config(None, settings), AdapterSpec(rank=4, sites=WEIGHT_SITES if masked else ())
     train, longest = config.train, config.data.max_tokens
-    return [open_loader(train, longest, examples(lengths), spec, rank, processes) for rank in range(processes)]
+    return [
+        open_loader(train, longest, examples(lengths), spec, rank, processes, end_to_end=end_to_end)
+        for rank in range(processes)
+    ]
 
 
 BATCH = ["train.global_batch=12", "train.micro_batch=2", "train.draws=3"]
@@ -217,6 +222,25 @@ def test_passes_cut_by_tokens_have_the_loss_and_gradients_of_fixed_ones(layout: 
     cut = loaders([*settings, "train.micro_tokens=70"], LONG, masked, processes=2)
     parts = [loader.of_step(3).micros for loader in cut]
     loss, found = loss_and_gradients(adapters, [*parts[0], *parts[1]])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_gradients(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["split", "replicate"])
+def test_passes_of_rows_end_to_end_hold_as_many_tokens(layout: str) -> None:
+    """Two processes, passes cut by the tokens of their rows: the global batch, its loss, its gradients."""
+    adapters = adapted("llama", "sdpa", (*WEIGHT_SITES, *ACTIVATION_SITES["keys"]))
+    settings = [*BATCH, f"train.draw_layout={layout}"]
+    (fixed,) = (loader.of_step(3).micros for loader in loaders(settings, LONG, masked=True))
+    expected_loss, expected = loss_and_gradients(adapters, fixed)
+    assert adapters.set_end_to_end("sdpa", 64) is None
+    budget, copies = 130, 3 if layout == "replicate" else 1
+    cut = loaders([*settings, f"train.micro_tokens={budget}"], LONG, masked=True, processes=2, end_to_end=True)
+    micros = [micro for loader in cut for micro in loader.of_step(3).micros]
+    assert pairs(micros) == pairs(fixed)
+    for micro in micros:
+        assert sum(len(row.input_ids) for row in micro.examples) * copies <= budget or len(micro.examples) == 1
+    loss, found = loss_and_gradients(adapters, micros)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_close_gradients(found, expected, 1e-4)
 

@@ -9,6 +9,7 @@ from helpers.runs import adapter_hash, first_moments, launch, losses
 
 from pipeline.config import load_config
 from pipeline.files import write_json
+from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import RunPaths
 from pipeline.stages.train import train_run
 from pipeline.training.run import Stopped
@@ -38,6 +39,25 @@ def test_passes_cut_by_tokens_train_what_fixed_ones_train(tmp_path: Path, tiny_s
     for stage in ("zero0", "zero1", "zero3"):
         assert_same_training(train(tmp_path / stage, [*common, few, f"train.deepspeed={stage}"]), fixed)
     assert_same_training(train(tmp_path / "one pass", [*common, "train.micro_tokens=4000"]), fixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora_dropout", "hiddenkey"])
+def test_rows_end_to_end_train_what_padded_rows_train(
+    tmp_path: Path, tiny_settings: list[str], method: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The default lays rows end to end: no padding is computed, and nothing else changes."""
+    settings = [*tiny_settings, f"adapter.method={method}", "train.max_gradient_norm=1e6"]
+    found = train(tmp_path / "end to end", settings)
+    assert "rows         end to end, without padding" in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.stages.train.choose_rows", lambda *arguments: "asked for")
+    padded = train(tmp_path / "padded", settings)
+    assert "rows         padded: asked for" in capsys.readouterr().err
+    assert_same_training(found, padded)
+    shares = [read_metrics(RunPaths(folder).metrics, train=["padding_share"]) for folder in (found, padded)]
+    assert all(row["padding_share"] == 0.0 for row in shares[0] if row["kind"] == "train")
+    assert max(row["padding_share"] for row in shares[1] if row["kind"] == "train") > 0.1
 
 
 @pytest.mark.slow

@@ -35,6 +35,40 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def padding_reason(model: nn.Module, attention: str, longest: int) -> str | None:
+    """Why training passes of this model must have padded rows; None where rows may lie end to end.
+
+    Args:
+        attention: model.attention.
+        longest: tokens of the longest row.
+    """
+    config, modules = getattr(model, "config", None), attention_modules(model)
+    if attention != "sdpa":
+        return f"model.attention is {attention}"
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return "a head reads one token of each row"
+    if config is None or not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
+        return "its attention does not go through transformers' attention interface"
+    if _problem(model, modules):
+        return f"{_problem(model, modules)} self-attention module that is known here"
+    if not all(getattr(module, "is_causal", False) for module in modules.values()):
+        return "its attention is not causal"
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it has cross-attention"
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return f"its attention has {UNKNOWN_TERMS['softcap']}"
+    if any(hasattr(module, "sinks") for module in modules.values()):
+        return f"its attention has {UNKNOWN_TERMS['s_aux']}"
+    window = getattr(text, "sliding_window", None) or longest
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])  # a window may stand there without kinds
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the kind {', '.join(sorted(others))}"
+    if "sliding_attention" in kinds and window < longest:
+        return f"its attention reaches {window} tokens back, less than its longest row"
+    return None
+
+
 def down_projections(model: nn.Module) -> dict[str, nn.Module]:
     """The linears whose input is the hidden representation of a layer's feed-forward network."""
     return {

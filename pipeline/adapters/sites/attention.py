@@ -8,16 +8,17 @@ attention is the stock one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.end_to_end import attend_by_rows
 from pipeline.adapters.masks import dropped_keys, dropped_pairs
-from pipeline.adapters.members import MemberAxis, MemberAxisError, RowKeys
+from pipeline.adapters.members import AttentionRows, MemberAxis, MemberAxisError, MemberPlan, RowKeys
 from pipeline.adapters.sites.anatomy import UNKNOWN_TERMS, attention_modules
 from pipeline.adapters.sites.attention_kernels import (
     AttentionInputs,
@@ -66,6 +67,15 @@ def remove_attention_sites(model: nn.Module, adapter: int) -> None:
             getattr(module, _ATTRIBUTE).sites.pop(adapter, None)
 
 
+def install_end_to_end(model: nn.Module, axis: MemberAxis) -> None:
+    """Let the attention of a model that has no `padding_reason` serve rows laid end to end."""
+    register()
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    for name, module in attention_modules(model).items():
+        if not hasattr(module, _ATTRIBUTE):
+            setattr(module, _ATTRIBUTE, AttentionSites(axis, name, plain=False))
+
+
 def register() -> None:
     """Make the implementation known to transformers, its masks being those of `sdpa`."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -104,17 +114,42 @@ class AttentionSites:
         if self.axis.current is None or not self.sites:
             return None
         plan = self.axis.plan_for(query.shape[0], self.name)
-        sites = [self.sites.get(m.adapter, ()) if m.draw is not None else () for m in plan.members]  # type: ignore[arg-type]
-        if not any(sites):
+        if not any(self._of_members(plan)):
             return None
         if query.shape[2] != key.shape[2]:
             raise MemberAxisError(f"{self.name} drops keys: run whole sequences, without a cache (use_cache=False)")
         keys = plan.keys_for(plan.rows * query.shape[2], self.name)
-        drops, heads = Drops(), (query.shape[1], key.shape[1])
+        return self._drops(plan, keys, (query.shape[1], key.shape[1]))
+
+    def end_to_end(self, heads: AttentionInputs) -> Tensor:
+        """Causal attention over rows laid end to end, (1, H, N, D), (1, G, N, D)² -> (1, N, H, D).
+
+        Raises:
+            MemberAxisError: the tokens are not the plan's, or the plan has no row keys.
+        """
+        plan = self.axis.plan_for(heads.query.shape[0], self.name, heads.query.shape[2])
+        masked = any(self._of_members(plan))
+
+        def attend(group: AttentionRows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            drops = Drops()
+            if masked:
+                if group.keys is None:
+                    raise MemberAxisError(f"{self.name} drops keys: the plan needs the identities of its examples")
+                drops = self._drops(plan, group.keys, (query.shape[1], key.shape[1]))
+            return _attend(replace(heads, query=query, key=key, value=value), drops, plain=False)
+
+        return attend_by_rows(plan.end_to_end, heads.query, heads.key, heads.value, attend)  # type: ignore[arg-type]
+
+    def _of_members(self, plan: MemberPlan) -> list[tuple[KeyedSite, ...]]:
+        return [self.sites.get(m.adapter, ()) if m.draw is not None else () for m in plan.members]  # type: ignore[arg-type]
+
+    def _drops(self, plan: MemberPlan, keys: RowKeys, heads: tuple[int, int]) -> Drops:
+        """Masks of the rows that `keys` are of, member-major."""
+        sites, drops = self._of_members(plan), Drops()
         for kind in ("logits", "weights"):
             chosen = [tuple(s for s in of_member if _kind(s[0]) == kind) for of_member in sites]
             if any(chosen):
-                setattr(drops, kind, _dropped(keys, chosen, plan.rows, heads))
+                setattr(drops, kind, _dropped(keys, chosen, heads))
         return drops
 
 
@@ -122,19 +157,22 @@ def _kind(site: Site) -> str:
     return "weights" if site.position == "attention_weights" and site.stop_gradient else "logits"
 
 
-def _dropped(keys: RowKeys, sites: Sequence[tuple[KeyedSite, ...]], rows: int, heads: tuple[int, int]) -> Tensor:
+def _dropped(keys: RowKeys, sites: Sequence[tuple[KeyedSite, ...]], heads: tuple[int, int]) -> Tensor:
     """One mask over all rows from the sites of each member; (query heads, key-value heads) are given."""
     parts: list[Tensor] = []
     start = 0
     for of_member, members in groupby(sites):
-        stop = start + rows * len(list(members))
-        part = torch.zeros(stop - start, 1, 1, 1, dtype=torch.bool, device=keys.position.device)
+        stop = start + len(list(members))
+        rows = keys.rows_of(start, stop)
+        start = stop
+        if rows.start == rows.stop:
+            continue  # members without a row of this length
+        part = torch.zeros(rows.stop - rows.start, 1, 1, 1, dtype=torch.bool, device=keys.position.device)
         for site, key in of_member:
-            mask = _mask(keys, slice(start, stop), key, site, heads)
+            mask = _mask(keys, rows, key, site, heads)
             width = max(part.shape[1], mask.shape[1])  # per key-value head, repeated where the other is per query head
             part = _to_heads(part, width) | _to_heads(mask, width)
         parts.append(part)
-        start = stop
     wide = [max(part.shape[dim] for part in parts) for dim in (1, 2)]
     tokens = keys.position.shape[1]
     return torch.cat([_to_heads(part, wide[0]).expand(-1, wide[0], wide[1], tokens) for part in parts])
@@ -157,6 +195,11 @@ def member_attention(
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: (B, H, T, D), (B, G, T, D)² -> (B, T, H, D) and no weights."""
     installed: AttentionSites | None = getattr(module, _ATTRIBUTE, None)
+    plan = None if installed is None else installed.axis.current
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if installed is not None and plan is not None and plan.end_to_end is not None:
+        _refuse_unknown_terms(installed, kwargs)
+        return installed.end_to_end(AttentionInputs(query, key, value, None, scale, True, dropout)), None
     drops = None if installed is None else installed.drops(query, key)
     plain = installed is not None and installed.plain
     if drops is None and not plain:
@@ -165,17 +208,21 @@ def member_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    _refuse_unknown_terms(installed, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    heads = AttentionInputs(
+        query, key, value, attention_mask, scale, bool(causal) and query.shape[2] > 1 and attention_mask is None,
+        dropout,
+    )
+    return _attend(heads, drops or Drops(), plain).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown_terms(installed: AttentionSites | None, kwargs: Mapping[str, Any]) -> None:
     for term, what in UNKNOWN_TERMS.items():
         if kwargs.get(term) is not None:
             name = None if installed is None else installed.name
             remedy = "Use sites on the LoRA matrices."
             raise ConfigError("adapter.method", name, f"cannot be masked here: its attention has {what}", remedy)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    heads = AttentionInputs(
-        query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling,
-        bool(causal) and query.shape[2] > 1 and attention_mask is None, dropout,
-    )
-    return _attend(heads, drops or Drops(), plain).transpose(1, 2).contiguous(), None
 
 
 def _attend(heads: AttentionInputs, drops: Drops, plain: bool) -> Tensor:

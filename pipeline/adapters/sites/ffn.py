@@ -70,22 +70,26 @@ class HiddenCut:
         if self.axis.current is None or not self.sites:
             return None
         x = args[0]
-        plan = self.axis.plan_for(x.shape[0], self.name)
+        plan = self.axis.plan_for(x.shape[0], self.name, x[..., 0].numel())
         sites = [self.sites.get(m.adapter) if m.draw is not None else None for m in plan.members]  # type: ignore[arg-type]
         if not any(sites):
             return None
         keys = plan.keys_for(x[0, ..., 0].numel() * plan.rows, self.name)
+        if plan.end_to_end is not None:
+            x = x.transpose(0, 1)  # every token is a row, as its keys have it
         parts: list[Tensor] = []
         start = 0
         for site, members in groupby(sites):
-            rows = slice(start, start + plan.rows * len(list(members)))
+            end = start + len(list(members))
+            rows = keys.rows_of(start, end)
             part = x[rows]
             if site is not None:
                 dropped = partial(dropped_hidden, keys, rows, self.key, x.shape[-1], site)
                 part = drop(part, dropped, 1.0 / (1.0 - site.rate) if site.compensation == "inverse" else 1.0)
             parts.append(part)
-            start = rows.stop
-        return (parts[0] if len(parts) == 1 else torch.cat(parts), *args[1:])
+            start = end
+        done = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (done if plan.end_to_end is None else done.transpose(0, 1), *args[1:])
 
 
 def drop(x: Tensor, dropped: Callable[[], Tensor], kept: float) -> Tensor:

@@ -16,6 +16,7 @@ from pipeline.adapters.attach import remove
 from pipeline.adapters.build import admit_adapter, open_slots
 from pipeline.config import RunConfig
 from pipeline.config.pack import pack_refusal
+from pipeline.data.cache import lengths_of
 from pipeline.data.splits import load_splits
 from pipeline.distributed import lifeline
 from pipeline.distributed.world import lone_world
@@ -26,6 +27,7 @@ from pipeline.prediction.task import open_task, training_examples
 from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.terminal import say
+from pipeline.training.batch import choose_rows
 from pipeline.training.engine import micro_steps_of
 from pipeline.training.environment import describe_environment
 from pipeline.training.loader import open_loader
@@ -74,6 +76,8 @@ class Pack:
             )
         self.examples = training_examples(self.task, self.splits.train, config.data)
         self.adapters = open_slots(base)
+        longest = max(lengths_of(self.examples))
+        self._padded_because = choose_rows(self.adapters, config.model.attention, longest)
         self.adapters.model.train()
         self.engine = StackedEngine(TrainingObjective(self.task.objective(), self.adapters.axis), self.adapters)
         self.budget: int | None = None
@@ -98,7 +102,7 @@ class Pack:
             raise ConfigError("--run-dir", str(run_dir), f"cannot join a pack: {reason}", "Train it by itself.")
         require_steps(config.train)
         micro_steps_of(config.train, self.world)  # refuses what does not divide
-        if config.train.packing:
+        if config.train.packing and self._padded_because:
             check_packing(self.task.base.model, config.model.attention)
         task = replace(self.task, label_smoothing=config.train.label_smoothing)  # type: ignore[type-var]
         task.objective()  # refuses what has no meaning for it
@@ -124,7 +128,9 @@ class Pack:
             config, origin, paths, self.world, task, self.adapters, self.examples, self.splits.validation,
             on_validation, slot,
         )  # fmt: skip
-        loader = open_loader(train, config.data.max_tokens, self.examples, run.spec)
+        loader = open_loader(
+            train, config.data.max_tokens, self.examples, run.spec, end_to_end=self.adapters.end_to_end
+        )
         run.record_start(describe_environment(task.base.identity.as_dict(), fingerprint, 1))
         try:
             run.resume()

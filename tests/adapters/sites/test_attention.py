@@ -378,7 +378,7 @@ def run(members: list[Member], sites: dict[int, tuple[tuple[Site, int], ...]], p
     axis, one = MemberAxis(), heads_of()
     size = len(members)
     branch = torch.tensor([-1 if m.draw is None else m.draw for m in members]).repeat_interleave(2)
-    keys = RowKeys((5,), branch, torch.tensor([3, 4]).repeat(size), torch.arange(7).repeat(2 * size, 1))
+    keys = RowKeys((5,) * size, branch, torch.tensor([3, 4]).repeat(size), torch.arange(7).repeat(2 * size, 1))
     q, k, v = (x.repeat(size, 1, 1, 1) for x in (one.query, one.key, one.value))
     with axis.active(MemberPlan(tuple(members), 2, row_keys=keys)):
         out, _ = member_attention(attention_module(axis, sites, plain), q, k, v, None, scaling=one.scale)

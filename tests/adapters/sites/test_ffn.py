@@ -105,7 +105,7 @@ def cut(site: Site, x: Tensor, members: list[Member], examples: Tensor) -> Tenso
     layer = nn.Identity()
     layer.register_forward_pre_hook(HiddenCut(axis, "layers.0.mlp.down_proj", {0: site}, 13))
     branch = torch.tensor([-1 if m.draw is None else m.draw for m in members]).repeat_interleave(rows)
-    keys = RowKeys((5,), branch, examples.repeat(size), torch.arange(x.shape[1]).repeat(size * rows, 1))
+    keys = RowKeys((5,) * size, branch, examples.repeat(size), torch.arange(x.shape[1]).repeat(size * rows, 1))
     with axis.active(MemberPlan(tuple(members), rows, row_keys=keys)):
         return layer(x)
 
