@@ -65,10 +65,10 @@ def adapted(
 
 
 def read(adapters: Adapters, built: MemberBatch) -> tuple[float, float, dict[str, Tensor]]:
-    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis, adapters.specs[0].consistency)
+    objective = TrainingObjective(SupervisedLM(adapters.model), adapters.axis)
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.inputs)
-        (nll + 0.5 * apart).backward()
+        (nll + 0.5 * apart).sum().backward()
     return float(nll.detach()), float(apart.detach()), gradients(adapters)
 
 
@@ -119,14 +119,15 @@ def test_states_are_those_of_padded_rows_in_float64(heads: str) -> None:
 
 
 def test_masks_are_those_of_padded_rows_to_the_bit() -> None:
-    """Of three members, the third under another seed; the second has a filler in padded rows and none here."""
-    adapters, keys = adapted(sites=every_site("column")), [KEY, KEY, MaskKey(4, 5)]
-    members = tuple(Member(0, draw) for draw in range(3))
+    """Of three members, the third of a run with another seed; the second has a filler in padded rows and none here."""
+    spec = AdapterSpec(rank=4, sites=every_site("column"))
+    adapters, keys = adapted("llama", spec, spec), {0: KEY, 1: MaskKey(4, 5)}
+    members = (Member(0, 0), Member(0, 1), Member(1, 2))
     layout = RowLayout(members, 2, (0, 3, 1, 1, 2, 4), (1.0, 1.0, 1.0, 0.0, 1.0, 1.0))
     rows = examples(LENGTHS[:5])
-    padded = lay_out(adapters, rows, layout, 2, keys)  # type: ignore[arg-type]
+    padded = lay_out(adapters, rows, layout, 2, keys)
     assert adapters.set_end_to_end("sdpa", 64) is None
-    plan = lay_out(adapters, rows, layout, 2, keys).plan  # type: ignore[arg-type]
+    plan = lay_out(adapters, rows, layout, 2, keys).plan
     expected, laid, real = padded.plan.row_keys, plan.row_keys, padded.tensors["attention_mask"].bool()
     assert expected is not None and laid is not None and plan.end_to_end is not None
     real[3] = False
