@@ -193,7 +193,10 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, padding: Mapping
 def training_padding(
     encoded: Sequence[Encoded], train: TrainConfig, adapter: AdapterConfig, max_tokens: int
 ) -> float:
-    """What a pass computes for padding and fillers ÷ all that it computes, over one epoch in one process."""
+    """What a pass of padded rows computes for padding and fillers ÷ all that it computes, over one epoch in one process.
+
+    Training lays rows end to end where the model, which is not loaded here, allows it.
+    """
     if not encoded:
         return 0.0
     loader = open_loader(train, max_tokens, encoded, AdapterSpec.from_config(adapter, train.max_steps))

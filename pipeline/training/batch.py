@@ -206,7 +206,8 @@ def _in_line(
     member: Sequence[int], adapters: Adapters, plan: MemberPlan, rows: Sequence[Encoded]
 ) -> tuple[dict[str, Tensor], MemberPlan]:
     """`member`: of each row."""
-    device, lengths = adapters.device, [[] for _ in plan.members]  # type: list[list[int]]
+    device = adapters.device
+    lengths: list[list[int]] = [[] for _ in plan.members]
     for m, row in zip(member, rows, strict=True):
         lengths[m].append(len(row.input_ids))
     keys = example_keys([row.example for row in rows]).to(device) if adapters.needs_row_keys() else None

@@ -204,9 +204,10 @@ def test_a_broken_module_stops_the_run_and_nothing_is_lost(
     found = json.loads((paths.diagnosis / "step_000004" / "diagnosis.json").read_text())
     assert (found["process"], found["micro_batch"], found["mask_phase"]) == (0, 0, 3)
     batch = load_file(paths.diagnosis / "step_000004" / "batch.safetensors")
-    ids = batch["process_0/micro_batch_1/input_ids"]
-    assert len(batch) == 2 * 5 and ids.shape[0] == len(found["passes"]["process_0/micro_batch_1"]["examples"]) == 4
-    assert found["passes"]["process_0/micro_batch_1"]["members"][0] == {"adapter": 0, "draw": 0}
+    rows, made = batch["process_0/micro_batch_1/token_rows"], found["passes"]["process_0/micro_batch_1"]
+    assert len(batch) == 2 * 6 and rows.shape == batch["process_0/micro_batch_1/input_ids"].shape
+    assert rows.unique().tolist() == [0, 1, 2, 3] and len(made["examples"]) == len(made["member_of_row"]) == 4
+    assert made["members"][0] == {"adapter": 0, "draw": 0}
     again = train(settings, run, lambda adapters: None)
     assert again == whole
 
@@ -261,4 +262,4 @@ def test_two_processes_agree_on_what_is_wrong(tmp_path: Path, tiny_settings: lis
             assert "disagree" in line and part in line
         assert "step 4" in said[3] and "of process 1 is" in said[3] and "model.layers.1.input_layernorm" in said[3]
     batch = load_file(tmp_path / "run" / "diagnosis" / "step_000004" / "batch.safetensors")
-    assert len(batch) == 2 * 5 and "process_1/micro_batch_0/labels" in batch
+    assert len(batch) == 2 * 6 and "process_1/micro_batch_0/labels" in batch
