@@ -53,7 +53,7 @@ def continued(before: Cache, rows: Tensor, keep: bool) -> Cache:
     return Cache(layers=layers)
 
 
-def may_share(model: nn.Module, device: torch.device) -> bool:
+def may_share(model: nn.Module) -> bool:
     """Whether a causal model says the same of sequences that share keys and values: seen on a few tokens.
 
     Compared are whole sequences, padded on the left under a mask, with the same in three passes: their common
@@ -62,6 +62,7 @@ def may_share(model: nn.Module, device: torch.device) -> bool:
     """
     if not _keeps_all_keys(model):
         return False
+    device = next(model.parameters()).device
     ids = torch.tensor([[3, 1, 2, 4, 5, 6, 8, 9], [0, 0, 0, 3, 1, 2, 7, 9]], device=device)
     mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5], device=device)
     rows, positions = torch.arange(2, device=device), torch.arange(8, device=device)
@@ -77,12 +78,16 @@ def may_share(model: nn.Module, device: torch.device) -> bool:
         places = torch.tensor([[6, 7], [4, 5]], device=device)
         return last, states_at(model, own, seen, places, end, continued(following, rows, keep=False))
 
-    with torch.no_grad():
-        whole = hidden_states(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).float()
-        try:
+    was_training = model.training
+    model.eval()  # checkpointing in training does without a cache
+    try:
+        with torch.no_grad():
+            whole = hidden_states(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).float()
             last, end = (found.float() for found in shared())
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-            return False  # code of its own, to which a cache is something else
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+        return False  # code of its own, to which a cache is something else
+    finally:
+        model.train(was_training)
     wanted = at(whole, torch.tensor([[5, 7], [6, 7]], device=device))
     closeness = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
     return torch.allclose(torch.cat([last, end], dim=1), wanted, rtol=0.0, atol=closeness * float(whole.abs().max()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from pipeline.data.encode_classifier import (
 from pipeline.data.rows import Row
 from pipeline.data.splits import Splits
 from pipeline.data.stream import StreamedBatches, open_stream
+from pipeline.distributed.zero import is_sharded
 from pipeline.errors import ConfigError
 from pipeline.loss.objective import SupervisedClassifier, SupervisedLM, SupervisedRegressor
 from pipeline.model.classifier import position_limit
@@ -129,13 +131,18 @@ class CausalLMTask:
     ) -> Predictions:
         """Choices by the probability of their tokens; completions token by token."""
         candidates = [encode_candidates(row, self.base.tokenizer, self.max_tokens) for row in rows]
-        settings = replace(self.passes, on_chunk=on_chunk)
+        settings = replace(self.passes, on_chunk=on_chunk, shares_keys=self.shares_keys)
         ids = tuple(row.id for row in rows)
         if rows[0].kind == "choice":
             log_likelihoods = predict_choices(adapters, candidates, members, settings)
             return ChoicePredictions.of_texts(ids, with_lengths(log_likelihoods, candidates, rows), self.choice_score)
         flat, offsets = predict_completions(adapters, [answers[0] for answers in candidates], members, settings)
         return CompletionPredictions(ids, flat, offsets)
+
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether sequences share keys and values: tried on a few tokens when the first rows are predicted."""
+        return not is_sharded(self.base.model) and may_share(self.base.model)
 
     def probe(self, row: Row) -> list[int]:
         """The prompt (and what precedes the last token of the first answer)."""
@@ -251,8 +258,7 @@ def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
     refuse_for_causal(rows)
     base = load_base(config.model, device, sharded=sharded)
     check_halves(base.model, device)
-    passes = replace(_passes(config, base), shares_keys=not sharded and may_share(base.model, device))
-    return CausalLMTask(base, longest, smoothing, passes, config.data.choice_score)
+    return CausalLMTask(base, longest, smoothing, _passes(config, base), config.data.choice_score)
 
 
 def _passes(config: RunConfig, base: BaseModel) -> PassSettings:

@@ -203,20 +203,20 @@ KILL_POINTS = {
     "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.training.checkpoint.prune", 3, "before"),
-    "in validation": ("train", "pipeline.prediction.passes.collate", 12, "before"),
+    "in validation": ("train", "pipeline.prediction.causal.collate", 10, "before"),
     "between checkpoint and adapter": ("train", "pipeline.training.published.write_adapter", 3, "before"),
     "between adapter and its predictions": ("train", "pipeline.training.published.write_predictions", 3, "before"),
-    "in evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40, "before"),
+    "in evaluation": ("evaluate", "pipeline.prediction.causal.collate", 40, "before"),
     "between two splits of an evaluation": ("evaluate", "pipeline.stages.evaluate.write_predictions", 3, "after"),
 }
 SIGNAL_POINTS = {
     "set-up, data": ("train", "pipeline.stages.train.load_splits", 1),
     "set-up, model": ("train", "pipeline.stages.train.attach_adapter", 1),
     "training": ("train", "pipeline.stages.train.lay_out", 12),
-    "validation": ("train", "pipeline.prediction.passes.collate", 12),
+    "validation": ("train", "pipeline.prediction.causal.collate", 10),
     "saving": ("train", "pipeline.training.checkpoint.save_file", 3),
     "set-up of evaluation": ("evaluate", "pipeline.stages.evaluate.open_task", 1),
-    "evaluation": ("evaluate", "pipeline.prediction.passes.collate", 40),
+    "evaluation": ("evaluate", "pipeline.prediction.causal.collate", 40),
 }
 
 
@@ -239,7 +239,7 @@ def ask(bench: Bench, point: str) -> str:
 def kill_one_of_two(bench: Bench, point: str) -> str:
     """kill -9 of one of two processes: the other leaves by itself, within the grace time, and names the cause."""
     points = {
-        "mid-step": ("pipeline.stages.train.lay_out", 6), "in validation": ("pipeline.prediction.passes.collate", 6),
+        "mid-step": ("pipeline.stages.train.lay_out", 6), "in validation": ("pipeline.prediction.causal.collate", 5),
     }
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGKILL))
@@ -257,7 +257,7 @@ def kill_one_of_two(bench: Bench, point: str) -> str:
 
 def ask_one_of_two(bench: Bench, point: str) -> str:
     """A signal to one of two processes: both save and leave."""
-    points = {"training": ("pipeline.stages.train.lay_out", 6), "validation": ("pipeline.prediction.passes.collate", 6)}
+    points = {"training": ("pipeline.stages.train.lay_out", 6), "validation": ("pipeline.prediction.causal.collate", 5)}
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGTERM))
     expected = {75} if point == "training" else {75, 0}  # 0: before the last chunk of the last validation

@@ -25,7 +25,6 @@ from pipeline.prediction.passes import PassSettings, predict_choices, predict_co
 from pipeline.prediction.sequences import common_beginning, plan_sequences
 from pipeline.support.tiny import tiny_decoder, tiny_tokenizer
 
-CPU = torch.device("cpu")
 SHARING = ("llama", "qwen2", "qwen3", "gpt2", "mixtral")
 WHOLE = PassSettings(2, 400, MaskKey(4, "test"))
 SHARED = replace(WHOLE, shares_keys=True)
@@ -148,11 +147,11 @@ class _Mixing(nn.Module):
 
 
 def test_what_does_not_give_the_same_does_not_share() -> None:
-    assert all(may_share(tiny_decoder(family), CPU) for family in SHARING)
-    assert not may_share(tiny_decoder("mistral"), CPU) and not may_share(tiny_decoder("gemma2"), CPU)  # sliding windows
+    assert all(may_share(tiny_decoder(family)) for family in SHARING)
+    assert not may_share(tiny_decoder("mistral")) and not may_share(tiny_decoder("gemma2"))  # sliding windows
     mixing = tiny_decoder("llama")
     mixing.model.layers[-1].mlp = _Mixing(mixing.model.layers[-1].mlp)
-    assert not may_share(mixing, CPU)
+    assert not may_share(mixing)
 
 
 def test_the_last_network_is_computed_where_something_is_scored() -> None:
