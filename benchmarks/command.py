@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("words", nargs="*", metavar="CASE key=value",
-                      help="cases (default: all but curves), and overrides of the configuration, such as model.path=…")
+                      help="cases (default: all but large and curves), and overrides, such as model.path=…")
     made.add_argument("--list", action="store_true", help="name the cases, and measure nothing")
     made.add_argument("--scale", choices=sorted(SCALES), default="full", help="rounds, and rows of whole commands")
     made.add_argument("--repeats", type=int, metavar="N", help="rounds of everything, in place of the scale's")

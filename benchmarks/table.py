@@ -15,7 +15,7 @@ from benchmarks.timing import Spread
 COLUMNS = ("case", "what", "against", "measured", "min – max", "quartiles", "n", "wanted", "share of the limit")
 WRAPPED = ("what", "against", "measured", "wanted")
 FILE_WIDTH = 160
-DIGITS = {"×": 2, "%": 0, "s": 1, "tokens/s": 0}
+DIGITS = {"×": 2, "%": 0, "s": 1, "GB": 1, "tokens/s": 0}
 """Unit -> places behind the point. `×` is a ratio, `%` a share of 1."""
 
 

@@ -51,6 +51,8 @@ CASES = {
              ("packing and early exit",), True),
         Case("line", "the whole line, and evaluation and steps within it", "whole:line", ("line",), True),
         Case("compare", "a comparison of 12 cells", "whole:compare", ("compare",), True),
+        Case("large", "an 8B-shaped base on a GPU", "large:rows",
+             ("8B tokens", "8B memory", "8B against PEFT", "8B packed runs"), asked=True),
         Case("curves", "scaling against members, rank, length and runs in a pack", "curves:rows", asked=True),
     )
 }  # fmt: skip
