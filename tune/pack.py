@@ -37,6 +37,7 @@ from pipeline import (
     claim,
     load_config,
     open_append,
+    read_metrics,
     write_json,
 )
 from tune.cluster import Capacity
@@ -181,7 +182,9 @@ def _open(assignment: Assignment) -> Admitted:
     run = Admitted(config, folder, lock)
     try:
         require_hash(assignment, config.sha256(), "reached the worker")
-        if not _has_begun(RunPaths(folder), assignment.config_sha256):
+        if _has_begun(RunPaths(folder), assignment.config_sha256):
+            run.rows = _earlier_rows(RunPaths(folder), config.train.keep_best)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
         claim(folder, "run")
     except LoradropError as error:
@@ -195,6 +198,16 @@ def _has_begun(paths: RunPaths, config_sha256: str) -> bool:
         return paths.checkpoints.is_dir() and load_config(paths.config).sha256() == config_sha256
     except LoradropError:
         return False
+
+
+def _earlier_rows(paths: RunPaths, keep_best: bool) -> list[dict[str, Any]]:
+    """What a run that goes on has told before: a driver that is new has not heard it."""
+    rows, best = list[dict[str, Any]](), float("inf")
+    for row in read_metrics(paths.metrics, validation=["nll"]):
+        if row["kind"] == "validation":
+            rows.append({**row, "published": not keep_best or row["nll"] < best})
+            best = min(best, row["nll"])
+    return rows
 
 
 def start_workers(

@@ -7,6 +7,7 @@ once, or with STUB_DEATHS=always each time.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -161,6 +162,8 @@ class Pack:
         scores = scored(predicted, self.labels)
         (run.paths.checkpoints / f"step_{run.step:06d}").mkdir(parents=True, exist_ok=True)
         publish(run.paths, run.config, predicted, self.row_ids)
+        with run.paths.metrics.open("a") as file:
+            file.write(json.dumps({"kind": "validation", "step": run.step, **scores}) + "\n")
         run.on_validation({"step": float(run.step), **scores, "published": 1.0})
         if run.step == last:
             return Ended(root, "done", {
