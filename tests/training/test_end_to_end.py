@@ -69,7 +69,7 @@ def read(adapters: Adapters, built: MemberBatch) -> tuple[float, float, dict[str
     with adapters.axis.active(built.plan):
         nll, apart = objective(**built.inputs)
         (nll + 0.5 * apart).sum().backward()
-    return float(nll.detach()), float(apart.detach()), gradients(adapters)
+    return float(nll.detach().sum()), float(apart.detach().sum()), gradients(adapters)
 
 
 def both(
