@@ -25,6 +25,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.guards import Guards, StepNumbers, recent_losses
 from pipeline.training.loader import BatchLoader, StepBatch, pass_tokens
 from pipeline.training.loss_scale import LossScale
+from pipeline.training.packed.budget import PassBudget
 from pipeline.training.run import Run, validations_of
 from pipeline.training.schedule import schedule_factor, warmup_steps
 from pipeline.training.throughput import Meter, work_of
@@ -33,17 +34,18 @@ Endings: TypeAlias = "dict[Lane, Exception]"
 """Runs that a step has ended, and why: `Stopped`, or what they failed with."""
 
 
-def train_step(engine: Engine, lanes: Sequence[Lane], budget: int | None = None) -> Endings:
+def train_step(engine: Engine, lanes: Sequence[Lane], budget: PassBudget | None = None) -> Endings:
     """One optimizer step of every run, and what is due after it. The runs that it ends are not stepped again.
 
     Args:
         lanes: runs on one base; under DeepSpeed one.
-        budget: places (rows × tokens, padding included) of a pass that several runs share, at most.
+        budget: how large a pass is that several runs share; None: as large as it comes.
     """
     started = time.monotonic()
     ended: Endings = {}
     lanes = attempt(ended, lanes, Lane.open_step)
-    passes = shared_passes(lanes, budget)
+    passes = shared_passes(lanes, None if budget is None else budget.places)
+    begun = budget.clock() if budget is not None else 0.0
     for number, parts in enumerate(passes):
         last = number == len(passes) - 1
         rows = rows_of_pass(parts)
@@ -57,6 +59,8 @@ def train_step(engine: Engine, lanes: Sequence[Lane], budget: int | None = None)
         if last:  # what is not finite is never applied
             lanes = attempt(ended, lanes, Lane.judge)
         engine.step([lane.run.slot for lane in lanes])  # updates at the boundary alone
+    if budget is not None and passes:
+        budget.note([places_of(parts) for parts in passes], budget.clock() - begun)
 
     lanes = attempt(ended, lanes, lambda lane: lane.record(time.monotonic() - started))
     lanes = validate(ended, lanes)
@@ -138,6 +142,7 @@ class Lane:
         supervised, tokens = sum_over_processes([batch.supervised, batch.tokens], run.world.device)  # global
         self.scale.choose(supervised, run.world.world_size)
         mean = GlobalMean(supervised, self.micro_steps * run.world.world_size)
+        self.meter.clear()
         self.step = OpenStep(batch, supervised, tokens, mean, rate, [], [])
 
     def for_engine(self, loss: Tensor, divergence: Tensor) -> Tensor:
@@ -201,13 +206,13 @@ class Lane:
         return self.step.numbers
 
 
-def shared_passes(lanes: Sequence[Lane], budget: int | None) -> list[list[tuple[Lane, int]]]:
-    """(run, number of its micro-batch) of each pass: micro-batch i of all runs together, as far as the budget goes."""
+def shared_passes(lanes: Sequence[Lane], places: int | None) -> list[list[tuple[Lane, int]]]:
+    """(run, number of its micro-batch) of each pass: micro-batch i of all runs together, up to so many places."""
     passes: list[list[tuple[Lane, int]]] = []
     for i in range(max((len(lane.step.batch.micros) for lane in lanes), default=0)):
         parts: list[tuple[Lane, int]] = []
         for lane in (lane for lane in lanes if i < len(lane.step.batch.micros)):
-            if parts and budget is not None and places_of([*parts, (lane, i)]) > budget:
+            if parts and places is not None and places_of([*parts, (lane, i)]) > places:
                 passes.append(parts)
                 parts = []
             parts.append((lane, i))

@@ -76,6 +76,10 @@ class Meter:
         supervised = ((tensors["labels"] >= 0) & kept).sum()
         self._rows.append((tensors["input_ids"].numel(), real, supervised))
 
+    def clear(self) -> None:
+        """Counting starts anew."""
+        self._rows.clear()
+
     def read(self, seconds: float) -> dict[str, float | None]:
         """The numbers of the step that took `seconds`; counting starts anew.
 
@@ -89,7 +93,7 @@ class Meter:
         positions = sum(size for size, _, _ in self._rows)
         real = float(sum(int(count) for _, count, _ in self._rows))
         supervised = float(sum(int(count) for _, _, count in self._rows))
-        self._rows.clear()
+        self.clear()
         available = self._peak * seconds if self._peak else None
         return {
             "padding_share": round(1.0 - real / positions, 4) if positions else None,

@@ -18,6 +18,7 @@ from pipeline.config import TrainConfig
 from pipeline.config.adapter import AdapterConfig
 from pipeline.support.tiny import tiny_llama
 from pipeline.training.packed.adamw import Stack, StackedAdamW, Update, squared_norms
+from pipeline.training.packed.budget import PassBudget
 from pipeline.training.packed.engine import StackedEngine
 
 RUNS = {0: (0.1, 1.0, 0.0, 0.5), 4: (0.01, 16.0, 0.1, 1e9), 7: (0.003, 2.0, 0.3, 2.0)}
@@ -144,3 +145,16 @@ def test_a_run_that_takes_a_slot_finds_no_moments(monkeypatch: pytest.MonkeyPatc
         remove(adapters, 0)
         engine.close_slot()
         assert not any(stack.places for stack in engine.stacks)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1e9, None), (300.0, 512), (64.0, 64), (100.0, 128)])
+def test_passes_grow_while_that_pays(most: float, expected: int | None) -> None:
+    """A device that makes places at the rate min(size, most): twice the size pays up to `most`."""
+    budget, micro, runs = PassBudget(accelerated=False), 64, 64
+    for step in range(40):
+        together = max(min(budget.places // micro, runs), 1)
+        passes = [together * micro] * (runs // together)
+        budget.note(passes, sum(passes) / min(passes[0], most) * (3.0 if step % 2 == 0 else 1.0))
+    assert budget.settled == (expected is not None)
+    assert budget.places == (expected or micro * runs)
+    assert budget.shrink() and budget.settled and budget.places == (expected or micro * runs) // 2

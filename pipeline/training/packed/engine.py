@@ -66,6 +66,10 @@ class StackedEngine:
             return
         stepping = [slot for slot in slots if isinstance(slot, StackedSlot)]
         self.optimizer.step(self.stacks, {slot.adapter: slot.next_update() for slot in stepping})
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """As before the first pass of a step."""
         for stack in self.stacks:
             stack.parameter.grad = None
         self._norms = None

@@ -21,6 +21,7 @@ from pipeline.data.splits import load_splits
 from pipeline.distributed import lifeline
 from pipeline.distributed.world import lone_world
 from pipeline.errors import ConfigError, LoradropError, Stopped, file_fault
+from pipeline.files import write_json
 from pipeline.loss.consistency import TrainingObjective
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples
@@ -31,8 +32,9 @@ from pipeline.training.batch import choose_rows
 from pipeline.training.engine import micro_steps_of
 from pipeline.training.environment import describe_environment
 from pipeline.training.loader import open_loader
-from pipeline.training.loop import Lane, train_step
+from pipeline.training.loop import Endings, Lane, train_step
 from pipeline.training.loss_scale import LossScale
+from pipeline.training.packed.budget import PassBudget
 from pipeline.training.packed.engine import StackedEngine
 from pipeline.training.repair import make_up_validation, restore_best
 from pipeline.training.run import OnValidation, Run
@@ -80,8 +82,7 @@ class Pack:
         self._padded_because = choose_rows(self.adapters, config.model.attention, longest)
         self.adapters.model.train()
         self.engine = StackedEngine(TrainingObjective(self.task.objective(), self.adapters.axis), self.adapters)
-        self.budget: int | None = None
-        """Places of a shared pass, at most: see `pipeline.training.loop.train_step`."""
+        self.budget = PassBudget(self.world.device.type != "cpu")
         self._lanes: dict[Path, Lane] = {}
 
     @property
@@ -131,7 +132,7 @@ class Pack:
         loader = open_loader(
             train, config.data.max_tokens, self.examples, run.spec, end_to_end=self.adapters.end_to_end
         )
-        run.record_start(describe_environment(task.base.identity.as_dict(), fingerprint, 1))
+        run.record_start(self._environment())
         try:
             run.resume()
             run.begin()
@@ -145,10 +146,32 @@ class Pack:
         """One optimizer step of every active run; those that have ended with it, and left."""
         ended = [self._conclude(lane) for lane in self._complete()]
         if lanes := list(self._lanes.values()):
-            found = train_step(self.engine, lanes, self.budget)
+            found = self._step(lanes)
             ended += [self._end(lane, error) for lane, error in found.items()]
             ended += [self._conclude(lane) for lane in self._complete()]
         return ended
+
+    def _step(self, lanes: list[Lane]) -> Endings:
+        """One step of all, with passes as large as memory allows."""
+        known = self.budget.settled
+        while True:
+            try:
+                found = train_step(self.engine, lanes, self.budget)
+            except torch.cuda.OutOfMemoryError:  # of a pass: nothing has been updated
+                if not self.budget.shrink():
+                    raise
+                self.engine.forget_gradients()
+                torch.cuda.empty_cache()
+            else:
+                if self.budget.settled and not known:
+                    for lane in lanes:
+                        write_json(lane.run.paths.environment, self._environment())
+                return found
+
+    def _environment(self) -> dict[str, Any]:
+        identity = self.task.base.identity.as_dict()
+        pass_ = {"places": self.budget.places, "settled": self.budget.settled}
+        return {**describe_environment(identity, self.splits.fingerprint, 1), "shared_pass": pass_}
 
     def close(self) -> None:
         """Let go of all runs as they stand: their checkpoints are theirs to continue from."""

@@ -1,0 +1,46 @@
+"""How large a pass that several runs share may be: found on the steps themselves, at no cost beside them.
+
+A pass begins with the places (rows × tokens, padding included) of one micro-batch. As long as passes of twice the size
+make at least 5 % more places per second, the size is doubled; where memory ends, it is halved for good.
+"""
+
+from __future__ import annotations
+
+import time
+
+GAIN = 1.05
+SAMPLES = 2
+"""Steps at each size, of which the fastest counts."""
+
+
+class PassBudget:
+    """The size of a pass, in places."""
+
+    def __init__(self, accelerated: bool) -> None:
+        """Args: `accelerated`: whether passes are made elsewhere than on the CPU, whose time is what counts else."""
+        self.clock = time.monotonic if accelerated else time.process_time  # other programs slow down the former alone
+        self.places = 0
+        """0 = nothing has been seen yet: every run has passes of its own."""
+        self.settled = False
+        self._rates: list[float] = []
+        self._before = 0.0
+
+    def note(self, passes: list[int], seconds: float) -> None:
+        """A step took `seconds` for passes of so many places each."""
+        largest = max(passes)
+        self.places = max(self.places, largest)
+        if self.settled or largest <= self.places / 2 or len(passes) < 2:
+            return  # it says nothing about passes of this size, or more room would change nothing
+        self._rates.append(sum(passes) / seconds)
+        if len(self._rates) < SAMPLES:
+            return
+        rate, self._rates = max(self._rates), []
+        if self._before and rate < GAIN * self._before:
+            self.places, self.settled = self.places // 2, True
+        else:
+            self.places, self._before = 2 * self.places, rate
+
+    def shrink(self) -> bool:
+        """A pass did not fit into memory; whether a smaller one is worth a try."""
+        self.places, self.settled = self.places // 2, True
+        return self.places > 0
