@@ -26,6 +26,8 @@ from pipeline.prediction.sequences import Scored
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+KEY_COST = 16
+"""Looking up the keys and values of so many tokens takes about the memory of computing one."""
 Answered = list[tuple[Scored, np.ndarray]]
 """Sequences with their (M, targets) log-probabilities."""
 
@@ -70,27 +72,38 @@ class SharingPass:
     masks: MemberPlan
     """The members' plan for one row each."""
     pad_id: int
+    budget_tokens: int
+    """Of a pass over tails, at most: each counts for itself and for what it looks up, see `KEY_COST`."""
     beginning: tuple[int, ...]
     """Of all sequences, which are without it; may be empty."""
 
     def __call__(self, sequences: Sequence[Scored]) -> Answered:
         """Score sequences, and the tails that continue them."""
         batch = collate([_text(one) for one in sequences], self.pad_id, "right")
-        tails = [(b, tail) for b, one in enumerate(sequences) for tail in one.tails]
-        rows, before = len(sequences), len(self.beginning)
-        cache = self._behind_beginning(rows, keep=bool(tails))
+        before, tails = len(self.beginning), [(b, tail) for b, one in enumerate(sequences) for tail in one.tails]
+        cache = self._behind_beginning(len(sequences), keep=bool(tails))
         positions = torch.arange(before, before + batch.input_ids.shape[1])
         answered = self._run(sequences, batch.input_ids, None, positions.expand_as(batch.input_ids), cache)
         if not tails or cache is None:
             return answered
+        read = torch.cat([torch.ones(len(sequences), before, dtype=torch.int64), batch.attention_mask], dim=1)
+        tails.sort(key=lambda one: -len(one[1].input_ids))
+        while tails:
+            row_tokens = len(tails[0][1].input_ids) + read.shape[1] // KEY_COST
+            count = max(1, self.budget_tokens // (self.masks.size * row_tokens))
+            answered += self._continue(tails[:count], read, cache)
+            tails = tails[count:]
+        return answered
+
+    def _continue(self, tails: Sequence[tuple[int, Scored]], read: Tensor, cache: Cache) -> Answered:
+        """Score tails, each behind its row of the pass before, of which `read` (B, T) marks the tokens."""
         source = torch.tensor([b for b, _ in tails])
-        continuing = collate([_text(tail) for _, tail in tails], self.pad_id, "right")
-        read = torch.cat([torch.ones(rows, before, dtype=torch.int64), batch.attention_mask], dim=1)
-        seen = torch.cat([read[source], torch.ones_like(continuing.input_ids)], dim=1)
-        positions = read.sum(1)[source, None] + torch.arange(continuing.input_ids.shape[1])
-        members = torch.arange(self.masks.size)[:, None] * rows
-        cache = continued(cache, (members + source).flatten().to(self.adapters.device), keep=False)
-        return answered + self._run([tail for _, tail in tails], continuing.input_ids, seen, positions, cache)
+        batch = collate([_text(tail) for _, tail in tails], self.pad_id, "right")
+        seen = torch.cat([read[source], torch.ones_like(batch.input_ids)], dim=1)
+        positions = read.sum(1)[source, None] + torch.arange(batch.input_ids.shape[1])
+        rows = torch.arange(self.masks.size)[:, None] * len(read) + source
+        behind = continued(cache, rows.flatten().to(self.adapters.device), keep=False)
+        return self._run([tail for _, tail in tails], batch.input_ids, seen, positions, behind)
 
     def _behind_beginning(self, rows: int, keep: bool) -> Cache | None:
         """What `rows` sequences under every member continue; None where that is nothing and nothing will follow."""

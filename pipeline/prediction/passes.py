@@ -18,13 +18,11 @@ from pipeline.data.sampler import length_sorted_chunks
 from pipeline.distributed import zero
 from pipeline.distributed.world import largest
 from pipeline.model.classifier import head_outputs
-from pipeline.prediction.causal import PaddedPass, SharingPass, replicated
+from pipeline.prediction.causal import KEY_COST, Answered, PaddedPass, SharingPass, replicated
 from pipeline.prediction.pace import Pace
 from pipeline.prediction.sequences import Scored, common_beginning, plan_sequences
 
 T = TypeVar("T")
-KEY_COST = 8
-"""A token of a beginning that all rows share costs each of them, in memory, a token's share: its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,12 @@ def _score(
     shares = settings.shares_keys and not by_token and not zero.is_sharded(adapters.model)
     sequences = plan_sequences(candidates, tails=shares)
     beginning, sequences = common_beginning(sequences) if shares else ((), sequences)
-    costs = [sequence.tokens + len(beginning) // KEY_COST for sequence in sequences]
+    costs = [len(sequence.input_ids) + len(beginning) // KEY_COST for sequence in sequences]
 
-    def prepare(masks: MemberPlan) -> Callable[[list[int]], list[tuple[Scored, np.ndarray]]]:
-        padded = PaddedPass(adapters, masks, settings.pad_id)
-        run = SharingPass(adapters, masks, settings.pad_id, beginning) if shares else padded
+    def prepare(masks: MemberPlan) -> Callable[[list[int]], Answered]:
+        run: Callable[[list[Scored]], Answered] = PaddedPass(adapters, masks, settings.pad_id)
+        if shares:
+            run = SharingPass(adapters, masks, settings.pad_id, settings.budget_tokens, beginning)
         return lambda chunk: run([sequences[i] for i in chunk])
 
     for _, found in _passes(adapters, costs, members, settings, prepare):

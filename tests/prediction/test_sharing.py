@@ -89,7 +89,9 @@ def test_choices_of_sequences_that_share_are_those_of_whole_ones(answers: str, b
 def test_families_share(family: str) -> None:
     adapters, candidates = adapted(family), rows(BEGINNING, ANSWERS["several tokens"])
     for budget in (1, 100, 10**6):
-        shared = predict_choices(adapters, candidates, MEMBERS, replace(SHARED, budget_tokens=budget))
+        with counted(adapters.model) as tokens:
+            shared = predict_choices(adapters, candidates, MEMBERS, replace(SHARED, budget_tokens=budget))
+        assert max(tokens) <= max(budget, len(MEMBERS) * 14)  # a row at least
         np.testing.assert_allclose(shared, predict_choices(adapters, candidates, MEMBERS, WHOLE), rtol=0, atol=2e-5)
 
 
