@@ -54,9 +54,9 @@ class Layer:
         self._generator = torch.Generator().manual_seed(0)
         shapes = {"q": (hidden, hidden), "k": (hidden, hidden), "v": (hidden, hidden), "o": (hidden, hidden),
                   "gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
-        self._weights = {name: self._normal(*shape).to(dtype) for name, shape in shapes.items()}
-        self._adapters = {name: (self._normal(RANK, inputs).requires_grad_(), self._normal(out, RANK).requires_grad_())
-                          for name, (out, inputs) in shapes.items()}
+        self._weights = {name: (self._normal(*shape) / shape[1] ** 0.5).to(dtype) for name, shape in shapes.items()}
+        self._adapters = {name: [(self._normal(*shape) / shape[1]).requires_grad_() for shape in ((RANK, i), (o, RANK))]
+                          for name, (o, i) in shapes.items()}
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)

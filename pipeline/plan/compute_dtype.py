@@ -67,7 +67,10 @@ def saved_choice(folders: Sequence[Path]) -> str | None:
 
 
 def measured_choice(config: RunConfig) -> str:
-    """bfloat16 where a training pass of the run's shapes is `WIN` times as fast as in float32, else float32."""
+    """bfloat16 where a layer's training pass in the run's shapes is `WIN` times as fast as in float32, else float32.
+
+    A whole step gains less: on two cores with AVX512-BF16 a layer of SmolLM2-135M 1.9 ×, its training pass 1.3 ×.
+    """
     shapes, threads = pass_shapes(config), launcher_environment(config.launch).get("OMP_NUM_THREADS", "1")
     if math.prod(shapes) < LEAST_WORK:
         return "float32"
@@ -76,7 +79,8 @@ def measured_choice(config: RunConfig) -> str:
         return "float32"
     ratio = seconds["float32"] / seconds["bfloat16"]
     chosen = "bfloat16" if ratio >= WIN else "float32"
-    say(f"model.compute_dtype auto -> {chosen}: a pass in bfloat16 is {ratio:.2f} × as fast as in float32 on this CPU")
+    say(f"model.compute_dtype auto -> {chosen}: in bfloat16 this CPU trains a layer of the base {ratio:.2f} × as fast as"
+        " in float32")
     return chosen
 
 
