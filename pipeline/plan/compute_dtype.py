@@ -79,8 +79,8 @@ def measured_choice(config: RunConfig) -> str:
         return "float32"
     ratio = seconds["float32"] / seconds["bfloat16"]
     chosen = "bfloat16" if ratio >= WIN else "float32"
-    say(f"model.compute_dtype auto -> {chosen}: in bfloat16 this CPU trains a layer of the base {ratio:.2f} × as fast as"
-        " in float32")
+    say(f"model.compute_dtype auto -> {chosen}: in bfloat16 this CPU trains a layer of the base {ratio:.2f} × as fast"
+        " as in float32")
     return chosen
 
 
