@@ -33,6 +33,7 @@ def pack_stage(folder: Path, trusted: bool = False) -> None:
         RunFolderError: there is no such plan.
         Stopped: a stop was requested; all runs are saved.
     """
+    from pipeline.plan.pack import runs_that_fit
     from pipeline.training.packed.pack import train_pack
 
     plan = read_json(folder / PLAN, "Start it by the command that trains several runs, such as `compare`.")
@@ -45,6 +46,8 @@ def pack_stage(folder: Path, trusted: bool = False) -> None:
         if not is_trained(RunPaths(run_dir), config):
             runs.append((config, run_dir))
     if runs:
-        ended = train_pack(runs, load_saved(RunPaths(folder).config, trusted), plan.get("at_once"), trusted)
+        largest = max(runs, key=lambda run: run[0].adapter.rank * run[0].train.micro_batch)[0]
+        at_once = plan.get("at_once") or runs_that_fit(largest)
+        ended = train_pack(runs, load_saved(RunPaths(folder).config, trusted), at_once, trusted)
         if stopped := [one for one in ended if one.state == "stopped"]:
             raise Stopped(f"stopped with {len(stopped)} of {len(ended)} trainings left; the same command continues")

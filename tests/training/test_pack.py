@@ -18,6 +18,7 @@ from helpers.runs import losses
 from pipeline import Ended, Pack, RunConfig, dump_config, load_config, pack_refusal
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, Stopped
 from pipeline.files import read_json, read_json_lines, write_json, write_text
+from pipeline.plan.pack import runs_that_fit
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths, read_status
 from pipeline.stages.pack import write_plan
@@ -185,6 +186,19 @@ def test_what_cannot_share_a_pass_is_refused(tiny_settings: list[str]) -> None:
         assert (pack_refusal(same, same) or "").startswith(field)
     fine = ["train.max_steps=3", "adapter.rank=8", "adapter.method=hiddenkey", "data.cache=false"]
     assert pack_refusal(shared, load_config(None, [*tiny_settings, *fine])) is None
+
+
+@pytest.mark.slow
+def test_how_many_runs_fit_follows_from_memory(tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(gigabytes: float, *change: str) -> int:
+        monkeypatch.setattr("pipeline.plan.memory.machine_memory", lambda: int(gigabytes * 1e9))
+        found = runs_that_fit(load_config(None, [*tiny_settings, *change]))
+        assert found is not None
+        return found
+
+    assert fit(0.1) == 1 and 1 < fit(1.0) < fit(2.0)
+    assert fit(2.0, "adapter.rank=64") < fit(2.0, "train.micro_batch=8") < fit(2.0)
+    assert abs((fit(3.0) - fit(2.0)) - (fit(2.0) - fit(1.0))) <= 1, "the base is there once"
 
 
 def start_stage(folder: Path) -> subprocess.Popen[bytes]:
