@@ -14,7 +14,7 @@ import torch
 
 from pipeline.adapters.attach import remove
 from pipeline.adapters.build import admit_adapter, open_slots
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.config.pack import pack_refusal
 from pipeline.data.cache import lengths_of
 from pipeline.data.splits import load_splits
@@ -65,7 +65,7 @@ class Pack:
         Raises:
             ConfigError, DataError: as `train_run`; a base that computes in float16.
         """
-        self.config = config.trusting(trusted)
+        self.config = config.trusting(trusted).model_copy(update={"train": TrainConfig()})
         self.world = lone_world()
         self.splits = load_splits(config.data)
         say(f"loading the base model {config.model.path}")
