@@ -14,9 +14,9 @@ WORTH_TRYING = 8
 
 @dataclass
 class Pace:
-    """Tries passes of a quarter, a half and the whole of the budget, and keeps to the fastest from then on.
+    """Tries passes of the whole budget, a half and a quarter of it, and keeps to the fastest from then on.
 
-    Under one member nothing is tried: the validations of a training repeat to the bit.
+    Under one member nothing is tried, all have the whole budget: the validations of a training repeat to the bit.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -33,7 +33,7 @@ class Pace:
             budget: tokens of a pass, at most.
             members: how often each row stands in it.
         """
-        sizes = [size for size in (budget // 2, budget // 4, budget) if size >= SMALLEST] or [budget]
+        sizes = [size for size in (budget, budget // 2, budget // 4) if size >= SMALLEST] or [budget]
         found = self.seconds.setdefault(members, {})
         worth = members > 1 and sum(costs) * members >= WORTH_TRYING * budget
         order = sorted(range(len(costs)), key=lambda row: -costs[row])
