@@ -76,7 +76,7 @@ def _measure(given: argparse.Namespace) -> int:
         )
         for checkout in setting.sides.values():
             checkout.knows("train.max_steps")  # refuses a folder without the product before anything is measured
-        found = facts(here, against, given.device, given.clock) | {"scale": given.scale, "words": given.words}
+        found = facts(setting, given.scale)
         rows: list[Row] = []
         failed = False
         for number, case in enumerate(chosen, start=1):

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkout import Checkout, commit_of
+from benchmarks.setting import Setting
 from pipeline.distributed.devices import machine_memory
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray")
@@ -18,16 +18,16 @@ QUIET = 0.3
 """Load average of the last minute from which on the machine does not count as quiet."""
 
 
-def facts(here: Checkout, against: Checkout | None, device: str, clock: str) -> dict[str, Any]:
-    """For JSON. The load average is that of now: ask before anything is measured."""
+def facts(setting: Setting, scale: str) -> dict[str, Any]:
+    """For JSON; `scale`: the name of the setting's. The load average is that of now: ask before measuring."""
     import torch
 
     processor = _processor()
     known = (processor.get("flags") or processor.get("Features") or "").split()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit_of(here.root),
-        "against": None if against is None else against.name,
+        "commit": setting.here.name,
+        "against": None if setting.against is None else setting.against.name,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {
             "processor": processor.get("model name") or platform.processor() or platform.machine(),
@@ -35,11 +35,13 @@ def facts(here: Checkout, against: Checkout | None, device: str, clock: str) -> 
             "threads": torch.get_num_threads(),
             "flags": [flag for flag in FLAGS if flag in known],
             "memory_gib": round(machine_memory() / 2**30, 1),
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+            "device": torch.cuda.get_device_name() if setting.device.startswith("cuda") else "cpu",
         },
         "load_average": list(os.getloadavg()),
         "quiet": os.getloadavg()[0] < QUIET,
-        "clock": clock,
+        "clock": setting.clock,
+        "scale": scale,
+        "overrides": list(setting.overrides),
     }
 
 
@@ -56,6 +58,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
     if found["clock"] == "cpu":
         said.append("times of works in this process are processor time on all its threads, not what a clock says")
+    if found["scale"] != "full" or found["overrides"]:
+        given = " ".join([f"scale {found['scale']}", *found["overrides"]])
+        said.append(f"{given}: not what the targets are for")
     return said
 
 

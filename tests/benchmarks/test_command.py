@@ -78,4 +78,5 @@ def test_a_case_that_fails_does_not_take_the_others_along(
     assert rows[0]["value"] is None and rows[1]["note"] == "3, ('data.max_tokens=32',)"
     facts = json.loads(file.read_text())["facts"]
     assert facts["versions"]["torch"] == torch.__version__ and facts["machine"]["cores"] >= 1
+    assert facts["overrides"] == ["data.max_tokens=32"] and "scale full data.max_tokens=32: not what the" in shown.out
     assert isinstance(facts["quiet"], bool) and len(facts["load_average"]) == 3
