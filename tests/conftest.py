@@ -35,6 +35,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def stock_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is short: attention has the bits of the stock model."""
+    monkeypatch.setattr("pipeline.adapters.sites.short_attention.LONGEST", {})
+
+
+@pytest.fixture
 def tiny_settings(tiny_folder: Path) -> list[str]:
     """Overrides for a run of seconds on the tiny model."""
     return [

@@ -41,14 +41,18 @@ class SvdBucket(Bucket):
             for matrix in (self.lora_A[place], self.lora_B[place]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator) * DEVIATION)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Λ Q (K, R, I) and P (K, O, R)."""
+        return self.lora_A * self.lora_E.unsqueeze(2), self.lora_B
+
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
     ) -> Tensor:
         """Updates of the members in `adapters`, (M, N, O). Arguments as `RankBucket.forward`."""
         slots = [self.slot[adapter] for adapter in adapters]
-        A, B, E = (pick(parameter, slots) for parameter in (self.lora_A, self.lora_B, self.lora_E))
+        A, B = (pick(matrix, slots) for matrix in self.matrices())
         scale = [self.scalings[slot] * mean for slot, mean in zip(slots, means, strict=True)]
-        return low_rank_update(x_MNI, A * E.unsqueeze(2), B, masks, scale)
+        return low_rank_update(x_MNI, A, B, masks, scale)
 
 
 def orthogonality(buckets: Sequence[SvdBucket]) -> Tensor:

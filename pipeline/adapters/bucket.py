@@ -37,6 +37,10 @@ class Bucket(nn.Module, ABC):
         """Make a place the identity, as at a fresh start."""
 
     @abstractmethod
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (K, R, I) and B (K, O, R), the update of an adapter being s·B A."""
+
+    @abstractmethod
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
     ) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.bucket import Bucket
+from pipeline.adapters.fused import Matrices, Users, adapted_linear, fuses
 from pipeline.adapters.masks import element_mask
 from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
 from pipeline.config.method import Site
@@ -40,6 +41,10 @@ class RankBucket(Bucket):
         with torch.no_grad():
             self.lora_B[place].zero_()
             self.lora_A[place].copy_(torch.rand(self.rank, self.inputs, generator=generator) * (2 * bound) - bound)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (K, R, I) and B (K, O, R)."""
+        return self.lora_A, self.lora_B
 
     def forward(
         self, x_MNI: Tensor, adapters: Sequence[int], masks: dict[str, Tensor | None], means: Sequence[float]
@@ -119,9 +124,11 @@ class LoRALinear(nn.Module):
         """adapter -> (`lora_rank` site of the pattern `element`, key of this layer)."""
         self.mean_factors: dict[int | None, float] = {}
         """adapter -> factor of its mask-free read-out, where it is not 1."""
+        self.fused = True
+        """Whether passes that can be are computed by one function (`fused`)."""
         self.base.train(True)
 
-    def bucket_of(self, adapter: int) -> Bucket | None:
+    def bucket_of(self, adapter: int | None) -> Bucket | None:
         """What holds an adapter's matrices; None where it has none here."""
         return next((bucket for bucket in self.buckets if adapter in bucket.slot), None)  # type: ignore[return-value, operator]
 
@@ -151,21 +158,24 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M·B, …, I) -> (M·B, …, O). Raises `MemberAxisError` where the leading size is not M·B."""
         plan = self._axis.plan_for(x.shape[0], self.name, x[..., 0].numel())
+        users = [
+            (bucket, chosen) for bucket in self.buckets
+            if (chosen := [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot])
+        ]
+        if self._fuses(x, plan, users):
+            return adapted_linear(x, self.base, [self._update(x, plan, *of_bucket) for of_bucket in users])
         y = self.base(x)
         if plan.end_to_end is not None:
             return y + self._member_by_member(x, y.shape[-1], plan).to(y.dtype)
         inputs, outputs = x.shape[-1], y.shape[-1]
         x_MNI = x.reshape(plan.size, -1, inputs)
         y_MNO = y.reshape(plan.size, -1, outputs)
-        for bucket in self.buckets:
-            chosen = [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot]
-            if not chosen:
-                continue
+        for bucket, chosen in users:
             everyone = len(chosen) == plan.size
             index = None if everyone else as_index(chosen, x.device)
             x_chosen = x_MNI if index is None else x_MNI.index_select(0, index)
             x_chosen = self._drop_input(x_chosen, plan, chosen)
-            update = self._update(bucket, x_chosen, plan, chosen, index).to(y.dtype)
+            update = self._plain_update(bucket, x_chosen, plan, chosen).to(y.dtype)
             y_MNO = y_MNO + update if index is None else y_MNO.index_add(0, index, update)
         return y_MNO.reshape(y.shape)
 
@@ -174,31 +184,59 @@ class LoRALinear(nn.Module):
         x_NI = x.flatten(0, -2)
         updates = []
         for m, (start, stop) in enumerate(plan.spans(len(x_NI))):
-            bucket = next((bucket for bucket in self.buckets if plan.members[m].adapter in bucket.slot), None)
+            bucket = self.bucket_of(plan.members[m].adapter)
             if bucket is None:
                 updates.append(x_NI.new_zeros(stop - start, outputs))
                 continue
             own = self._drop_input(x_NI[None, start:stop], plan, [m])
-            updates.append(self._update(bucket, own, plan, [m], as_index([m], x.device))[0])
+            updates.append(self._plain_update(bucket, own, plan, [m])[0])
         return torch.cat(updates).view(*x.shape[:-1], outputs)
 
+    def _fuses(self, x: Tensor, plan: MemberPlan, users: list[tuple[nn.Module, list[int]]]) -> bool:
+        """Whether one function serves this pass (`fused`), or autograd's own operations do.
+
+        They do where masks are made token by token, and under ZeRO-3, which gathers a module's parameters when it is
+        called, and when its own backward pass begins.
+        """
+        drawn = {member.adapter for member in plan.members if member.draw is not None}
+        by_token = not drawn.isdisjoint(self.input_sites.keys() | self.rank_sites.keys())
+        sharded = any(hasattr(bucket.lora_A, "ds_id") for bucket, _ in users)
+        return self.fused and bool(users) and not by_token and not sharded and fuses(self.base, x)
+
     def _update(
-        self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int], index: Tensor | None
-    ) -> Tensor:
-        masks = {
-            position: mask if index is None else mask.index_select(0, index)
-            for position, mask in plan.masks.get(self.name, {}).items()
-        }
+        self, x: Tensor, plan: MemberPlan, bucket: nn.Module, chosen: list[int]
+    ) -> tuple[Users, Matrices]:
+        every = plan.spans(x[..., 0].numel())
+        adapters, masks = [plan.members[m].adapter for m in chosen], self._masks(plan, chosen, x.device)
+        slots = tuple(bucket.slot[adapter] for adapter in adapters)  # type: ignore[index, operator]
+        scale = (
+            bucket.scalings[slot] * mean  # type: ignore[index, operator]
+            for slot, mean in zip(slots, self._means(plan, chosen), strict=True)
+        )
+        spans = tuple(every[m] for m in chosen)
+        given = (masks.get(position) for position in ("lora_A", "lora_B", "lora_rank"))
+        return Users(slots, spans, tuple(scale)), Matrices(*bucket.matrices(), *given)  # type: ignore[operator]
+
+    def _plain_update(self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
+        masks = self._masks(plan, chosen, x_MNI.device)
         tokens = [self._element_mask(self.rank_sites, plan, m, x_MNI.shape[1], bucket.rank) for m in chosen]
         if any(mask is not None for mask in tokens):
             whole = x_MNI.new_ones(x_MNI.shape[1], bucket.rank, dtype=torch.float32)  # type: ignore[arg-type]
             masks[PER_TOKEN] = torch.stack([whole if mask is None else mask for mask in tokens])
         adapters = [plan.members[m].adapter for m in chosen]
-        means = [
-            self.mean_factors.get(adapter, 1.0) if plan.members[m].draw is None else 1.0
-            for m, adapter in zip(chosen, adapters, strict=True)
-        ]
-        return bucket(x_MNI, adapters, masks, means)
+        return bucket(x_MNI, adapters, masks, self._means(plan, chosen))
+
+    def _masks(self, plan: MemberPlan, chosen: list[int], device: torch.device) -> dict[str, Tensor]:
+        """The chosen members' rows of this layer's masks."""
+        masks = plan.masks.get(self.name, {})
+        if len(chosen) == plan.size:
+            return dict(masks)
+        index = as_index(chosen, device)
+        return {position: mask.index_select(0, index) for position, mask in masks.items()}
+
+    def _means(self, plan: MemberPlan, chosen: list[int]) -> list[float]:
+        members = [plan.members[m] for m in chosen]
+        return [self.mean_factors.get(one.adapter, 1.0) if one.draw is None else 1.0 for one in members]
 
     def _drop_input(self, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
         """Element-wise dropout on the adapter's input (stock `lora_dropout`)."""

@@ -121,6 +121,7 @@ def replace_rate(site: Site, rate: float) -> Site:
     return site.model_copy(update={"rate": rate})
 
 
+@pytest.mark.usefixtures("stock_attention")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["linear", "conv1d"])
 def test_attaching_is_the_identity_bit_for_bit(make) -> None:
     model = make()
@@ -246,6 +247,7 @@ def test_each_draw_is_a_plain_lora(tmp_path: Path) -> None:
         assert relative(logits_of(adapters.model), theirs, logits_of(tiny_llama())) > 0.1  # it is a draw
 
 
+@pytest.mark.usefixtures("stock_attention")
 def test_an_adapter_that_stock_peft_pruned_and_wrote_is_read(tmp_path: Path) -> None:
     config = AdaLoraConfig(init_r=6, target_r=2, total_step=5, tinit=1, tfinal=2, lora_alpha=7,
                            target_modules="all-linear", task_type="CAUSAL_LM")

@@ -89,6 +89,7 @@ def test_a_mixed_pass_equals_a_pass_for_each_member(tmp_path: Path) -> None:
         torch.testing.assert_close(together[m], logits(adapters, [member])[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("stock_attention")
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_attaching_is_the_identity_up_to_the_head(family: str, tmp_path: Path) -> None:
     """What enters the head has the stock model's bits, whatever the members; with its start as the classifier of the

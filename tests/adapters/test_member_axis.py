@@ -229,6 +229,7 @@ def member_updates(adapters: Adapters, plan: MemberPlan, m: int) -> dict[str, Te
     return updates
 
 
+@pytest.mark.usefixtures("stock_attention")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["linear", "conv1d"])
 def test_attaching_is_the_identity_bit_for_bit(make) -> None:
     ids = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(1))

@@ -32,6 +32,7 @@ needs_repacking = pytest.mark.skipif(
 )
 
 
+@pytest.mark.usefixtures("stock_attention")
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_attaching_is_the_identity_bit_for_bit(family: str, precision: str, tmp_path: Path) -> None:

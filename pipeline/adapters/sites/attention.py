@@ -27,6 +27,7 @@ from pipeline.adapters.sites.attention_kernels import (
     plain_attention,
     scaled_dot_product,
 )
+from pipeline.adapters.sites.short_attention import is_short
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import ATTENTION_POSITIONS, Site
 from pipeline.errors import ConfigError
@@ -43,8 +44,14 @@ KeyedSite = tuple[Site, int]
 def install_attention_sites(
     model: nn.Module, axis: MemberAxis, adapter: int, spec: AdapterSpec, layer_count: int
 ) -> None:
-    """Let the attention of a checked model drop what the spec's attention sites say; nothing where there are none."""
+    """Let the attention of a checked model drop what the spec's attention sites say.
+
+    Where there are none, a model on a CPU is still switched to the implementation here, for its short rows.
+    """
     if not any(site.position in ATTENTION_POSITIONS and site.rate > 0 for site in spec.sites):
+        if _gains_on_short_rows(model):
+            register()
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
         return
     register()
     plain = model.config._attn_implementation == "eager"  # type: ignore[union-attr]
@@ -74,6 +81,14 @@ def install_end_to_end(model: nn.Module, axis: MemberAxis) -> None:
     for name, module in attention_modules(model).items():
         if not hasattr(module, _ATTRIBUTE):
             setattr(module, _ATTRIBUTE, AttentionSites(axis, name, plain=False))
+
+
+def _gains_on_short_rows(model: nn.Module) -> bool:
+    """Whether `short_attention` can serve: PyTorch's attention on a CPU (or on no device: what memory plans trace)."""
+    can_set = getattr(type(model), "_can_set_attn_implementation", lambda: False)
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa" or not can_set():
+        return False
+    return next(model.parameters()).device.type in ("cpu", "meta")
 
 
 def register() -> None:
@@ -202,7 +217,8 @@ def member_attention(
         return installed.end_to_end(AttentionInputs(query, key, value, None, scale, True, dropout)), None
     drops = None if installed is None else installed.drops(query, key)
     plain = installed is not None and installed.plain
-    if drops is None and not plain:
+    known = all(kwargs.get(term) is None for term in (*UNKNOWN_TERMS, "cache"))
+    if drops is None and not plain and not (known and dropout == 0.0 and is_short(query, key)):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.adapters.sites.short_attention import is_short, short_attention
+
 HIDDEN_BELOW = -4096.0
 """An additive mask this low hides a key: below any logit, above what the models' finite masks hold (-1e4 or less)."""
 _DROPPED = -10240.0
@@ -51,8 +53,13 @@ class AttentionInputs:
 
 
 def scaled_dot_product(heads: AttentionInputs) -> Tensor:
-    """PyTorch's fused attention, (B, H, T, D). Keys and values are repeated only where no kernel groups queries."""
+    """The faster of PyTorch's fused attention and that of `short_attention`, (B, H, T, D).
+
+    For the fused one keys and values are repeated only where no kernel groups queries.
+    """
     q, k, v = heads.query, heads.key, heads.value
+    if heads.dropout == 0.0 and is_short(q, k):
+        return short_attention(q, k, v, heads.mask, heads.scale, heads.causal)
     groups = q.shape[1] // k.shape[1]
     grouped = groups > 1 and heads.mask is None and q.shape[-1] <= _FLASH_MAX_WIDTH
     if groups > 1 and not grouped:

@@ -433,6 +433,7 @@ def test_without_stop_gradient_the_fused_kernels_serve_dropattention(monkeypatch
     assert torch.equal(same_key, run([Member(0, 1)], {0: ((LOGITS["column"], 9),)}))
 
 
+@pytest.mark.usefixtures("stock_attention")
 def test_column_masks_keep_the_causal_flag_and_build_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's flash kernels take no mask: what they get must be (q', k', v', is_causal), widths a multiple of 8."""
     seen: list[dict[str, object]] = []
@@ -472,6 +473,7 @@ def test_terms_of_the_logits_that_are_not_computed_are_refused_by_name() -> None
             member_attention(module, one.query, one.key, one.value, None, **{term: 1.0})
 
 
+@pytest.mark.usefixtures("stock_attention")
 def test_without_sites_or_plan_the_attention_is_the_stock_one_bit_for_bit() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -123,6 +123,7 @@ def test_packed_rows_equal_the_dense_reference() -> None:
         assert float((ours[m] - theirs).abs().max()) <= 1e-3 * float(theirs.abs().max())
 
 
+@pytest.mark.usefixtures("stock_attention")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bert", "roberta"])
 def test_without_draws_the_model_is_the_stock_one(family: str, attention: str) -> None:
@@ -271,7 +272,9 @@ def test_only_the_model_at_hand_is_switched() -> None:
     plain, other = tiny_model("llama"), tiny_model("llama")
     attach(plain, [AdapterSpec(sites=(Site(position="ffn_hidden", rate=0.1),))], "all-linear", seed=0)
     attach(other, [AdapterSpec(sites=(Site(position="attention_logits", rate=0.1),))], "all-linear", seed=0)
-    assert plain.config._attn_implementation == "sdpa" and other.config._attn_implementation == NAME
+    assert tiny_model("llama").config._attn_implementation == "sdpa"
+    assert plain.config._attn_implementation == other.config._attn_implementation == NAME
+    assert not any(hasattr(m, "loradrop_sites") for m in attention_modules(plain).values())
     assert NAME in ALL_ATTENTION_FUNCTIONS and NAME in ALL_MASK_ATTENTION_FUNCTIONS
     assert all(hasattr(m, "loradrop_sites") for m in attention_modules(other).values())
 

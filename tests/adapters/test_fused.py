@@ -1,0 +1,239 @@
+"""The adapted linear as one function: the plain path's results, and those of a dense float64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import LORA_DROPOUT, SITES, assert_close_gradients, load_tiny, trained_start
+from helpers.reference import dense_linear, dense_update
+from torch import Tensor, nn
+
+import pipeline.adapters.linear
+from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.fused import Matrices, Users, adapted_linear, fuses
+from pipeline.adapters.layout import split_layout
+from pipeline.adapters.members import MaskKey, Member
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.config.method import Site
+
+RANK = Site(position="lora_rank", rate=0.4)
+SPECS = (
+    AdapterSpec(rank=4, sites=(*LORA_DROPOUT, RANK)), AdapterSpec(rank=4, alpha=7.0),
+    AdapterSpec(rank=2, sites=(RANK,)),
+)
+"""Two adapters in one stack, of other scales, and one of another rank."""
+MIXED = (Member(0, 0), Member(None), Member(2, 1), Member(0), Member(1, 0), Member(0, 3), Member(2), Member(1))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+"""Of the largest entry: a few roundings of the dtype."""
+
+
+class Host(nn.Module):
+    """One linear."""
+
+    def __init__(self, inputs: int = 12, outputs: int = 9, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def hosted(dtype: torch.dtype = torch.float32, specs: tuple[AdapterSpec, ...] = SPECS) -> Adapters:
+    torch.manual_seed(0)
+    adapters = attach(Host().to(dtype), specs, ["linear"], seed=0)
+    return trained_start(adapters, size=0.5)
+
+
+def results(adapters: Adapters, members: tuple[Member, ...], x: Tensor, fused: bool) -> dict[str, Tensor]:
+    """Output and gradients, by name, of one pass; `fused` or plain."""
+    (layer,) = adapters.layers.values()
+    layer.fused = fused
+    leaf = x.clone().requires_grad_()
+    with adapters.axis.active(adapters.plan(members, len(x) // len(members), MaskKey(0, 0))):
+        y = adapters.model(leaf)
+    trained = {name: p for name, p in adapters.model.named_parameters() if p.requires_grad}
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    found = torch.autograd.grad(y, [leaf, *trained.values()], direction, allow_unused=True)
+    named = zip(("x", *trained), found, strict=True)
+    zeros = {name: torch.zeros_like(p) for name, p in trained.items()}
+    return {"y": y.detach(), **{name: zeros[name] if g is None else g for name, g in named}}
+
+
+def rows_of(members: int, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(members * rows, tokens, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_output_and_gradients_are_those_of_the_plain_path(count: int, dtype: torch.dtype) -> None:
+    """Masked beside unmasked members and bare ones, two adapters of one stack, two ranks: in every mix of so many."""
+    adapters = hosted(dtype)
+    for shift in range(0, len(MIXED), 3):
+        members = tuple(MIXED[(shift + m) % len(MIXED)] for m in range(count))
+        x = rows_of(count, dtype=dtype)
+        plain, fused = (results(adapters, members, x, one) for one in (False, True))
+        wanted = {name: dtype if name in "xy" else torch.float32 for name in plain}
+        assert {name: value.dtype for name, value in fused.items()} == wanted
+        assert_close_gradients(fused, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("members", [MIXED, (Member(0),) * 3, (Member(0, 0), Member(0, 1)), (Member(1), Member(0))])
+def test_output_and_gradients_are_those_of_the_dense_reference(members: tuple[Member, ...]) -> None:
+    adapters, rows = hosted(), 2
+    x = rows_of(len(members), rows)
+    ours = results(adapters, members, x, True)
+    base, leaf = adapters.layers["linear"].base, x.double().requires_grad_()
+    plan, parts = adapters.plan(members, rows, MaskKey(0, 0)), []
+    for m, member in enumerate(members):
+        update: Tensor = torch.zeros(9, 12, dtype=torch.float64)
+        if member.adapter is not None:
+            bucket = next(b for b in adapters.layers["linear"].buckets if member.adapter in b.slot)
+            A, B = (p[bucket.slot[member.adapter]] for p in (bucket.lora_A, bucket.lora_B))
+            a, b, r = (plan.masks.get("linear", {}).get(p, [None] * 8)[m] for p in ("lora_A", "lora_B", "lora_rank"))
+            scaling = SPECS[member.adapter].alpha / SPECS[member.adapter].rank
+            update = dense_update(A, B, scaling, a, b, None if r is None else r[: len(A)])
+        parts.append(dense_linear(leaf[m * rows : (m + 1) * rows], base.weight, base.bias, update))
+    y = torch.cat(parts)
+    trained = {name: p for name, p in adapters.model.named_parameters() if p.requires_grad}
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).double()
+    found = torch.autograd.grad(y, [leaf, *trained.values()], direction, allow_unused=True)
+    theirs = {"y": y.detach(), **{
+        name: torch.zeros_like(trained[name]) if g is None else g
+        for name, g in zip(("x", *trained), found, strict=True)
+    }}  # fmt: skip
+    assert_close_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_members_may_have_any_number_of_tokens(dtype: torch.dtype) -> None:
+    """Runs of equal and other lengths, gaps, members without a token: each against its own product in float64."""
+    torch.manual_seed(0)
+    base = nn.Linear(12, 9).to(dtype).requires_grad_(False)
+    spans = ((0, 4), (4, 8), (8, 8), (8, 11), (13, 20), (20, 20))
+    stack = [torch.randn(2, 3, 12, requires_grad=True), torch.randn(2, 9, 3, requires_grad=True)]
+    for slots, masked in (((0, 1, 0, 1, 1, 0), True), ((1,) * 6, False), ((1,) * 6, True)):
+        masks = [torch.rand(6, n).gt(0.4) * 2.0 if masked else None for n in (12, 9, 4)]
+        scale = (0.5, 2.0, 1.0, 1.0, 3.0, 1.0) if masked else (0.5,) * 6
+        x = torch.randn(20, 12).to(dtype).requires_grad_()
+        y = adapted_linear(x, base, [(Users(slots, spans, scale), Matrices(*stack, *masks))])
+        exact = [p.detach().double().requires_grad_() for p in (x, *stack)]
+        parts, at = [], 0
+        for m, (start, stop) in enumerate(spans):
+            parts.append(dense_linear(exact[0][at:start], base.weight, base.bias, torch.zeros(9, 12)))
+            A, B = exact[1][slots[m]], exact[2][slots[m]]
+            a, b, r = (None if mask is None else mask[m] for mask in masks)
+            update = dense_update(A, B, scale[m], a, b, None if r is None else r[:3])
+            parts.append(dense_linear(exact[0][start:stop], base.weight, base.bias, update))
+            at = stop
+        theirs, direction = torch.cat(parts), torch.randn(20, 9).to(dtype)
+        ours = dict(zip("yxAB", (y, *torch.autograd.grad(y, (x, *stack), direction)), strict=True))
+        wanted = dict(zip("yxAB", (theirs, *torch.autograd.grad(theirs, exact, direction.double())), strict=True))
+        assert_close_gradients(ours, wanted, TOLERANCE[dtype])
+
+
+def model_results(adapters: Adapters, layout: object, checkpointing: bool) -> dict[str, Tensor]:
+    from helpers.families import examples, gradients
+
+    from pipeline.loss.objective import SupervisedLM
+    from pipeline.training.batch import lay_out
+
+    adapters.model.train()
+    if checkpointing:
+        adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    rows = lay_out(adapters, examples([7, 5, 9, 6]), layout, 2, MaskKey(1, 0))  # type: ignore[arg-type]
+    with adapters.axis.active(rows.plan):
+        loss = SupervisedLM(adapters.model)(**rows.tensors, row_weights=rows.weights)
+        loss.backward()
+    return {"loss": loss.detach(), **gradients(adapters)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "bf16"])
+def test_a_model_trains_as_on_the_plain_path(precision: str, checkpointing: bool, tmp_path: Path) -> None:
+    found = []
+    for fused in (True, False):
+        spec = AdapterSpec(rank=4, sites=(*LORA_DROPOUT, RANK))
+        adapters = trained_start(attach(load_tiny(tmp_path, "llama", precision), [spec], "all-linear", seed=0))
+        for layer in adapters.layers.values():
+            layer.fused = fused
+        found.append(model_results(adapters, split_layout(range(4), 3), checkpointing))
+    assert_close_gradients(*found, tolerance=0.05 if precision == "bf16" else 1e-5)
+
+
+def test_the_first_layer_s_input_gets_no_gradient_and_needs_none() -> None:
+    adapters = hosted()
+    with adapters.axis.active(adapters.plan([Member(0, 0)], 3, MaskKey(0, 0))):
+        adapters.model(rows_of(1)).sum().backward()
+    assert adapters.layers["linear"].buckets[0].lora_B.grad is not None
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many updates each call of the one function had."""
+    calls: list[int] = []
+
+    def counted(x: Tensor, base: nn.Module, updates: list[tuple[Users, Matrices]]) -> Tensor:
+        calls.append(len(updates))
+        return adapted_linear(x, base, updates)
+
+    monkeypatch.setattr(pipeline.adapters.linear, "adapted_linear", counted)
+    return calls
+
+
+def test_prediction_uses_it_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, adapters = watch(monkeypatch), hosted()
+    with torch.no_grad(), adapters.axis.active(adapters.plan(MIXED, 3, MaskKey(0, "test"))):
+        assert not adapters.model(rows_of(len(MIXED))).requires_grad
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_masks_made_token_by_token_take_the_plain_path(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only those: without a draw, nothing is masked."""
+    from pipeline.adapters.attach import with_row_keys
+
+    sites = (*SITES[site], Site(position="lora_rank", rate=0.4, pattern="element")) if site == "lora_B" else SITES[site]
+    adapters, calls = hosted(specs=(AdapterSpec(sites=sites),)), watch(monkeypatch)
+    for member, one in ((Member(0, 0), site in ("lora_A", "lora_rank")), (Member(0), True)):
+        plan = adapters.plan([member], 3, MaskKey(0, 0))
+        with adapters.axis.active(with_row_keys(plan, torch.arange(3), torch.arange(5).repeat(3, 1))):
+            adapters.model(rows_of(1))
+        assert bool(calls) is one, member
+        calls.clear()
+
+
+def test_what_is_not_known_takes_the_plain_path(tmp_path: Path) -> None:
+    """8-bit and transposed linears, a forward of its own, inputs of another dtype; a 4-bit layer is known."""
+    x, linear = torch.zeros(2, 64), nn.Linear(64, 64)
+    assert fuses(linear, x) and not fuses(linear, x.bfloat16())
+    linear.forward = lambda x: x  # type: ignore[method-assign]
+    assert not fuses(linear, x)
+    for precision, family, known in (("nf4", "llama", True), ("int8", "llama", False), ("fp32", "gpt2", False)):
+        model = load_tiny(tmp_path / precision, family, precision)
+        name = "transformer.h.0.attn.c_attn" if family == "gpt2" else "model.layers.0.self_attn.q_proj"
+        assert fuses(model.get_submodule(name), x) is known, precision
+        assert not (known and fuses(model.get_submodule(name), x.bfloat16()))
+
+
+def test_nothing_of_the_size_of_the_output_is_made_beside_it() -> None:
+    """Forward and backward write y and dx once: no second tensor of their size appears on the way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[tuple[str, int]] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.numel() >= 24 * 50 * 9 and not func.is_view and "_." not in str(func):
+                made.append((str(func), out.numel()))
+            return out
+
+    adapters, x = hosted(), torch.randn(24, 50, 12).requires_grad_()
+    with adapters.axis.active(adapters.plan(MIXED, 3, MaskKey(0, 0))):
+        with Sizes():
+            y = adapters.model(x)
+        seed = torch.ones_like(y)
+        with Sizes():
+            torch.autograd.grad(y, x, seed)
+    assert [size for _, size in made] == [24 * 50 * 9, 24 * 50 * 12], made
