@@ -105,7 +105,7 @@ def with_row_keys(plan: MemberPlan, example: Tensor, position: Tensor) -> Member
 
 def attach(
     model: nn.Module, specs: Sequence[AdapterSpec], target_modules: str | Sequence[str], seed: int,
-    heads: Mapping[str, Collection[str]] | None = None,
+    heads: Mapping[str, Collection[str]] | None = None, fused: bool = True,
 ) -> Adapters:
     """Wrap every targeted linear of `model` that some adapter has, in place; freeze everything but the adapters.
 
@@ -113,6 +113,7 @@ def attach(
 
     Args:
         heads: modules that every adapter trains whole, with their parameters that are new: a model's `BaseModel.heads`.
+        fused: whether a layer that can be is computed by one function.
 
     Raises:
         ConfigError: nothing matches `target_modules` or the layers of an adapter, a match is no linear layer or is
@@ -123,6 +124,8 @@ def attach(
     targeted = match_targets(model, target_modules, heads or {})
     _refuse_empty_adapters(specs, targeted, target_modules)
     adapters = wrap(model, [name for name in targeted if any(spec.adapts(name) for spec in specs)], heads or {}, seed)
+    for layer in adapters.layers.values():
+        layer.fused = fused
     for k, spec in enumerate(specs):
         place(adapters, k, spec, targeted, seed, k)
     return adapters

@@ -27,7 +27,7 @@ def attach_adapter(config: AdapterConfig, base: BaseModel, max_steps: int, seed:
         ConfigError: the targets do not match, or the stored adapter does not fit the configuration.
     """
     spec, stored = AdapterSpec.from_config(config, max_steps), _stored_start(config, max_steps)
-    adapters = attach(base.model, [spec], config.target_modules, seed, base.heads)
+    adapters = attach(base.model, [spec], config.target_modules, seed, base.heads, config.fused)
     if stored is not None:
         _load_start(adapters, 0, stored)
     return adapters
@@ -65,10 +65,10 @@ def admit_adapter(adapters: Adapters, config: AdapterConfig, max_steps: int, see
     return slot
 
 
-def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int) -> Adapters:
+def attach_stored(base: BaseModel, stored: list[StoredAdapter], seed: int, fused: bool = True) -> Adapters:
     """K adapters from disk on one base, ranks and layers mixed as they come."""
     names = sorted({name for adapter in stored for name in adapter.matrices})
-    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed, base.heads)
+    adapters = attach(base.model, [adapter.spec for adapter in stored], names, seed, base.heads, fused)
     for k, adapter in enumerate(stored):
         load_matrices(adapters.layers, k, adapter.matrices, f"adapter {k}")
         load_head(adapters.heads, k, adapter.head, f"adapter {k}")

@@ -16,14 +16,14 @@ is R numbers per token, about 1 % of what a layer of a transformer keeps, and ma
 training step (measured: SmolLM2-135M, rank 16). W is never kept: a 4-bit weight is dequantized again.
 
 Products are batched over members: on CPUs, for 1 to 8 members and ranks 8 to 64, bmm took 0.3 to 1.0 times as long as
-a product per member, and a half to a fifth of one product with all members' matrices stacked. Hidden values lie
-(R, tokens) and B (R, O): with rank 8 the products are up to 3 times as fast as the other way round, else equal.
+a product per member, and a half to a fifth of one product with all members' matrices stacked. B lies as (R, O): its
+gradient is up to four times as fast that way with rank 8, a fifth with rank 16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,20 +60,6 @@ class Users:
     """s of each."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """Members beside each other with equally many tokens: one batched product."""
-
-    members: slice
-    tokens: slice
-
-    def of(self, x_NF: Tensor) -> Tensor:
-        """Their part of x, (members, tokens of each, F): a view."""
-        count = self.members.stop - self.members.start
-        each = (self.tokens.stop - self.tokens.start) // count
-        return x_NF[self.tokens].view(count, each, x_NF.shape[1])
-
-
 def fuses(base: nn.Module, x: Tensor) -> bool:
     """Whether `base` is known here: a plain or bitsandbytes 4-bit linear that computes in the dtype of x.
 
@@ -89,25 +75,56 @@ def fuses(base: nn.Module, x: Tensor) -> bool:
 
 def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Users, Matrices]]) -> Tensor:
     """(…, I) -> (…, O): the base's output, the updates added. `base` is frozen, and one that `fuses`."""
-    users = tuple(of_stack for of_stack, _ in updates)
-    tensors = [tensor for _, matrices in updates for tensor in matrices]
-    return _AdaptedLinear.apply(x, base, users, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    stacks: list[_Stack] = []
+    tensors: list[Tensor] = []
+    for users, matrices in updates:
+        a, b = _coefficients(users, matrices)
+        shared = len(a) == len(b) == 1 and same_for_all(users.slots)
+        stacks.append(_Stack(users.slots, shared, tuple(_blocks(users.spans, shared))))
+        tensors += [matrices.A, matrices.B, a, b]
+    return _AdaptedLinear.apply(x, base, stacks, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Members beside each other with equally many tokens: one batched product."""
+
+    members: slice
+    """Among those that use the stack; all of these have the matrices of the first where it is shared."""
+    tokens: slice
+    count: int
+    """Into how many parts the tokens fall; 1 where the stack is shared."""
+
+    def of(self, x_NF: Tensor) -> Tensor:
+        """Their part of x, (members, tokens of each, F): a view."""
+        return x_NF[self.tokens].view(self.count, (self.tokens.stop - self.tokens.start) // self.count, -1)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    slots: tuple[int, ...]
+    """Of its members."""
+    shared: bool
+    """Whether all of them have the same matrices, masks and scale included."""
+    blocks: tuple[_Block, ...]
 
 
 class _AdaptedLinear(torch.autograd.Function):
+    """Of each stack it is given A, B, and what they are multiplied by, which gets no gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, users: tuple[Users, ...], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[_Stack], *tensors: Tensor) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         y = base(x)  # within a function there is no graph: nothing of this is kept
         y_NO = y.reshape(-1, y.shape[-1])
         hidden: list[Tensor] = []
-        for of_stack, matrices in zip(users, _by_stack(tensors), strict=True):
-            A_MRI, B_MRO = _factors(of_stack, matrices, x.dtype)
-            for block in _blocks(of_stack.spans, len(A_MRI)):
-                h_MRn = torch.bmm(A_MRI[block.members], block.of(x_NI).mT)
-                block.of(y_NO).baddbmm_(h_MRn.mT, B_MRO[block.members])
-                hidden.append(h_MRn)
-        ctx.base, ctx.users, ctx.given = base, users, len(tensors)
+        for stack, (A_KRI, B_KOR, a, b) in zip(stacks, _fours(tensors), strict=True):
+            A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
+            for block in stack.blocks:
+                h_MnR = torch.bmm(block.of(x_NI), A_MRI[block.members].mT)
+                block.of(y_NO).baddbmm_(h_MnR, B_MRO[block.members])
+                hidden.append(h_MnR)
+        ctx.base, ctx.stacks, ctx.given = base, stacks, len(tensors)
         ctx.save_for_backward(x, *tensors, *hidden)
         return y_NO.view(y.shape)
 
@@ -119,91 +136,90 @@ class _AdaptedLinear(torch.autograd.Function):
         dx_NI = g_NO @ _frozen_weight(ctx.base).to(g.dtype) if ctx.needs_input_grad[0] else None
         hidden = iter(saved[ctx.given :])
         gradients: list[Tensor | None] = []
-        for of_stack, matrices in zip(ctx.users, _by_stack(saved[: ctx.given]), strict=True):
-            A_MRI, B_MRO = _factors(of_stack, matrices, x.dtype)
-            dA_MRI, dB_MRO = torch.zeros_like(A_MRI), torch.zeros_like(B_MRO)
-            for block in _blocks(of_stack.spans, len(A_MRI)):
+        for stack, (A_KRI, B_KOR, a, b) in zip(ctx.stacks, _fours(saved[: ctx.given]), strict=True):
+            A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
+            of_A, of_B = [], []
+            for block in stack.blocks:
                 g_MnO = block.of(g_NO)
-                dh_MRn = torch.bmm(B_MRO[block.members], g_MnO.mT)
-                dA_MRI[block.members].baddbmm_(dh_MRn, block.of(x_NI))
-                dB_MRO[block.members].baddbmm_(next(hidden), g_MnO)
+                dh_MnR = torch.bmm(g_MnO, B_MRO[block.members].mT)
+                of_A.append(torch.bmm(dh_MnR.mT, block.of(x_NI)))
+                of_B.append(torch.bmm(next(hidden).mT, g_MnO))
                 if dx_NI is not None:
-                    block.of(dx_NI).baddbmm_(dh_MRn.mT, A_MRI[block.members])
-            a, b = _coefficients(of_stack, matrices)
-            dB_KRO = _collected(dB_MRO, b, of_stack.slots, matrices.B)
-            gradients += [_collected(dA_MRI, a, of_stack.slots, matrices.A), dB_KRO.mT, None, None, None]
+                    block.of(dx_NI).baddbmm_(dh_MnR, A_MRI[block.members])
+            gradients += [_collected(of_A, a, stack, A_KRI), _collected(of_B, b, stack, B_KOR.mT).mT, None, None]
         return None if dx_NI is None else dx_NI.view(x.shape), None, None, *gradients
 
 
-def _by_stack(tensors: Sequence[Tensor | None]) -> list[Matrices]:
-    size = len(Matrices._fields)
-    return [Matrices(*tensors[start : start + size]) for start in range(0, len(tensors), size)]  # type: ignore[arg-type]
+def _fours(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    return [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
 
 
-def _blocks(spans: Sequence[tuple[int, int]], matrices: int) -> list[Block]:
+def _blocks(spans: Sequence[tuple[int, int]], shared: bool) -> list[_Block]:
     """As few batches as there can be, members without tokens left out.
 
     Args:
-        matrices: 1 where all members have the same: they are as one member then.
+        shared: whether all members have the same matrices; those beside each other are then as one.
     """
-    blocks: list[Block] = []
+    blocks: list[_Block] = []
     for m, (start, stop) in enumerate(spans):
+        last = blocks[-1] if blocks else None
         if start == stop:
             continue
-        last = blocks[-1] if blocks else None
-        if last is not None and last.tokens.stop == start and (matrices == 1 or _alike(last, m, stop - start)):
-            blocks[-1] = Block(slice(last.members.start, 1 if matrices == 1 else m + 1), slice(last.tokens.start, stop))
+        if last is None or last.tokens.stop != start:
+            blocks.append(_Block(slice(0, 1) if shared else slice(m, m + 1), slice(start, stop), 1))
+        elif shared:
+            blocks[-1] = replace(last, tokens=slice(last.tokens.start, stop))
+        elif last.members.stop == m and (start - last.tokens.start) == last.count * (stop - start):
+            blocks[-1] = _Block(slice(last.members.start, m + 1), slice(last.tokens.start, stop), last.count + 1)
         else:
-            blocks.append(Block(slice(0, 1) if matrices == 1 else slice(m, m + 1), slice(start, stop)))
+            blocks.append(_Block(slice(m, m + 1), slice(start, stop), 1))
     return blocks
-
-
-def _alike(block: Block, m: int, tokens: int) -> bool:
-    count = block.members.stop - block.members.start
-    return block.members.stop == m and (block.tokens.stop - block.tokens.start) == count * tokens
-
-
-def _factors(users: Users, matrices: Matrices, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ã (M, R, I) and B̃ᵀ (M, R, O) in `dtype`; (1, R, ·) where all members have the same."""
-    of_A, of_B = _coefficients(users, matrices)
-    A_MRI = _weighted(matrices.A, of_A, users.slots, dtype)
-    B_MRO = _weighted(matrices.B.mT, of_B, users.slots, dtype)
-    members = max(len(A_MRI), len(B_MRO))
-    return A_MRI.expand(members, -1, -1), B_MRO.expand(members, -1, -1)
 
 
 def _coefficients(users: Users, matrices: Matrices) -> tuple[Tensor, Tensor]:
     """What the members' A (M, R, I) and Bᵀ (M, R, O) are multiplied by, entry for entry: a, and s · b · r."""
     A, B, a_MI, b_MO, r_MR = matrices
-    if same_for_all(users.scale):
-        of_B = B.new_full((1, 1, 1), users.scale[0])
-    else:
-        of_B = torch.tensor(users.scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)
+    b: Tensor | float = users.scale[0]
+    if not same_for_all(users.scale):
+        b = torch.tensor(users.scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)
     if b_MO is not None:
-        of_B = of_B * b_MO.unsqueeze(1)
+        b = b_MO.unsqueeze(1) * b
     if r_MR is not None:
-        of_B = of_B * r_MR[:, : A.shape[1]].unsqueeze(2)
-    return A.new_ones(1, 1, 1) if a_MI is None else a_MI.unsqueeze(1), of_B
+        b = r_MR[:, : A.shape[1]].unsqueeze(2) * b
+    return (
+        A.new_ones(1, 1, 1) if a_MI is None else a_MI.unsqueeze(1),
+        b if isinstance(b, Tensor) else B.new_full((1, 1, 1), b),
+    )
 
 
-def _weighted(stack_KRF: Tensor, by: Tensor, slots: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The members' matrices times `by`: multiplied, rounded to `dtype` and laid out in one pass."""
+def _weighted(matrices_KRF: Tensor, by: Tensor, stack: _Stack, dtype: torch.dtype) -> Tensor:
+    """The members' matrices times `by`, (M, R, F): multiplied, rounded to `dtype` and laid out in one pass.
+
+    (1, R, F) of a shared stack.
+    """
+    slots = stack.slots
     if same_for_all(slots):
-        chosen_MRF = stack_KRF[slots[0]].unsqueeze(0)
+        chosen_MRF = matrices_KRF[slots[0] : slots[0] + 1]
     else:
-        chosen_MRF = stack_KRF.index_select(0, as_index(slots, stack_KRF.device))
-    out = torch.empty(max(len(chosen_MRF), len(by)), *chosen_MRF.shape[1:], dtype=dtype, device=by.device)
-    return torch.mul(chosen_MRF, by, out=out)
+        chosen_MRF = matrices_KRF.index_select(0, as_index(slots, matrices_KRF.device))
+    different = max(chosen_MRF.shape[0], by.shape[0])
+    out = torch.mul(chosen_MRF, by, out=chosen_MRF.new_empty(different, *chosen_MRF.shape[1:], dtype=dtype))
+    return out if stack.shared or different == len(slots) else out.expand(len(slots), -1, -1)
 
 
-def _collected(d_MRF: Tensor, by: Tensor, slots: tuple[int, ...], stack: Tensor) -> Tensor:
-    """Gradient (K, R, F) of the stack, in its dtype, from those of the members' weighted matrices."""
-    d_MRF = d_MRF.to(stack.dtype) * by
-    if same_for_all(slots):
-        d_MRF, slots = d_MRF.sum(0, keepdim=True), slots[:1]
-    if slots == tuple(range(len(stack))):
-        return d_MRF
-    return d_MRF.new_zeros(len(stack), *d_MRF.shape[1:]).index_add_(0, as_index(slots, d_MRF.device), d_MRF)
+def _collected(parts: Sequence[Tensor], by: Tensor, stack: _Stack, of: Tensor) -> Tensor:
+    """Gradient (K, R, F) of the matrices `of` a stack, in their dtype, from those of its blocks' weighted ones."""
+    total: Tensor | None = None
+    for block, part in zip(stack.blocks, parts, strict=True):
+        slots = stack.slots[block.members]
+        d_KRF = part.to(of.dtype) * (by if by.shape[0] == 1 else by[block.members])
+        if same_for_all(slots):
+            d_KRF, slots = d_KRF.sum(0, keepdim=True), slots[:1]
+        if len(parts) == 1 and slots == tuple(range(of.shape[0])):
+            return d_KRF
+        total = of.new_zeros(of.shape) if total is None else total
+        total.index_add_(0, as_index(slots, of.device), d_KRF)
+    return of.new_zeros(of.shape) if total is None else total
 
 
 def _is_4bit(base: nn.Module) -> bool:

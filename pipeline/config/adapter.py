@@ -178,6 +178,9 @@ class AdapterConfig(Section):
     """Folder of a PEFT LoRA checkpoint to start from (its rank and alpha must agree)."""
     adalora: AdaLoRAConfig = AdaLoRAConfig()
     """The rank budget of `kind: adalora`."""
+    fused: bool = True
+    """Compute an adapted linear - base product, low-rank products, masks - as one function, where it can be. False:
+    by autograd's own operations, to compare with. What is trained is the same up to rounding."""
 
     @model_validator(mode="after")
     def _check_method(self) -> AdapterConfig:

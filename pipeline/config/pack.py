@@ -17,6 +17,8 @@ def pack_refusal(shared: RunConfig, config: RunConfig) -> str | None:
     for section, free in (("model", "trust_remote_code"), ("data", "cache")):
         if different := _difference(_values(shared, section, free), _values(config, section, free)):
             return f"{section}.{different} is not that of the pack, whose runs share one base and its rows"
+    if not config.adapter.fused:
+        return "adapter.fused = false is a matter of the layers, which runs of a pack share"
     if config.adapter.kind == "adalora":
         return "adapter.kind = adalora chooses its ranks from whole gradients of one run"
     if config.data.streaming:

@@ -87,6 +87,7 @@ class RunConfig(Section):
         for name in PLACEMENT:
             del values["train"][name]
         del values["data"]["cache"], values["model"]["trust_remote_code"], values["model"]["hold"]
+        del values["adapter"]["fused"]
         return values
 
 

@@ -45,6 +45,7 @@ FIXED = {
     "train.keep_best": "Trials are compared by the same rule.",
     "train.deepspeed": "It does not change what is trained.",
     "train.activation_checkpointing": "It does not change what is trained.",
+    "adapter.fused": "It does not change what is trained.",
 }
 """Key -> why a search does not vary it."""
 

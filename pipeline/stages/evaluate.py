@@ -67,7 +67,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     world = start_world()
     require_shared_folder(run_dir)
     task = open_task(config, splits, world.device)
-    adapters = attach_stored(task.base, stored, config.train.seed)
+    adapters = attach_stored(task.base, stored, config.train.seed, config.adapter.fused)
     rows = sum(len(getattr(splits, name)) for name in missing)
     say(f"{len(lineup.members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing

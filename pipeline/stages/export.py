@@ -54,7 +54,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
     task = open_task(with_values(config, {"model.compute_dtype": compared_in}), splits, world.device)
     identity = replace(task.base.identity, compute_dtype=trained_in)
-    adapters = attach_stored(task.base, [stored], config.train.seed)
+    adapters = attach_stored(task.base, [stored], config.train.seed, config.adapter.fused)
     exported = planned_exports(config.export, config.ensemble.size, result, stored)
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")

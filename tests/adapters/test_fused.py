@@ -237,3 +237,15 @@ def test_nothing_of_the_size_of_the_output_is_made_beside_it() -> None:
         with Sizes():
             torch.autograd.grad(y, x, seed)
     assert [size for _, size in made] == [24 * 50 * 9, 24 * 50 * 12], made
+
+
+def test_the_key_adapter_fused_switches_every_layer(tiny_folder: Path) -> None:
+    from pipeline.adapters.build import attach_adapter
+    from pipeline.config import AdapterConfig
+    from pipeline.config.model import ModelConfig
+    from pipeline.model.load import load_skeleton
+
+    model = ModelConfig(path=str(tiny_folder / "model"), quantization="none")
+    for fused in (True, False):
+        adapters = attach_adapter(AdapterConfig(fused=fused), load_skeleton(model), 1, 0)
+        assert {layer.fused for layer in adapters.layers.values()} == {fused}

@@ -99,7 +99,7 @@ def test_the_hash_of_a_training_is_that_of_what_decides_its_adapter() -> None:
     same = {
         "ensemble.size": 32, "evaluate.bootstrap_samples": 50, "export.forms": ["adapter"], "search.trials": 3,
         "launch.processes": 4, "label": "x", "model.trust_remote_code": True, "train.micro_batch": 1,
-        "model.hold": "dequantized",
+        "model.hold": "dequantized", "adapter.fused": False,
     }  # fmt: skip
     for key, value in same.items():
         assert with_values(CONFIG, {key: value}).training_sha256() == CONFIG.training_sha256(), key
