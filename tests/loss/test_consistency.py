@@ -215,7 +215,7 @@ def test_what_a_step_costs(term: Consistency, passes: list[tuple[int, bool]]) ->
     """Rows of the base in forwards with and without gradient, for 4 examples under `split`."""
     adapters = adapted_llama(AdapterSpec(sites=LORA_DROPOUT))
     seen: list[tuple[int, bool]] = []
-    layer = adapters.layers["model.layers.0.mlp.up_proj"].base
+    layer = adapters.layers["model.layers.0.mlp.up_proj"]
     layer.register_forward_hook(lambda _m, args, _o: seen.append((args[0].shape[0], torch.is_grad_enabled())))
     run(adapters, examples([6] * 4), training_layout(range(4), 4, "split", True, term), term)
     assert seen == passes
@@ -411,7 +411,7 @@ def test_a_pass_that_does_not_count_calls_the_same_modules(term: Consistency) ->
     """Under ZeRO-3 every call is a collective: a process without rows must make the others' passes."""
     adapters, rows = adapted_llama(AdapterSpec(rank=4, sites=LORA_DROPOUT)), examples([5])
     layout, calls = training_layout([0], 2, "split", True, term), []
-    layer = adapters.layers["model.layers.0.mlp.up_proj"].base
+    layer = adapters.layers["model.layers.0.mlp.up_proj"]
     layer.register_forward_hook(lambda _m, args, _o: calls.append(tuple(args[0].shape)))
     run(adapters, rows, layout, term)
     nll, apart, gradient = run(adapters, rows, weightless(layout), term)
