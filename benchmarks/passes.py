@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.setting import Setting
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.layout import RowLayout, plain_layout, split_layout
+from pipeline.adapters.layout import RowLayout, split_layout
 from pipeline.adapters.members import MaskKey, Member, replicate_rows
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig, load_config
@@ -106,11 +106,11 @@ class StockStep:
 
 def reading(adapters: Adapters, examples: list[Encoded], members: Sequence[Member]) -> None:
     """Masks drawn, one pass of all `members` without gradient, up to the last hidden states."""
-    rows = lay_out(adapters, examples, plain_layout(len(examples)), 0, KEY)
+    tensors = collate(examples, 0).tensors(adapters.device)
     plan = adapters.plan(members, len(examples), MaskKey(0, "test"))
     names = ("input_ids", "attention_mask", "position_ids")
     with torch.no_grad(), adapters.axis.active(plan):
-        hidden_states(adapters.model, *(replicate_rows(rows.tensors[name], len(members)) for name in names))
+        hidden_states(adapters.model, *(replicate_rows(tensors[name], len(members)) for name in names))
 
 
 def packed_layout(runs: int, rows: int) -> RowLayout:
