@@ -20,7 +20,7 @@ from pipeline.data.rows import Row
 from pipeline.loss.objective import SupervisedLM
 from pipeline.model.head import hidden_states
 from pipeline.model.load import BaseModel, load_base
-from pipeline.training.batch import lay_out
+from pipeline.training.batch import choose_rows, lay_out
 
 DRAWS = 4
 KEY = MaskKey(0, 0)
@@ -32,8 +32,10 @@ def config_of(setting: Setting, dtype: str, *more: str) -> RunConfig:
     return load_config("default", [*fixed, *more, *setting.overrides])
 
 
-def our_adapters(setting: Setting, dtype: str, runs: int = 1, ranks: Sequence[int] = ()) -> Adapters:
-    """`runs` adapters on a base of their own, or one of each rank."""
+def our_adapters(
+    setting: Setting, dtype: str, runs: int = 1, ranks: Sequence[int] = (), longest: int | None = None
+) -> Adapters:
+    """`runs` adapters on a base of their own, or one of each rank; ready to train on rows of `longest` tokens."""
     config = config_of(setting, dtype)
     base = load_base(config.model, torch.device(setting.device))
     chosen = [{"rank": rank, "alpha": 2.0 * rank} for rank in ranks] or [{}] * runs
@@ -41,6 +43,8 @@ def our_adapters(setting: Setting, dtype: str, runs: int = 1, ranks: Sequence[in
     specs = [AdapterSpec.from_config(one, config.train.max_steps) for one in of_config]
     adapters = attach(base.model, specs, config.adapter.target_modules, config.train.seed, base.heads)
     adapters.model.train()
+    if longest is not None:
+        choose_rows(adapters, config.model.attention, longest)  # end to end or padded, as training has them
     return adapters
 
 

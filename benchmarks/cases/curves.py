@@ -42,7 +42,7 @@ def of_members(setting: Setting, dtype: str) -> Iterator[Row]:
 
 def of_rank(setting: Setting, dtype: str) -> Iterator[Row]:
     """A training step at each rank against the lowest one; all adapters lie on one base."""
-    ours = our_adapters(setting, dtype, ranks=RANKS)
+    ours = our_adapters(setting, dtype, ranks=RANKS, longest=TOKENS // 16)
     examples = random_examples(ours.model, 16, TOKENS // 16)
     products = Products(config_of(setting, dtype), setting.device)
 
@@ -62,7 +62,7 @@ def of_rank(setting: Setting, dtype: str) -> Iterator[Row]:
 
 def of_length(setting: Setting, dtype: str) -> Iterator[Row]:
     """A training step over 512 tokens in rows of each length against the shortest."""
-    ours = our_adapters(setting, dtype)
+    ours = our_adapters(setting, dtype, longest=LENGTHS[-1])
     longest = getattr(ours.model.config.get_text_config(), "max_position_embeddings", LENGTHS[-1])
     products = Products(config_of(setting, dtype), setting.device)
 
@@ -83,7 +83,7 @@ def of_length(setting: Setting, dtype: str) -> Iterator[Row]:
 
 def of_runs(setting: Setting, dtype: str) -> Iterator[Row]:
     """Packs of 2 × 32 tokens against the same passes in turn."""
-    alone = our_adapters(setting, dtype)
+    alone = our_adapters(setting, dtype, longest=32)
     for runs in RUNS:
         times, operations = measured(setting, dtype, alone, runs, 2, 32)
         yield Row(

@@ -46,7 +46,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 def measured(setting: Setting) -> Iterator[Row]:
     """On whatever base the setting names, in bfloat16."""
-    ours = our_adapters(setting, "bfloat16", RUNS)
+    ours = our_adapters(setting, "bfloat16", RUNS, longest=TOKENS)
     _recompute(ours.model)
     examples = random_examples(ours.model, max(ROWS, RUNS), TOKENS)
     split, one = split_layout(range(ROWS), DRAWS), split_layout(range(1), DRAWS)

@@ -49,7 +49,7 @@ def train(setting: Setting, runs: int) -> int:
     from pipeline.loss.objective import SupervisedLM
     from pipeline.training.batch import lay_out
 
-    adapters = our_adapters(setting, setting.dtypes[0], runs)
+    adapters = our_adapters(setting, setting.dtypes[0], runs, longest=TOKENS)
     trained = [parameter for parameter in adapters.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     examples = random_examples(adapters.model, runs * ROWS, TOKENS)

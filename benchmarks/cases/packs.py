@@ -20,7 +20,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """How many times as fast one pass is as the same passes one after another, each on a base with one adapter."""
     found: dict[tuple[int, int, int], dict[str, tuple[Times, int]]] = {shape: {} for shape in PACKS}
     for dtype in setting.dtypes:
-        alone = our_adapters(setting, dtype)
+        alone = our_adapters(setting, dtype, longest=max(tokens for *_, tokens in PACKS))
         for shape in PACKS:
             found[shape][dtype] = measured(setting, dtype, alone, *shape)
     for (runs, own, tokens), of_dtype in found.items():
@@ -39,7 +39,7 @@ def measured(
     setting: Setting, dtype: str, alone: Adapters, runs: int, rows: int, tokens: int
 ) -> tuple[Times, int]:
     """Rounds of `packed`, of `alone` (one of its runs) and of `products`, and the operations of these."""
-    pack = our_adapters(setting, dtype, runs)
+    pack = our_adapters(setting, dtype, runs, longest=tokens)
     examples = random_examples(pack.model, runs * rows, tokens)
     products = Products(config_of(setting, dtype), setting.device)
     together, one = packed_layout(runs, rows), split_layout(range(rows), DRAWS)

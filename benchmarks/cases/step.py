@@ -63,7 +63,7 @@ def compared(times: Times, first: str, second: str, what: str, against: str) -> 
 
 def _works(setting: Setting, dtype: str) -> tuple[dict[str, Work], int]:
     """name -> work, and the operations of the products."""
-    ours = our_adapters(setting, dtype)
+    ours = our_adapters(setting, dtype, longest=TOKENS)
     examples = random_examples(ours.model, ROWS, TOKENS)
     products = Products(config_of(setting, dtype), setting.device)
     split, plain = split_layout(range(ROWS), DRAWS), plain_layout(ROWS)
