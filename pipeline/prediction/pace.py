@@ -37,12 +37,14 @@ class Pace:
         found = self.seconds.setdefault(members, {})
         worth = members > 1 and sum(costs) * members >= WORTH_TRYING * budget
         order = sorted(range(len(costs)), key=lambda row: -costs[row])
+        first = True  # of a prediction: it also does what is done once, and is not measured
         while order:
-            untried = [size for size in sizes if size not in found]
-            size = untried[0] if worth and untried else min(found, key=found.__getitem__, default=sizes[0])
+            untried = [size for size in sizes if size not in found] if worth and not first else []
+            size = untried[0] if untried else min(found, key=found.__getitem__, default=sizes[0])
             count = max(1, size // (members * costs[order[0]]))
             chunk, order = order[:count], order[count:]
             began = self.clock()
             yield chunk
-            if worth and untried:
+            if untried:
                 found[size] = (self.clock() - began) / sum(costs[row] for row in chunk)
+            first = False

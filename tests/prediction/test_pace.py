@@ -25,11 +25,11 @@ def test_every_size_is_tried_once_and_the_fastest_kept() -> None:
     machine = Machine({1024: 3.0, 2048: 1.0, 4096: 2.0})
     pace = Pace(lambda: machine.now)
     sizes = machine.run(pace, [32] * 2000, 4096, 4)
-    assert sizes[:3] == [4096, 2048, 1024] and set(sizes[3:-1]) == {2048} and sum(sizes) == 32 * 2000 * 4
+    assert sizes[:4] == [4096, 4096, 2048, 1024] and set(sizes[4:-1]) == {2048} and sum(sizes) == 32 * 2000 * 4
     assert set(machine.run(pace, [32] * 640, 4096, 4)) == {2048}  # remembered
     machine.seconds = {1024: 1.0, 2048: 2.0, 4096: 3.0}
     assert set(machine.run(pace, [32] * 640, 4096, 4)) == {2048}
-    assert machine.run(pace, [32] * 2000, 4096, 2)[3] == 1024  # of other members nothing was known
+    assert machine.run(pace, [32] * 2000, 4096, 2)[4] == 1024  # of other members nothing was known
 
 
 def test_what_is_short_or_has_one_member_is_not_measured() -> None:
@@ -37,7 +37,7 @@ def test_what_is_short_or_has_one_member_is_not_measured() -> None:
     pace = Pace(lambda: machine.now)
     assert set(machine.run(pace, [32] * 1280, 4096, 1)) == {4096}
     assert set(machine.run(pace, [32] * 128, 4096, 4)) == {4096}
-    assert machine.run(pace, [32] * 1280, 4096, 4)[3] == 1024
+    assert machine.run(pace, [32] * 1280, 4096, 4)[4] == 1024
 
 
 def test_every_row_comes_once_the_longest_first_within_the_budget() -> None:
