@@ -52,8 +52,7 @@ class TrainConfig(Section):
     micro_tokens: Positive | None = None
     """Cut the global batch by length into passes of at most so many tokens (rows × longest row, where rows are padded),
     instead of into passes of `micro_batch` examples. Which examples and masks a step has does not change, so neither
-    does its loss.
-    (`micro_batch` must still divide the global batch among the processes: DeepSpeed asks for it.)"""
+    does its loss. (`micro_batch` must still divide the global batch among the processes: DeepSpeed asks for it.)"""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     """Peak learning rate."""
     lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0

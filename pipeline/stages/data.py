@@ -193,7 +193,7 @@ def figures_table(looks: dict[str, list[Look]], splits: Splits, padding: Mapping
 def training_padding(
     encoded: Sequence[Encoded], train: TrainConfig, adapter: AdapterConfig, max_tokens: int
 ) -> float:
-    """What a pass of padded rows computes for padding and fillers ÷ all that it computes, in one epoch of one process.
+    """What a pass of padded rows computes for padding and fillers ÷ all that it computes, one epoch, one process.
 
     Training lays rows end to end where the model, which is not loaded here, allows it.
     """
