@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import ROOT
 from helpers.runs import losses
+from safetensors.torch import load_file
 
 from pipeline import Ended, Pack, RunConfig, dump_config, load_config, pack_refusal
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, Stopped
@@ -23,6 +25,8 @@ from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths, read_status
 from pipeline.stages.pack import write_plan
 from pipeline.stages.train import train_run
+from pipeline.support.tiny import write_encoder
+from pipeline.training.checkpoint import published_checkpoints
 from pipeline.training.guards import NotFinite
 
 STEPS = 9
@@ -199,6 +203,35 @@ def test_how_many_runs_fit_follows_from_memory(tiny_settings: list[str], monkeyp
     assert fit(0.1) == 1 and 1 < fit(1.0) < fit(2.0)
     assert fit(2.0, "adapter.rank=64") < fit(2.0, "train.micro_batch=8") < fit(2.0)
     assert abs((fit(3.0) - fit(2.0)) - (fit(2.0) - fit(1.0))) <= 1, "the base is there once"
+
+
+@pytest.mark.slow
+def test_heads_are_each_runs_own(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """A classifier's head is drawn, trained, saved and published with its run; the second takes the slot of a third."""
+    write_encoder(tmp_path / "encoder")
+    common = [*tiny_settings, f"model.path={tmp_path / 'encoder'}", "train.draws=2"]
+    pair = {
+        name: load_config(None, [*common, "adapter.method=lora_dropout", f"train.seed={seed}", *own])
+        for name, seed, own in (("first", 5, []), ("second", 6, ["adapter.rank=2", "train.weight_decay=0.1"]))
+    }
+    pack = Pack(pair["first"])
+    for name in ("gone", "first"):
+        pack.admit(pair["first"], tmp_path / "pack" / name)
+    write_json(RunPaths(tmp_path / "pack" / "gone").stop_request, {})
+    ended = run_all(pack, {2: [lambda: pack.admit(pair["second"], tmp_path / "pack" / "second")]})
+    assert [ended[name].state for name in ("gone", "first", "second")] == ["stopped", "done", "done"]
+    assert len(pack.adapters.specs) == 2
+    for name, config in pair.items():
+        alone(config, tmp_path / "alone" / name)
+        assert_equal_runs(tmp_path / "pack" / name, tmp_path / "alone" / name)
+        states = [load_file(last_checkpoint(tmp_path / where / name)) for where in ("pack", "alone")]
+        assert states[0].keys() == states[1].keys() and any(".copies.0." in key for key in states[0])
+        for key, value in states[1].items():
+            torch.testing.assert_close(states[0][key], value, rtol=1e-3, atol=1e-5)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return published_checkpoints(RunPaths(folder).checkpoints)[-1] / "state.safetensors"
 
 
 def start_stage(folder: Path) -> subprocess.Popen[bytes]:
