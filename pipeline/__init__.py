@@ -31,6 +31,7 @@ _MODULES = {
         "ADAPTER_WEIGHTS", "manifest_faults", "open_append", "publish_folder", "read_bytes", "read_json",
         "read_json_lines", "sha256_file", "write_json", "write_text",
     ),
+    "plan.pack": ("runs_that_fit",),
     "run_folder.chain": ("is_validated",),
     "run_folder.labelled": ("LabelledSplit", "join_labels"),
     "run_folder.mark": ("claim",),

@@ -86,6 +86,8 @@ class PackWorker:
         print_to(Path(log))
         self._shared, self._trusted, self._make_pack = build_config(yaml.safe_load(shared)), trusted, make_pack
         self._pack: Any = None
+        self._most = 1
+        """Runs in the pack at once, once there is one: as many as its memory carries, where search.pack is auto."""
         self._runs: dict[str, Admitted] = {}
         self._waiting: list[str] = []
         self._changed, self._admitting = threading.Condition(), threading.Lock()
@@ -127,17 +129,18 @@ class PackWorker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._training())
-                waiting, self._waiting = self._waiting, []
             try:
-                for name in waiting:
-                    self._let_in(self._runs[name])
+                while self._waiting and (self._pack is None or self._pack.runs < self._most):
+                    self._let_in(self._runs[self._waiting.pop(0)])
                 if self._training():
                     for ended in self._pack.advance():
                         self._let_out(ended.run_dir, ended.error or ended.result)
             except Exception as error:  # of the pack itself, for lack of memory say: the next run finds a new one
-                for run in [run for run in self._runs.values() if run.ended is None]:
-                    self._let_out(run.folder, error)
-                self._pack = None
+                with self._changed:
+                    self._pack = None
+                    self._waiting.clear()
+                    for run in [run for run in self._runs.values() if run.ended is None]:
+                        self._let_out(run.folder, error)
 
     def _training(self) -> bool:
         return self._pack is not None and self._pack.runs > 0
@@ -150,10 +153,18 @@ class PackWorker:
 
         try:
             if self._pack is None:
+                self._most = self._fitting(run.config)
                 self._pack = (self._make_pack or pipeline.Pack)(self._shared, self._trusted)  # imports torch
             self._pack.admit(run.config, run.folder, on_validation)
         except Exception as error:
             self._let_out(run.folder, error)
+
+    def _fitting(self, config: RunConfig) -> int:
+        asked = self._shared.search.pack
+        if isinstance(asked, int) or self._make_pack is not None:
+            return asked if isinstance(asked, int) else sys.maxsize
+        fitting: int | None = pipeline.runs_that_fit(config)  # imports torch
+        return sys.maxsize if fitting is None else fitting
 
     def _let_out(self, folder: Path, outcome: dict[str, Any] | Exception) -> None:
         """`outcome`: the result, or what ended the run before it."""
