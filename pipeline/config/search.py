@@ -89,8 +89,8 @@ class SearchConfig(Section):
     """Trials at once; 0 = as many as the devices (or cores, or packs) carry."""
     pack: Literal["auto", "off"] | Positive = "auto"
     """Trials of one process are trained together over one base, one worker per device: at most so many in each, auto =
-    8 on a GPU, 4 on CPUs, fewer where the memory plan says so. Off, and where no pack trains the method (AdaLoRA): every
-    trial loads the base for itself."""
+    8 on a GPU, 4 on CPUs, fewer where the memory plan says so. Off, and where no pack trains the method (AdaLoRA):
+    every trial loads the base for itself."""
     workers_per_trial: Positive = 1
     """Processes of one trial; above 1 a trial is a DeepSpeed TorchTrainer."""
     early_exit: EarlyExitConfig = EarlyExitConfig()
