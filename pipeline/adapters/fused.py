@@ -12,8 +12,9 @@ Masks and scale touch the small matrices only, in float32; these are then rounde
 products are. Beyond these nothing of the size of x or y is read or written.
 
 Kept for the backward pass: x (which the layers that read it share), the parameters, the masks, and x_m Ã_mᵀ. The last
-is R numbers per token, about 1 % of what a layer of a transformer keeps with rank 16; to make it again is one of the six
-low-rank products of a step, by its own time about 2 % of one. W is never kept: a 4-bit weight is dequantized again.
+is R numbers per token, about 1 % of what a layer of a transformer keeps with rank 16; to make it again would be one
+more low-rank product beside six, by its own time about 2 % of a step. W is never kept: a 4-bit weight is dequantized
+again.
 
 Products are batched over members. On one CPU thread, for 4 and 8 members and ranks 8 to 64, bmm took about as long as
 a product per member in float32 and 0.3 to 0.9 times as long in bfloat16; one product with all members' matrices stacked
