@@ -150,7 +150,7 @@ def test_a_run_that_takes_a_slot_finds_no_moments(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("most", "expected"), [(1e9, None), (300.0, 512), (64.0, 64), (100.0, 128)])
 def test_passes_grow_while_that_pays(most: float, expected: int | None) -> None:
     """A device that makes places at the rate min(size, most): twice the size pays up to `most`."""
-    budget, micro, runs = PassBudget(accelerated=False), 64, 64
+    budget, micro, runs = PassBudget(accelerated=True), 64, 64
     for step in range(40):
         together = max(min(budget.places // micro, runs), 1)
         passes = [together * micro] * (runs // together)
@@ -158,3 +158,12 @@ def test_passes_grow_while_that_pays(most: float, expected: int | None) -> None:
     assert budget.settled == (expected is not None)
     assert budget.places == (expected or micro * runs)
     assert budget.shrink() and budget.settled and budget.places == (expected or micro * runs) // 2
+
+
+@pytest.mark.parametrize(("micro", "expected"), [(64, 2048), (1500, 3000)])
+def test_without_an_accelerator_passes_stay_below_a_bound(micro: int, expected: int) -> None:
+    budget = PassBudget(accelerated=False)
+    for _ in range(40):
+        together = max(budget.places // micro, 1)
+        budget.note([together * micro] * 4, 4.0)
+    assert budget.settled and budget.places == expected

@@ -9,6 +9,9 @@ from __future__ import annotations
 import time
 
 GAIN = 1.05
+CPU_PLACES = 2048
+"""Without an accelerator passes do not grow beyond this, or twice a micro-batch that is larger: products are at their
+limit long before, and memory has no end that could be noticed in time."""
 SAMPLES = 2
 """Steps at each size, of which the fastest counts."""
 
@@ -19,6 +22,7 @@ class PassBudget:
     def __init__(self, accelerated: bool) -> None:
         """Args: `accelerated`: whether passes are made elsewhere than on the CPU, whose time is what counts else."""
         self.clock = time.monotonic if accelerated else time.process_time  # other programs slow down the former alone
+        self._most = None if accelerated else CPU_PLACES
         self.places = 0
         """0 = nothing has been seen yet: every run has passes of its own."""
         self.settled = False
@@ -28,6 +32,8 @@ class PassBudget:
     def note(self, passes: list[int], seconds: float) -> None:
         """A step took `seconds` for passes of so many places each."""
         largest = max(passes)
+        if not self.places and self._most is not None:
+            self._most = max(self._most, 2 * largest)
         self.places = max(self.places, largest)
         if self.settled or largest <= self.places / 2 or len(passes) < 2:
             return  # it says nothing about passes of this size, or more room would change nothing
@@ -37,6 +43,8 @@ class PassBudget:
         rate, self._rates = max(self._rates), []
         if self._before and rate < GAIN * self._before:
             self.places, self.settled = self.places // 2, True
+        elif self._most is not None and 2 * self.places > self._most:
+            self.settled = True
         else:
             self.places, self._before = 2 * self.places, rate
 
