@@ -19,7 +19,7 @@ class Progress:
         self, total: int, done: int, enabled: bool, unit: str = "step", stream: TextIO | None = None,
         every_seconds: float = 10.0,
     ) -> None:
-        self._total, self._start_done, self._enabled, self._unit = total, done, enabled, unit
+        self.total, self._start_done, self._enabled, self._unit = total, done, enabled, unit
         self._stream = stream or sys.stderr
         self._start = time.monotonic()
         self._last = 0.0
@@ -31,12 +31,12 @@ class Progress:
             return
         now = time.monotonic()
         terminal = self._stream.isatty()
-        if not terminal and now - self._last < self._every and done < self._total:
+        if not terminal and now - self._last < self._every and done < self.total:
             return
         self._last = now
         rate = (now - self._start) / max(done - self._start_done, 1)
-        left = duration(rate * (self._total - done))
-        text = one_line(" · ".join([f"{self._unit} {done}/{self._total}", *parts, f"{left} left"]))
+        left = duration(rate * (self.total - done))
+        text = one_line(" · ".join([f"{self._unit} {done}/{self.total}", *parts, f"{left} left"]))
         self._stream.write(f"\r\033[K{text}" if terminal else f"{text}\n")
         self._stream.flush()
 

@@ -119,9 +119,10 @@ def test_a_dropout_site_is_a_cell_its_mask_and_its_place(house: Path) -> None:
         build(house, "pipeline/adapters/masks.py", "\n\ndef dropped_keys(", f"{COLUMN_MASK}\n\ndef dropped_keys("),
         build(
             house, "pipeline/adapters/linear.py",
-            'mask = element_mask(keys, rows, layer_key, features, site.rate, site.compensation == "inverse")',
-            "mask = (column_mask(keys, rows, layer_key, features, site) if site.pattern == 'column'"
-            " else element_mask(keys, rows, layer_key, features, site.rate))",
+            "mask = element_mask(keys, keys.rows_of(m, m + 1), layer_key, features, site.rate, rescale)",
+            "rows = keys.rows_of(m, m + 1)\n"
+            "        mask = (column_mask(keys, rows, layer_key, features, site) if site.pattern == 'column'"
+            " else element_mask(keys, rows, layer_key, features, site.rate, rescale))",
         ),
         build(house, "pipeline/adapters/linear.py", "import element_mask", "import column_mask, element_mask"),
     }

@@ -31,7 +31,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 def _peak(setting: Setting, runs: int) -> int:
     """Bytes of a process that trains `runs` runs."""
-    words = [str(runs), "--device", setting.device, *setting.overrides]
+    words = ["--device", setting.device, str(runs), *setting.overrides]
     command = [sys.executable, "-m", "benchmarks.cases.pack_memory", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -198,7 +198,7 @@ def broken_stage(
 
 
 KILL_POINTS = {
-    "mid-step": ("train", "pipeline.stages.train.lay_out", 12, "before"),
+    "mid-step": ("train", "pipeline.training.loop.lay_out", 12, "before"),
     "mid-save: state written, no manifest": ("train", "pipeline.training.checkpoint.save_file", 3, "after"),
     "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
@@ -212,7 +212,7 @@ KILL_POINTS = {
 SIGNAL_POINTS = {
     "set-up, data": ("train", "pipeline.stages.train.load_splits", 1),
     "set-up, model": ("train", "pipeline.stages.train.attach_adapter", 1),
-    "training": ("train", "pipeline.stages.train.lay_out", 12),
+    "training": ("train", "pipeline.training.loop.lay_out", 12),
     "validation": ("train", "pipeline.prediction.causal.collate", 10),
     "saving": ("train", "pipeline.training.checkpoint.save_file", 3),
     "set-up of evaluation": ("evaluate", "pipeline.stages.evaluate.open_task", 1),
@@ -239,7 +239,7 @@ def ask(bench: Bench, point: str) -> str:
 def kill_one_of_two(bench: Bench, point: str) -> str:
     """kill -9 of one of two processes: the other leaves by itself, within the grace time, and names the cause."""
     points = {
-        "mid-step": ("pipeline.stages.train.lay_out", 6), "in validation": ("pipeline.prediction.causal.collate", 5),
+        "mid-step": ("pipeline.training.loop.lay_out", 6), "in validation": ("pipeline.prediction.causal.collate", 5),
     }
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGKILL))
@@ -257,7 +257,9 @@ def kill_one_of_two(bench: Bench, point: str) -> str:
 
 def ask_one_of_two(bench: Bench, point: str) -> str:
     """A signal to one of two processes: both save and leave."""
-    points = {"training": ("pipeline.stages.train.lay_out", 6), "validation": ("pipeline.prediction.causal.collate", 5)}
+    points = {
+        "training": ("pipeline.training.loop.lay_out", 6), "validation": ("pipeline.prediction.causal.collate", 5),
+    }  # fmt: skip
     target, calls = points[point]
     patch = at(target, bench.random.randint(1, calls), send(signal.SIGTERM))
     expected = {75} if point == "training" else {75, 0}  # 0: before the last chunk of the last validation
@@ -267,7 +269,7 @@ def ask_one_of_two(bench: Bench, point: str) -> str:
 def damage(bench: Bench, how: str) -> str:
     """A truncated or bit-flipped file of the newest checkpoint, in a run that was stopped."""
     folder = bench.fresh()
-    stop = at("pipeline.stages.train.lay_out", bench.random.randint(7, 10), send(signal.SIGTERM))
+    stop = at("pipeline.training.loop.lay_out", bench.random.randint(7, 10), send(signal.SIGTERM))
     codes = run("train", folder, patch=stop)
     if codes != [75]:
         return f"the stop before it left with {codes}"
@@ -296,7 +298,7 @@ def fill_disk(bench: Bench, point: str) -> str:
         folder, ballast = bench.fresh(disk), disk / "ballast"
         target, calls = {
             "saving": ("pipeline.training.checkpoint.save_file", 3),
-            "metrics": ("pipeline.stages.train.lay_out", 12),
+            "metrics": ("pipeline.training.loop.lay_out", 12),
             "publishing": ("pipeline.training.published.write_adapter", 2),
         }[point]
         leave = bench.random.choice([0, 0, 1 << 12, 1 << 14])
@@ -323,7 +325,7 @@ def fill_disk(bench: Bench, point: str) -> str:
 def move(bench: Bench, point: str) -> str:
     """Stop, then go on with another number of processes and another ZeRO stage: equal within fp32 tolerance."""
     before, after = bench.random.choice([(1, 2), (2, 1)])
-    stop = at("pipeline.stages.train.lay_out", bench.random.randint(3, 5) * (2 // before), send(signal.SIGTERM))
+    stop = at("pipeline.training.loop.lay_out", bench.random.randint(3, 5) * (2 // before), send(signal.SIGTERM))
     folder = bench.fresh()
     if (codes := run("train", folder, before, stop)) != [75] * before:
         return f"the stop before it left with {codes}"

@@ -40,6 +40,7 @@ def evaluated(run: Path, **ensemble: object) -> tuple[int, dict[str, np.ndarray]
 def test_draws_stop_when_validation_is_flat(
     tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluate, "leave_world", lambda: None)  # the process group serves the next test
     for module in (evaluate, rounds):
         monkeypatch.setattr(module, "draws_stop", lambda lineups, made, *rest: made in (2, len(lineups)))
     run = tmp_path / "tiny"

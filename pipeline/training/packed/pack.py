@@ -27,7 +27,7 @@ from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples
 from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.terminal import say
+from pipeline.terminal import Progress, say
 from pipeline.training.batch import choose_rows
 from pipeline.training.engine import micro_steps_of
 from pipeline.training.environment import describe_environment
@@ -89,6 +89,11 @@ class Pack:
     def runs(self) -> int:
         """How many are active."""
         return len(self._lanes)
+
+    @property
+    def steps_left(self) -> int:
+        """Of all active runs."""
+        return sum(lane.train.max_steps - lane.run.counters.step for lane in self._lanes.values())
 
     def admit(self, config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> None:
         """Take a run in; it takes part from the next step on, and continues where its checkpoints end.
@@ -223,6 +228,7 @@ def train_pack(
     Where the process is asked to stop, all are saved, and those that have not begun are `stopped`, too.
     """
     pack, waiting, ended = Pack(shared, trusted), deque(runs), list[Ended]()
+    progress = Progress(sum(config.train.max_steps for config, _ in runs), 0, enabled=True)
     while waiting or pack.runs:
         while waiting and pack.runs < (at_once or len(runs)) and not lifeline.stop_asked():
             config, run_dir = waiting.popleft()
@@ -231,8 +237,11 @@ def train_pack(
             except Exception as error:
                 ended.append(Ended(run_dir, "stopped" if isinstance(error, Stopped) else "failed", error=error))
         ended += pack.advance()
+        left = sum(config.train.max_steps for config, _ in waiting) + pack.steps_left
+        progress.show(progress.total - left, [f"{pack.runs} runs share their passes, {len(waiting)} wait"])
         if lifeline.stop_asked() and not pack.runs:
             return [*ended, *(Ended(run_dir, "stopped") for _, run_dir in waiting)]
+    progress.close()
     pack.close()
     return ended
 
