@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 JOIN = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
-print("ran", ray.get(ray.remote(lambda: "as them").remote()))
+print("ran", ray.get(ray.remote(lambda: "as them").options(num_cpus=0).remote()))
 """
 KNOCK = """
 import sys
@@ -65,7 +65,7 @@ def port_of(root: int) -> int:
 
 def test_nobody_without_the_token_gets_in(tmp_path: Path) -> None:
     write_config(tmp_path)
-    process = start(tmp_path, STUB_SECONDS="4")
+    process = start(tmp_path, STUB_SECONDS="20")
     try:
         wait_for(tmp_path, "report", 1)
         address = f"127.0.0.1:{port_of(process.pid)}"
