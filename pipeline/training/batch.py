@@ -21,6 +21,12 @@ from pipeline.loss.consistency import Pairs, Reference
 from pipeline.loss.terms import Kind, RowRuns
 from pipeline.model.head import hidden_states
 
+TRIED = ((5, 6, 7, 8, 9), (7, 5, 9, 6))
+"""Token ids of the rows that a model is tried on."""
+APART = 0.25
+"""From here on states are those of other rows. In bfloat16 rounding alone can turn a single token's state around (a
+relative distance of 1.0 was seen); over the tokens of a row the median was 0.05, and 1.0 where rows see each other."""
+
 
 @dataclass(frozen=True)
 class MemberBatch:
@@ -172,7 +178,7 @@ def choose_rows(adapters: Adapters, attention: str, longest: int) -> str | None:
         attention, longest: as `padding_reason`.
     """
     def states() -> Tensor:
-        rows = [Encoded(str(ids), ids, (IGNORE_INDEX,) * len(ids)) for ids in ((5, 6, 7, 8, 9), (7, 5, 9, 6))]
+        rows = [Encoded(str(ids), ids, (IGNORE_INDEX,) * len(ids)) for ids in TRIED]
         built = lay_out(adapters, rows, plain_layout(len(rows)), 0, MaskKey(0, "rows"))
         read = built.model_tensors
         with torch.no_grad(), adapters.axis.active(built.plan):
@@ -184,7 +190,8 @@ def choose_rows(adapters: Adapters, attention: str, longest: int) -> str | None:
     padded = states()
     adapters.set_end_to_end(attention, longest)
     try:
-        if torch.allclose(states(), padded, rtol=0.0, atol=3e-2 * float(padded.abs().max())):
+        apart = (states() - padded).norm(dim=1) / padded.norm(dim=1)
+        if all(float(row.median()) < APART for row in apart.split([len(ids) for ids in TRIED])):
             return None
     except (RuntimeError, TypeError, ValueError):  # a family that does something of its own with masks or positions
         pass
