@@ -227,7 +227,7 @@ def print_comparison(folder: Path, seconds: float) -> None:
 
 
 def _shown(training: Training) -> str:
-    return f"{training.method}, {values_text(training.values)}"
+    return f"{training.method}, {values_text(training.values)}, seed {training.seed}"
 
 
 def _status(paths: RunPaths) -> dict[str, Any]:
