@@ -51,13 +51,7 @@ def of_rank(setting: Setting, dtype: str) -> Iterator[Row]:
         return lambda: training_step(ours, examples, layout)
 
     works = {f"rank {rank}": step_of(k) for k, rank in enumerate(RANKS)}
-    times = setting.alternate({**works, "products": products.work(TOKENS, backward=True)})
-    for name in works:
-        yield Row(
-            "curves", f"{name}, train step 16 × {TOKENS // 16}, {dtype}", f"rank {RANKS[0]}",
-            ratio(times, name, f"rank {RANKS[0]}"), curve=True, seconds=(Spread.of(times[name]).median,),
-            limit=limit_of(times, "products", name, products.operations(TOKENS, backward=True)),
-        )
+    yield from _of_steps(setting, works, products, f"{{}}, train step 16 × {TOKENS // 16}, {dtype}")
 
 
 def of_length(setting: Setting, dtype: str) -> Iterator[Row]:
@@ -71,12 +65,17 @@ def of_length(setting: Setting, dtype: str) -> Iterator[Row]:
         examples, layout = random_examples(ours.model, rows, tokens), split_layout(range(rows), DRAWS)
         return lambda: training_step(ours, examples, layout)
 
-    works = {f"{tokens} tokens": step_of(tokens) for tokens in LENGTHS if tokens <= longest}
-    times = setting.alternate({**works, "products": products.work(TOKENS, backward=True)})
+    works = {f"rows of {tokens} tokens": step_of(tokens) for tokens in LENGTHS if tokens <= longest}
+    yield from _of_steps(setting, works, products, f"{{}}, train step of {TOKENS}, {dtype}")
+
+
+def _of_steps(setting: Setting, works: dict[str, Work], products: Products, what: str) -> Iterator[Row]:
+    """Training steps of `TOKENS` tokens against the first of them; `what` has a place for the name of each."""
+    times, first = setting.alternate({**works, "products": products.work(TOKENS, backward=True)}), next(iter(works))
     for name in works:
         yield Row(
-            "curves", f"rows of {name}, train step of {TOKENS}, {dtype}", f"rows of {LENGTHS[0]} tokens",
-            ratio(times, name, f"{LENGTHS[0]} tokens"), curve=True, seconds=(Spread.of(times[name]).median,),
+            "curves", what.format(name), first, ratio(times, name, first), curve=True,
+            seconds=(Spread.of(times[name]).median,),
             limit=limit_of(times, "products", name, products.operations(TOKENS, backward=True)),
         )
 
