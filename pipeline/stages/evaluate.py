@@ -7,12 +7,13 @@ every trained adapter, and mask draws of those that validation chose.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.adapters.attach import Adapters
 from pipeline.adapters.build import attach_stored
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_adalora import shown_rank
@@ -20,13 +21,14 @@ from pipeline.adapters.peft_format import StoredAdapter, read_adapter
 from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.evaluate import EnsembleConfig
+from pipeline.data.rows import Row
 from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped, one_line
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
-from pipeline.prediction.task import open_task
+from pipeline.prediction.task import Task, open_task
 from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_same_rows, require_whole
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, write_members
@@ -78,10 +80,25 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         for name in missing:  # of other members: never to be taken for these
             (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
         write_members(paths.predictions, lineup.described)
-    progress = Progress(rows, 0, world.is_main, unit="row")
-    done = 0
-    for name in missing:
-        chosen = getattr(splits, name)
+    of_missing = {name: getattr(splits, name) for name in missing}
+    predict_splits(paths, config.ensemble, lineups, of_missing, task, adapters, world)
+    if world.is_main:
+        update_status(paths, "evaluate", "done")
+    leave_world()
+
+
+def predict_splits(
+    paths: RunPaths, ensemble: EnsembleConfig, lineups: Sequence[Lineup], missing: Mapping[str, Sequence[Row]],
+    task: Task, adapters: Adapters, world: World,
+) -> None:
+    """Predict and write the splits that are missing, validation, where it is one of them, in rounds of draws.
+
+    Raises:
+        Stopped: a stop was requested; what is written stays.
+    """
+    lineup, done = lineups[0], 0
+    progress = Progress(sum(map(len, missing.values())), 0, world.is_main, unit="row")
+    for name, chosen in missing.items():
         started = time.monotonic()
         shown = _counter(progress, done, len(chosen), name, world.world_size)
         predict = partial(
@@ -89,14 +106,14 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         )
         try:
             if name == "validation":
-                lineup, predictions = predict_in_rounds(lineups, predict, chosen, config.ensemble.average)
+                lineup, predictions = predict_in_rounds(lineups, predict, chosen, ensemble.average)
             else:
                 predictions = predict(lineup.members)
         except Stopped:
             _stop(paths, world)
         done += len(chosen)
         if name == "validation" and len(lineup.members) < len(lineups[-1].members):
-            drawn, most = len(lineup.draws), config.ensemble.size
+            drawn, most = len(lineup.draws), ensemble.size
             say(f"{drawn} of {most} mask draws: validation gains too little from more", world.is_main)
         if world.is_main:
             seconds = time.monotonic() - started
@@ -104,9 +121,6 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
             predictions = replace(predictions, seconds=seconds, made_from=lineup.made_from)
             write_predictions(paths.predictions, name, predictions)
     progress.close()
-    if world.is_main:
-        update_status(paths, "evaluate", "done")
-    leave_world()
 
 
 def _stop(paths: RunPaths, world: World) -> NoReturn:
