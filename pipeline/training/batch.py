@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -110,6 +110,7 @@ def lay_out(
         own = [row for row in layout.real for _ in rows[row].parts]
         rows = [part for row in layout.real for part in rows[row].parts]
     member = [row // layout.rows for row in own]
+    members = as_index(member, device)
     keys = key if isinstance(key, MaskKey) else [key[m.adapter] for m in layout.members]  # type: ignore[index]
     plan = adapters.plan(layout.members, layout.rows, keys)
     lay_rows = partial(_in_line, member) if adapters.end_to_end else partial(_padded, pad_id, side)
@@ -119,27 +120,26 @@ def lay_out(
     run = as_index([order[layout.members[m].adapter] for m in member], device)
     weights = torch.tensor([layout.weights[row] for row in own], dtype=torch.float32, device=device)
     runs = RowRuns(run, weights, tuple((smoothing or {}).get(adapter, 0.0) for adapter in order))  # type: ignore[arg-type]
-    reference, branches_of_reference = None, None
-    if (others := reference_of(layout)) is not None:
+    reference, others = None, reference_of(layout)
+    members_of_others: Tensor | None = None
+    if others is not None:
         other = lay_out(adapters, examples, others, pad_id, key, side)
-        reference = Reference(other.model_tensors, other.plan)
-        branches_of_reference = partial(_branch_of_rows, others, other.members)
-    pairs = _pairs(layout, own, as_index(member, device), branches_of_reference)
+        reference, members_of_others = Reference(other.model_tensors, other.plan), other.members
+    pairs = _pairs(layout, own, members, others, members_of_others)
     names = tuple(row.example for row in rows)
     packed = not adapters.end_to_end and any(len(row.parts) > 1 for row in rows)
-    return MemberBatch(tensors, runs, plan, as_index(member, device), names, pairs, reference, packed)
+    return MemberBatch(tensors, runs, plan, members, names, pairs, reference, packed)
 
 
 def _pairs(
-    layout: RowLayout, own: Sequence[int], member: Tensor,
-    branches_of_reference: Callable[[Collection[int | None], int], Tensor] | None,
+    layout: RowLayout, own: Sequence[int], members: Tensor, others: RowLayout | None, members_of_others: Tensor | None
 ) -> tuple[Pairs, ...]:
     """The pairings of a layout, those of one form together.
 
     Args:
         own: the rows of the layout that there are.
-        member: (R,) of each of them.
-        branches_of_reference: `_branch_of_rows` of the branches without gradient.
+        members: (R,) of each of them.
+        others, members_of_others: the same of the branches without gradient.
     """
     forms: dict[tuple[Kind, int, int], list[Pairing]] = {}
     for one in layout.pairings:
@@ -150,22 +150,22 @@ def _pairs(
         for one in alike:
             start = one.first * layout.rows
             weights[start : start + len(one.weights)] = one.weights
-        of_rows = torch.tensor([weights[row] for row in own], device=member.device)
+        of_rows = torch.tensor([weights[row] for row in own], device=members.device)
         runs, fixed = {layout.members[one.first].adapter for one in alike}, None
-        if fixed_branches and branches_of_reference is not None:
-            fixed = branches_of_reference(runs, fixed_branches)
-        branch = _branch_of_rows(layout, member, runs, branches)
+        if fixed_branches and others is not None and members_of_others is not None:
+            fixed = _branch_of_rows(others, members_of_others, runs, fixed_branches)
+        branch = _branch_of_rows(layout, members, runs, branches)
         found.append(Pairs(kind, branch, of_rows, branches, fixed, fixed_branches))
     return tuple(found)
 
 
-def _branch_of_rows(layout: RowLayout, member: Tensor, runs: Collection[int | None], branches: int) -> Tensor:
+def _branch_of_rows(layout: RowLayout, members: Tensor, runs: Collection[int | None], branches: int) -> Tensor:
     """(R,) 0 … branches - 1 over the members of some runs, which each have a multiple of that; else -1.
 
-    `member`: (R,) of each row.
+    `members`: (R,) of each row.
     """
-    mine = torch.tensor([one.adapter in runs for one in layout.members], device=member.device)
-    return torch.where(mine, (mine.cumsum(0) - 1) % branches, -1)[member]
+    mine = torch.tensor([one.adapter in runs for one in layout.members], device=members.device)
+    return torch.where(mine, (mine.cumsum(0) - 1) % branches, -1)[members]
 
 
 def choose_rows(adapters: Adapters, attention: str, longest: int) -> str | None:
