@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
                       help="of single passes; cpu: processor time, for a machine that others use, too")
     made.add_argument("--curves", action="store_true", help="scaling curves, too")
     made.add_argument("--markdown", action="store_true", help="print Markdown")
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders of whole commands there")
     made.add_argument("--json", type=Path, metavar="FILE", help="write every row, as each case ends")
     return made
 
@@ -72,7 +73,7 @@ def _measure(given: argparse.Namespace) -> int:
         here = Checkout(ROOT, commit_of(ROOT))
         setting = Setting(
             SCALES[given.scale], Path(folder), here, against, given.device, given.clock, given.repeats,
-            tuple(word for word in given.words if "=" in word),
+            tuple(word for word in given.words if "=" in word), given.keep and given.keep.absolute(),
         )
         for checkout in setting.sides.values():
             checkout.knows("train.max_steps")  # refuses a folder without the product before anything is measured

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,23 @@ def in_turn(setting: Setting, rounds: int, measure: Callable[[Checkout, Path], N
         for side, checkout in setting.sides.items():
             place = setting.folder / f"{side}-{number}"
             found[side].append(measure(checkout, place / "run"))
-            shutil.rmtree(place)
+            put_away(setting, place)
     return found
+
+
+def put_away(setting: Setting, place: Path) -> None:
+    """A timed command's folder is removed, or kept where the setting says."""
+    if setting.keep is None:
+        shutil.rmtree(place)
+    else:
+        setting.keep.mkdir(parents=True, exist_ok=True)
+        shutil.move(place, next_free(setting.keep, place.name))
+
+
+def next_free(folder: Path, name: str) -> Path:
+    """A path in `folder` that is not there yet: `name`, `name.2`, …"""
+    candidates = (folder / (name if number == 1 else f"{name}.{number}") for number in count(1))
+    return next(path for path in candidates if not path.exists())
 
 
 def row(case: str, what: str, found: Found, number: str, target: str = "", limit: Limit | None = None) -> Row:

@@ -69,6 +69,8 @@ class Setting:
     """Takes the place of the scale's rounds."""
     overrides: tuple[str, ...] = ()
     """On top of everything, on every side."""
+    keep: Path | None = None
+    """Where run folders of whole commands go after they were timed; None: nowhere."""
 
     def alternate(self, works: dict[str, Work]) -> Times:
         """Time works of this process in turn."""

@@ -5,10 +5,10 @@ Successive halving is on in all of them: early exit is what comes beside it.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 
+from benchmarks.commands import put_away
 from benchmarks.setting import Setting
 from benchmarks.table import Row, skipped
 from benchmarks.timing import Spread
@@ -33,11 +33,11 @@ def rows(setting: Setting) -> Iterator[Row]:
     seconds: dict[str, list[float]] = {way: [] for way in ("sequential", *WAYS)}
     for number in range(setting.long):
         for way in seconds:
-            folder = setting.folder / f"factors-{number}"
+            folder = setting.folder / f"{way.replace(chr(32), chr(45))}-{number}"
             started = time.monotonic()
             setting.here.run("search", folder / "run", settings_of(setting, *WAYS.get(way, (False, False))))
             seconds[way].append(time.monotonic() - started)
-            shutil.rmtree(folder)
+            put_away(setting, folder)
     for way in WAYS:
         value = Spread.of([a / b for a, b in zip(seconds["sequential"], seconds[way], strict=True)])
         yield Row(
