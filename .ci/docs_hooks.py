@@ -1,0 +1,38 @@
+"""What the site has beside docs/: the README as its first page, and the reference of keys, made from the code."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add generated pages."""
+    from mkdocs.structure.files import File
+
+    readme = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for name, text in {"index.md": readme, **reference_pages()}.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def reference_pages() -> dict[str, str]:
+    """Every key of the configuration, by section."""
+    return {"reference/keys.md": "# Every key\n"}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """A file of the repository outside docs/ is named instead of linked; one that is not there is left for the check."""
+    here = ROOT if page.file.src_uri == "index.md" else ROOT / "docs" / page.file.src_uri
+
+    def named(match: re.Match[str]) -> str:
+        place = ((here if here.is_dir() else here.parent) / match[2]).resolve()
+        outside = place.is_relative_to(ROOT) and not place.is_relative_to(ROOT / "docs")
+        return f"{match[1]} (`{place.relative_to(ROOT)}`)" if outside and place.exists() else match[0]
+
+    return re.sub(r"\[([^\]]+)\]\(((?:\.\./)*[\w./-]+)\)", named, markdown)
