@@ -27,7 +27,7 @@ def reference_pages() -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """A file of the repository outside docs/ is named instead of linked; one that is not there is left for the check."""
+    """A file outside docs/ is named instead of linked; one that is not there is left for the check."""
     here = ROOT if page.file.src_uri == "index.md" else ROOT / "docs" / page.file.src_uri
 
     def named(match: re.Match[str]) -> str:

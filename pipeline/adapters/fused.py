@@ -16,15 +16,18 @@ is R numbers per token, about 1 % of what a layer of a transformer keeps with ra
 more low-rank product beside six, by its own time about 2 % of a step. W is never kept: a 4-bit weight is dequantized
 again.
 
-Products are batched over members. On one CPU thread, for 4 and 8 members and ranks 8 to 64, bmm took about as long as
-a product per member in float32 and 0.3 to 0.9 times as long in bfloat16; one product with all members' matrices stacked
-took up to ten times as long. B lies as (R, O), which its gradient gains by: most with rank 8 in float32.
+Products are batched over members with equally many tokens. Members of one adapter with unequally many, as draws over
+rows laid end to end have, are *stacked* as long as that is small: one product with the matrices of all of them, of
+which every token keeps what is its own member's; the rest is set to zero before it meets the second matrix. That is
+more arithmetic and fewer calls, and calls are what small products cost. B lies as (R, O), which its gradient gains by: most
+with rank 8 in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +35,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.adapters.members import as_index, same_for_all
+
+MOST_STACKED = 2**15
+"""Tokens × columns of members that are stacked, at most: from there on arithmetic costs more than calls."""
+MOST_STACKED_ACCELERATOR = 2**18
 
 
 class Matrices(NamedTuple):
@@ -78,27 +85,49 @@ def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Users, Ma
     """(…, I) -> (…, O): the base's output, the updates added. `base` is frozen, and one that `fuses`."""
     stacks: list[_Stack] = []
     tensors: list[Tensor] = []
-    for users, matrices in updates:
+    for users, matrices in (_with_tokens(*update) for update in updates):
         a, b = _coefficients(users, matrices)
         shared = len(a) == len(b) == 1 and same_for_all(users.slots)
-        stacks.append(_Stack(users.slots, shared, tuple(_blocks(users.spans, shared))))
+        rank = matrices.A.shape[1]
+        stacks.append(_Stack(users.slots, shared, _blocks(users.spans, users.slots, shared, rank, x.device)))
         tensors += [matrices.A, matrices.B, a, b]
     return _AdaptedLinear.apply(x, base, stacks, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _with_tokens(users: Users, matrices: Matrices) -> tuple[Users, Matrices]:
+    """Without the members that have no token: draws that got no row."""
+    chosen = [m for m, (start, stop) in enumerate(users.spans) if start < stop]
+    if len(chosen) in (0, len(users.spans)):
+        return users, matrices
+    kept = [tuple(of[m] for m in chosen) for of in (users.slots, users.spans, users.scale)]
+    index = as_index(chosen, matrices.A.device)
+    masks = (None if mask is None else mask.index_select(0, index) for mask in matrices[2:])
+    return Users(*kept), Matrices(matrices.A, matrices.B, *masks)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class _Block:
-    """Members beside each other with equally many tokens: one batched product."""
+    """Members beside each other in one batched product: B batches with equally many tokens, each of some members."""
 
     members: slice
     """Among those that use the stack; all of these have the matrices of the first where it is shared."""
     tokens: slice
-    count: int
-    """Into how many parts the tokens fall; 1 where the stack is shared."""
+    batches: int
+    others: Tensor | None = None
+    """Where a batch has several members: (B, tokens of a batch, members of a batch · R), true where a column is not of
+    the token's own member."""
 
     def of(self, x_NF: Tensor) -> Tensor:
-        """Their part of x, (members, tokens of each, F): a view."""
-        return x_NF[self.tokens].view(self.count, (self.tokens.stop - self.tokens.start) // self.count, -1)
+        """Their part of x, (B, tokens of a batch, F): a view."""
+        return x_NF[self.tokens].view(self.batches, (self.tokens.stop - self.tokens.start) // self.batches, -1)
+
+    def matrices(self, of_members_MRF: Tensor) -> Tensor:
+        """Their matrices, (B, members of a batch · R, F): a view."""
+        return of_members_MRF[self.members].reshape(self.batches, -1, of_members_MRF.shape[-1])
+
+    def own(self, h_BnR: Tensor) -> Tensor:
+        """What a token has of other members' columns becomes zero, in place: products would be sums over members."""
+        return h_BnR if self.others is None else h_BnR.masked_fill_(self.others, 0.0)
 
 
 @dataclass(frozen=True)
@@ -122,9 +151,9 @@ class _AdaptedLinear(torch.autograd.Function):
         for stack, (A_KRI, B_KOR, a, b) in zip(stacks, _fours(tensors), strict=True):
             A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
             for block in stack.blocks:
-                h_MnR = torch.bmm(block.of(x_NI), A_MRI[block.members].mT)
-                block.of(y_NO).baddbmm_(h_MnR, B_MRO[block.members])
-                hidden.append(h_MnR)
+                h_BnR = block.own(torch.bmm(block.of(x_NI), block.matrices(A_MRI).mT))
+                block.of(y_NO).baddbmm_(h_BnR, block.matrices(B_MRO))
+                hidden.append(h_BnR)
         ctx.base, ctx.stacks, ctx.given = base, stacks, len(tensors)
         ctx.save_for_backward(x, *tensors, *hidden)
         return y_NO.view(y.shape)
@@ -141,12 +170,12 @@ class _AdaptedLinear(torch.autograd.Function):
             A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
             of_A, of_B = [], []
             for block in stack.blocks:
-                g_MnO = block.of(g_NO)
-                dh_MnR = torch.bmm(g_MnO, B_MRO[block.members].mT)
-                of_A.append(torch.bmm(dh_MnR.mT, block.of(x_NI)))
-                of_B.append(torch.bmm(next(hidden).mT, g_MnO))
+                g_BnO = block.of(g_NO)
+                dh_BnR = block.own(torch.bmm(g_BnO, block.matrices(B_MRO).mT))
+                of_A.append(torch.bmm(dh_BnR.mT, block.of(x_NI)))
+                of_B.append(torch.bmm(next(hidden).mT, g_BnO))
                 if dx_NI is not None:
-                    block.of(dx_NI).baddbmm_(dh_MnR, A_MRI[block.members])
+                    block.of(dx_NI).baddbmm_(dh_BnR, block.matrices(A_MRI))
             gradients += [_collected(of_A, a, stack, A_KRI), _collected(of_B, b, stack, B_KOR.mT).mT, None, None]
         return None if dx_NI is None else dx_NI.view(x.shape), None, None, *gradients
 
@@ -155,26 +184,67 @@ def _fours(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
 
 
-def _blocks(spans: Sequence[tuple[int, int]], shared: bool) -> list[_Block]:
-    """As few batches as there can be, members without tokens left out.
+@lru_cache(maxsize=64)  # every layer of a pass asks for the same
+def _blocks(
+    spans: tuple[tuple[int, int], ...], slots: tuple[int, ...], shared: bool, rank: int, device: torch.device
+) -> tuple[_Block, ...]:
+    """As few products as there can be.
 
     Args:
+        spans: of members that all have tokens, or none of which has.
+        slots: of each. Only members of one adapter are stacked, so that what is not finite stays with its own.
         shared: whether all members have the same matrices; those beside each other are then as one.
     """
-    blocks: list[_Block] = []
-    for m, (start, stop) in enumerate(spans):
-        last = blocks[-1] if blocks else None
-        if start == stop:
-            continue
-        if last is None or last.tokens.stop != start:
-            blocks.append(_Block(slice(0, 1) if shared else slice(m, m + 1), slice(start, stop), 1))
-        elif shared:
-            blocks[-1] = replace(last, tokens=slice(last.tokens.start, stop))
-        elif last.members.stop == m and (start - last.tokens.start) == last.count * (stop - start):
-            blocks[-1] = _Block(slice(last.members.start, m + 1), slice(last.tokens.start, stop), last.count + 1)
-        else:
-            blocks.append(_Block(slice(m, m + 1), slice(start, stop), 1))
-    return blocks
+    if all(start == stop for start, stop in spans):
+        return ()
+    most = MOST_STACKED if device.type == "cpu" else MOST_STACKED_ACCELERATOR
+    found: list[list[tuple[int, int]]] = []
+    """Blocks as lists of batches, each a range of members."""
+    for first, last in _neighbours(spans, slots):
+        counts = [stop - start for start, stop in spans[first:last]]
+        small = sum(counts) * len(counts) * rank <= most
+        batches = [(m, m + 1) for m in range(first, last)]
+        if shared or (len(set(counts)) > 1 and small):
+            batches = [(first, last)]
+        for batch in batches:
+            if found and not shared and _alike(found[-1][-1], batch, spans):
+                found[-1].append(batch)
+            else:
+                found.append([batch])
+    return tuple(_block(batches, spans, shared, rank, device) for batches in found)
+
+
+def _neighbours(spans: Sequence[tuple[int, int]], slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of members of one adapter whose tokens follow each other."""
+    first = 0
+    for m in range(1, len(spans) + 1):
+        if m == len(spans) or slots[m] != slots[first] or spans[m][0] != spans[m - 1][1]:
+            yield first, m
+            first = m
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether two batches of members follow each other, and have equally many members and tokens."""
+    size_of_one, size_of_other = (spans[last - 1][1] - spans[first][0] for first, last in (one, other))
+    follow = one[1] == other[0] and spans[one[1] - 1][1] == spans[other[0]][0]
+    return follow and one[1] - one[0] == other[1] - other[0] and size_of_one == size_of_other
+
+
+def _block(
+    batches: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], shared: bool, rank: int, device: torch.device
+) -> _Block:
+    (first, second), last = batches[0], batches[-1][1]
+    tokens = slice(spans[first][0], spans[last - 1][1])
+    if shared:
+        return _Block(slice(0, 1), tokens, 1)
+    members = second - first
+    others: Tensor | None = None
+    if members > 1:
+        counts = torch.tensor([stop - start for start, stop in spans[first:last]])
+        of_token = torch.arange(last - first).repeat_interleave(counts).view(len(batches), -1, 1) % members
+        of_column = torch.arange(members).repeat_interleave(rank)
+        others = (of_token != of_column).to(device)
+    return _Block(slice(first, last), tokens, len(batches), others)
 
 
 def _coefficients(users: Users, matrices: Matrices) -> tuple[Tensor, Tensor]:
@@ -213,7 +283,7 @@ def _collected(parts: Sequence[Tensor], by: Tensor, stack: _Stack, of: Tensor) -
     total: Tensor | None = None
     for block, part in zip(stack.blocks, parts, strict=True):
         slots = stack.slots[block.members]
-        d_KRF = part.to(of.dtype) * (by if by.shape[0] == 1 else by[block.members])
+        d_KRF = part.to(of.dtype).view(-1, *of.shape[1:]) * (by if by.shape[0] == 1 else by[block.members])
         if same_for_all(slots):
             d_KRF, slots = d_KRF.sum(0, keepdim=True), slots[:1]
         if len(parts) == 1 and slots == tuple(range(of.shape[0])):

@@ -10,9 +10,10 @@ from helpers.families import LORA_DROPOUT, SITES, assert_close_gradients, load_t
 from helpers.reference import dense_linear, dense_update
 from torch import Tensor, nn
 
+import pipeline.adapters.fused
 import pipeline.adapters.linear
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.fused import Matrices, Users, adapted_linear, fuses
+from pipeline.adapters.fused import Matrices, Users, _blocks, adapted_linear, fuses
 from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
@@ -249,3 +250,55 @@ def test_the_key_adapter_fused_switches_every_layer(tiny_folder: Path) -> None:
     for fused in (True, False):
         adapters = attach_adapter(AdapterConfig(fused=fused), load_skeleton(model), 1, 0)
         assert {layer.fused for layer in adapters.layers.values()} == {fused}
+
+
+UNEQUAL = ((0, 3), (3, 8), (8, 10), (10, 11), (11, 17), (17, 18), (18, 20), (20, 22))
+"""Four draws of one run and four of another, of eleven tokens each."""
+
+
+def test_unequal_draws_of_a_run_are_one_product_and_equal_runs_one_batch() -> None:
+    device = torch.device("cpu")
+    (block,) = _blocks(UNEQUAL, (0,) * 4 + (1,) * 4, False, 3, device)
+    assert block.batches == 2 and block.tokens == slice(0, 22) and block.members == slice(0, 8)
+    assert block.others is not None and block.others.shape == (2, 11, 12)
+    assert torch.equal((~block.others).sum(-1), torch.full((2, 11), 3))  # of every token R columns are its own
+    first_of_second_member = block.others[0, 3]
+    assert (~first_of_second_member).nonzero().flatten().tolist() == [3, 4, 5]
+    assert len(_blocks(UNEQUAL, (0, 1) * 4, False, 3, device)) == 7  # other adapters are never stacked: two are alike
+    assert [b.batches for b in _blocks(((0, 4), (4, 8), (8, 11)), (0, 1, 2), False, 3, device)] == [2, 1]
+    assert len(_blocks(UNEQUAL, (0,) * 8, False, 3000, device)) == 7  # too much arithmetic
+    assert len(_blocks(UNEQUAL, (0,) * 8, True, 3000, device)) == 1
+
+
+def stacked_results(slots: tuple[int, ...], A: Tensor, B: Tensor) -> list[Tensor]:
+    chance = torch.Generator().manual_seed(3)
+    base = nn.Linear(12, 9).requires_grad_(False)
+    nn.init.ones_(base.weight), nn.init.zeros_(base.bias)
+    leaves = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+    x = torch.randn(22, 12, generator=chance).requires_grad_()
+    masks = [torch.rand(8, n, generator=chance).gt(0.4) * 2.0 for n in (12, 9)]
+    y = adapted_linear(x, base, [(Users(slots, UNEQUAL, (0.5,) * 8), Matrices(*leaves, *masks))])
+    return [y.detach(), *torch.autograd.grad(y, [x, *leaves], torch.randn(22, 9, generator=chance))]
+
+
+def test_stacking_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    slots, stack = (0,) * 4 + (1,) * 4, (torch.randn(2, 3, 12), torch.randn(2, 9, 3))
+    together = stacked_results(slots, *stack)
+    _blocks.cache_clear()
+    monkeypatch.setattr(pipeline.adapters.fused, "MOST_STACKED", 0)
+    apart = stacked_results(slots, *stack)
+    _blocks.cache_clear()
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_finite_stays_with_its_own_adapter() -> None:
+    torch.manual_seed(0)
+    slots, A, B = (0,) * 4 + (1,) * 4, torch.randn(2, 3, 12), torch.randn(2, 9, 3)
+    whole = stacked_results(slots, A, B)
+    A[0, 1, 2], B[0, 4, 1] = torch.nan, torch.inf
+    y, dx, dA, dB = stacked_results(slots, A, B)
+    assert not y[:11].isfinite().all() and not dx[:11].isfinite().all()
+    mine = ((y[11:], whole[0][11:]), (dx[11:], whole[1][11:]), (dA[1], whole[2][1]), (dB[1], whole[3][1]))
+    assert all(torch.equal(found, wanted) for found, wanted in mine)
