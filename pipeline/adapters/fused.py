@@ -19,8 +19,8 @@ again.
 Products are batched over members with equally many tokens. Members of one adapter with unequally many, as draws over
 rows laid end to end have, are *stacked* as long as that is small: one product with the matrices of all of them, of
 which every token keeps what is its own member's; the rest is set to zero before it meets the second matrix. That is
-more arithmetic and fewer calls, and calls are what small products cost. B lies as (R, O), which its gradient gains by: most
-with rank 8 in float32.
+more arithmetic and fewer calls, and calls are what small products cost. B lies as (R, O), which its gradient gains by:
+most with rank 8 in float32.
 """
 
 from __future__ import annotations
