@@ -6,6 +6,10 @@
     result.json               Origin; the hash of the adapter; the hash of each predictions file
     export/manifest.json      Origin; the hashes of the adapter and of the result that the temperature is from
 
+result.json and the export carry the hash of the settings that they were made under, too (`RunConfig.reading_sha256`,
+`RunConfig.export_sha256`); of predictions the members say it. Rows that are evaluated may change after a training: the
+adapter then has its own, and what is made of it those of now (`Origin.trained_otherwise`).
+
 A hash proves that things are whole and belong together, not where they come from.
 """
 
@@ -13,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import EnsembleConfig, RunConfig
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json
 from pipeline.run_folder.members import MEMBERS, PredictedMember
@@ -45,6 +50,13 @@ class Origin:
             return "was made from another configuration"
         return "" if self.data_sha256 in (None, made_from["data_sha256"]) else "was made from other data"
 
+    def trained_otherwise(self, made_from: Any) -> str:
+        """The same of what training depends on: of the data, the rows that it was shown."""
+        different = self.difference(made_from)
+        if different and not Origin(self.config_sha256).difference(made_from):  # the data, then
+            return "" if same_training_rows(self.data_sha256, made_from["data_sha256"]) else different
+        return different
+
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
@@ -55,20 +67,29 @@ def require_adapter(paths: RunPaths, origin: Origin) -> None:
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     require_whole(paths.adapter)
-    if different := origin.difference(_origin_of(paths.adapter)):
+    if different := origin.trained_otherwise(origin_of(paths.adapter)):
         remedy = "Put back the config.yaml and the data that it was trained with, or train in another --run-dir."
         raise RunFolderError(str(paths.adapter), None, different, remedy)
 
 
 def require_same_rows(adapter: Path, data_sha256: str) -> None:
     """Raises `RunFolderError` where an adapter was made from other rows: those to predict may be ones it was shown."""
-    origin = _origin_of(adapter)
-    if not isinstance(origin, dict) or origin.get("data_sha256") != data_sha256:
+    origin = origin_of(adapter)
+    if not isinstance(origin, dict) or not same_training_rows(origin.get("data_sha256"), data_sha256):
         remedy = "Put back the data that it was trained with, or train again in another --run-dir."
         raise RunFolderError(str(adapter), None, "was made from other data", remedy)
 
 
-def _origin_of(adapter: Path) -> Any:
+def same_training_rows(one: Any, other: Any) -> bool:
+    """Whether two fingerprints (`Splits.fingerprint`) have the same training rows, so that none of the rows that the
+    one has for evaluation was shown in a training with the other."""
+    if one == other:
+        return True
+    shown = [text.partition(".")[2] for text in (one, other) if isinstance(text, str)]
+    return len(shown) == 2 and shown[0] == shown[1] != ""
+
+
+def origin_of(adapter: Path) -> Any:
     """What the manifest of a whole adapter says of its origin."""
     return read_json(adapter / MANIFEST).get("origin")
 
@@ -86,7 +107,7 @@ def is_trained(paths: RunPaths, config: RunConfig) -> bool:
         return False
     if manifest_faults(paths.adapter):
         return False
-    return not Origin(config.training_sha256()).difference(_origin_of(paths.adapter))
+    return not Origin(config.training_sha256()).difference(origin_of(paths.adapter))
 
 
 def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, Any]:
@@ -108,6 +129,27 @@ def is_validated(paths: RunPaths, config: RunConfig, adapter_sha256: str) -> boo
         return False
     origin = Origin(config.training_sha256(), made_from.get("data_sha256", ""))
     return made_from == predictions_from(origin, [own_member(paths.adapter, adapter_sha256)])
+
+
+def other_members(members: Sequence[PredictedMember], ensemble: EnsembleConfig) -> str:
+    """What of the mask draws that have predicted is not what the configuration asks for; empty where nothing is."""
+    drawn = Counter((member.adapter, member.adapter_sha256) for member in members if member.draw is not None)
+    if not drawn and any(member.group == "mean_field" and member.extra.get("rates") for member in members):
+        drawn[None, None] = 0  # an adapter that has masks, read without
+    least = min(1, ensemble.size) if ensemble.stop_when_flat else ensemble.size
+    for count in drawn.values():
+        if not least <= count <= ensemble.size:
+            return f"was made with {count} mask draws, and ensemble.size is {ensemble.size}"
+    seeds = {member.extra.get("seed", ensemble.seed) for member in members if member.draw is not None}
+    if seeds - {ensemble.seed}:
+        return f"was made with other masks than those of ensemble.seed = {ensemble.seed}"
+    return ""
+
+
+def require_members(paths: RunPaths, members: Sequence[PredictedMember], ensemble: EnsembleConfig) -> None:
+    """Raises `RunFolderError` where predictions/ is of other mask draws than the configuration asks for."""
+    if what := other_members(members, ensemble):
+        raise RunFolderError(str(paths.predictions), None, what, EVALUATE_AGAIN)
 
 
 def require_predictions(
