@@ -22,7 +22,7 @@ AFTER_TRAINING = ("ensemble", "select", "evaluate", "export", "search", "compare
 """Sections that a training does not depend on."""
 READ_AFTER_TRAINING = ("evaluation", "choice_score")
 """Keys of `data` that may change once a training has ended: before that they are what validation chooses its best step
-by. Which rows it was trained on, the fingerprint of the data says (`pipeline.data.splits`)."""
+by. None of the rows that are then evaluated may be one that it was shown (`pipeline.prediction.unseen`)."""
 
 
 class RunConfig(Section):

@@ -38,8 +38,7 @@ class Splits:
     calibration: list[Row]
     test: list[Row]
     fingerprint: str
-    """SHA-256 over split names, row ids and texts; after a dot, that of the training rows alone. Equal rows, equal
-    fingerprint; rows that are evaluated may change after a training, and those behind the dot may not."""
+    """SHA-256 over split names, row ids and texts: equal rows, equal fingerprint."""
     repeated: int = 0
     """Rows dropped because an earlier one of the same file has the same text."""
     leaked: int = 0
@@ -187,10 +186,6 @@ def _too_few(
 
 
 def _fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
-    return f"{_sha256(splits)}.{_sha256({'train': splits['train']})}"
-
-
-def _sha256(splits: Mapping[str, Sequence[Row]]) -> str:
     digest = hashlib.sha256()
     for split in sorted(splits):
         digest.update(f"{split}\0{len(splits[split])}\0".encode())

@@ -125,6 +125,9 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
 
 def length_text(train: TrainConfig) -> str:
     """For people: how long training is."""
-    if train.epochs is None:
-        return f"{train.max_steps} steps"
-    return f"{train.epochs:g} epochs (counted in steps when the rows are read)"
+    length = f"{train.max_steps} steps"
+    if train.epochs is not None:
+        length = f"{train.epochs:g} epochs (counted in steps when the rows are read)"
+    if train.patience is None:
+        return length
+    return f"{length}, fewer after {train.patience} validations without improvement"

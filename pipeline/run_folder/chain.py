@@ -7,8 +7,8 @@
     export/manifest.json      Origin; the hashes of the adapter and of the result that the temperature is from
 
 result.json and the export carry the hash of the settings that they were made under, too (`RunConfig.reading_sha256`,
-`RunConfig.export_sha256`); of predictions the members say it. Rows that are evaluated may change after a training: the
-adapter then has its own, and what is made of it those of now (`Origin.trained_otherwise`).
+`RunConfig.export_sha256`); of predictions the members say it. Rows for evaluation may come from elsewhere after a
+training: the adapter keeps its origin, and what is made of it has that of now (`pipeline.prediction.unseen`).
 
 A hash proves that things are whole and belong together, not where they come from.
 """
@@ -50,13 +50,6 @@ class Origin:
             return "was made from another configuration"
         return "" if self.data_sha256 in (None, made_from["data_sha256"]) else "was made from other data"
 
-    def trained_otherwise(self, made_from: Any) -> str:
-        """The same of what training depends on: of the data, the rows that it was shown."""
-        different = self.difference(made_from)
-        if different and not Origin(self.config_sha256).difference(made_from):  # the data, then
-            return "" if same_training_rows(self.data_sha256, made_from["data_sha256"]) else different
-        return different
-
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
@@ -67,29 +60,28 @@ def require_adapter(paths: RunPaths, origin: Origin) -> None:
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")
     require_whole(paths.adapter)
-    if different := origin.trained_otherwise(origin_of(paths.adapter)):
+    if different := origin.difference(_origin_of(paths.adapter)):
         remedy = "Put back the config.yaml and the data that it was trained with, or train in another --run-dir."
         raise RunFolderError(str(paths.adapter), None, different, remedy)
 
 
-def require_same_rows(adapter: Path, data_sha256: str) -> None:
-    """Raises `RunFolderError` where an adapter was made from other rows: those to predict may be ones it was shown."""
-    origin = origin_of(adapter)
-    if not isinstance(origin, dict) or not same_training_rows(origin.get("data_sha256"), data_sha256):
-        remedy = "Put back the data that it was trained with, or train again in another --run-dir."
-        raise RunFolderError(str(adapter), None, "was made from other data", remedy)
+@dataclass(frozen=True)
+class TrainedOn:
+    """The data that an adapter was made from."""
+
+    data_sha256: str | None
+    evaluation: Any
+    """`data.evaluation` of the training, as plain settings: where what it was not shown came from."""
 
 
-def same_training_rows(one: Any, other: Any) -> bool:
-    """Whether two fingerprints (`Splits.fingerprint`) have the same training rows, so that none of the rows that the
-    one has for evaluation was shown in a training with the other."""
-    if one == other:
-        return True
-    shown = [text.partition(".")[2] for text in (one, other) if isinstance(text, str)]
-    return len(shown) == 2 and shown[0] == shown[1] != ""
+def trained_on(adapter: Path) -> TrainedOn:
+    """What the manifest of a whole adapter says of its data."""
+    manifest, origin = read_json(adapter / MANIFEST), _origin_of(adapter)
+    data_sha256 = origin.get("data_sha256") if isinstance(origin, dict) else None
+    return TrainedOn(data_sha256, manifest.get("evaluation"))
 
 
-def origin_of(adapter: Path) -> Any:
+def _origin_of(adapter: Path) -> Any:
     """What the manifest of a whole adapter says of its origin."""
     return read_json(adapter / MANIFEST).get("origin")
 
@@ -107,7 +99,7 @@ def is_trained(paths: RunPaths, config: RunConfig) -> bool:
         return False
     if manifest_faults(paths.adapter):
         return False
-    return not Origin(config.training_sha256()).difference(origin_of(paths.adapter))
+    return not Origin(config.training_sha256()).difference(_origin_of(paths.adapter))
 
 
 def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pipeline.run_folder.chain import (
     is_validated,
     other_members,
     predictions_from,
-    same_training_rows,
+    trained_on,
     weights_sha256,
 )
 from pipeline.run_folder.comparison import REFUSALS, read_comparison
@@ -84,7 +84,7 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
         found = _published(checkpoint, folder)
         counters = read_entry(checkpoint / "counters.json") if found.state == "whole" else None
         yield _with_origin(found, counters, origin)
-    origin = _evaluated_origin(paths, origin)
+    origin = _evaluated_origin(paths, origin, config)
     yield from _predictions(paths, origin, config)
     yield from _referred(paths)
     yield from _result(paths, origin, config)
@@ -189,14 +189,18 @@ def _adapter_origin(paths: RunPaths, config: RunConfig | None) -> Origin | None:
     return Origin(config.training_sha256(), str(data))
 
 
-def _evaluated_origin(paths: RunPaths, origin: Origin | None) -> Origin | None:
-    """What everything that was made after the training must be made from: rows that are evaluated may be others than
-    they were then, the same in all of it."""
+def _evaluated_origin(paths: RunPaths, origin: Origin | None, config: RunConfig | None) -> Origin | None:
+    """What everything that was made after the training must be made from: where data.evaluation has changed since,
+    other data than the adapter, the same in all of it."""
+    if config is None or origin is None or manifest_faults(paths.adapter):
+        return origin
+    source = config.data.evaluation
+    if trained_on(paths.adapter).evaluation == (None if source is None else source.model_dump(mode="json")):
+        return origin
     for path in sorted(paths.predictions.glob("*.npz")):
         with suppress(RunFolderError):
-            data = read_predictions(paths.predictions, path.stem).made_from.get("data_sha256")
-            if origin is not None and same_training_rows(origin.data_sha256, data):
-                return Origin(origin.config_sha256, data)
+            made_from = read_predictions(paths.predictions, path.stem).made_from
+            return Origin(origin.config_sha256, str(made_from.get("data_sha256")))
     return origin
 
 

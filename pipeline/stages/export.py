@@ -26,6 +26,7 @@ from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
 from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file, write_json
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
+from pipeline.prediction.unseen import require_unseen
 from pipeline.run_folder.chain import Origin, require_adapter, require_members
 from pipeline.run_folder.members import MEMBERS, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -47,7 +48,8 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
-    require_adapter(paths, origin)
+    require_adapter(paths, Origin(origin.config_sha256))
+    require_unseen([paths.adapter], config.data, splits)
     stored = read_adapter(paths.adapter)
     result = read_result(paths, origin, stored.sha256, config.reading_sha256())
     if (paths.predictions / MEMBERS).exists():

@@ -26,7 +26,6 @@ from pipeline.run_folder.chain import (
     require_adapter,
     require_predictions,
     require_same_adapter,
-    require_same_rows,
 )
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.members import PredictedMember, write_members
@@ -167,16 +166,6 @@ def test_predictions_are_used_only_for_those_who_made_them(tmp_path: Path) -> No
         require_same_adapter(paths, "another", "predictions/", "")
 
 
-def test_an_adapter_of_other_rows_is_not_predicted_with(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run")
-    require_same_rows(paths.adapter, "rows")
-    with pytest.raises(RunFolderError, match=r"adapter: was made from other data\. Put back"):
-        require_same_rows(paths.adapter, "others")
-    write_json(paths.adapter / MANIFEST, {"origin": [1]})
-    with pytest.raises(RunFolderError, match="other data"):
-        require_same_rows(paths.adapter, "rows")
-
-
 @pytest.mark.parametrize("value", [1, "x", [1], {"report": 1}])
 def test_verify_says_of_entries_of_any_kind_that_they_are_not_ours(tmp_path: Path, value: object) -> None:
     paths = write_run(tmp_path / "run")
@@ -251,39 +240,24 @@ def test_predictions_of_other_mask_draws_are_not_those_that_are_asked_for() -> N
     assert not other_members([plain], CONFIG.ensemble)  # there is nothing to draw
 
 
-def test_other_rows_may_be_evaluated_and_none_that_was_trained_on(tmp_path: Path) -> None:
-    trained = Origin(CONFIG.training_sha256(), "all.shown")
-    paths = write_run(tmp_path / "run")
-    write_adapter(paths, origin=trained)
-    require_adapter(paths, trained)
-    require_adapter(paths, Origin(trained.config_sha256, "others.shown"))
-    require_same_rows(paths.adapter, "others.shown")
-    for data in ("all.more", "others", "shown", "."):
-        with pytest.raises(RunFolderError, match="was made from other data"):
-            require_adapter(paths, Origin(trained.config_sha256, data))
-        with pytest.raises(RunFolderError, match="was made from other data"):
-            require_same_rows(paths.adapter, data)
-    with pytest.raises(RunFolderError, match="was made from another configuration"):
-        require_adapter(paths, Origin("other", "others.shown"))
-    assert Origin(trained.config_sha256, "others.shown").difference(trained.as_dict())  # of what is made of them
-
-
-def test_verify_takes_other_evaluated_rows_where_all_that_was_made_of_them_has_the_same(tmp_path: Path) -> None:
-    paths, now = write_run(tmp_path / "run"), Origin(CONFIG.training_sha256(), "others.shown")
-    members = members_of(paths, write_adapter(paths, origin=Origin(now.config_sha256, "all.shown")))
+def test_verify_takes_other_rows_where_data_evaluation_has_changed_and_all_is_made_of_the_same(tmp_path: Path) -> None:
+    paths, now = write_run(tmp_path / "run"), Origin(CONFIG.training_sha256(), "other rows")
+    members = members_of(paths, sha256_file(paths.adapter / ADAPTER_WEIGHTS))
     write_whole(paths, members, now)
 
     def foreign() -> set[str]:
         return {found.name for found in verify_folder(paths.root) if found.state == "foreign"}
 
+    predicted = {f"predictions/{split}.npz" for split in SPLITS}
+    assert foreign() == {*predicted, "result.json"}  # as if the data had been exchanged
+    source = {"path": "x", "splits": dict.fromkeys(SPLITS, "y")}
+    write_text(paths.config, dump_config(with_values(CONFIG, {"data.evaluation": source})))
     assert foreign() == {"result.json", "export"}  # of the rows before
     found = read_predictions(paths.predictions, "validation")
-    made_from = predictions_from(Origin(now.config_sha256, "all.shown"), members)
+    made_from = predictions_from(ORIGIN, members)
     mixed = ChoicePredictions(found.row_ids, found.outputs, made_from=made_from)
     write_predictions(paths.predictions, "validation", mixed)
     assert "predictions/validation.npz" in foreign()
-    write_whole(paths, members, Origin(now.config_sha256, "others.more"))
-    assert {f"predictions/{split}.npz" for split in SPLITS} <= foreign()
 
 
 def swap_adapter(paths: RunPaths) -> None:

@@ -137,7 +137,7 @@ def evaluate_other_rows(run: Path, config: RunConfig, source: Path, capsys: pyte
             (source.parent / folder / "train.jsonl").write_text(text)
     splits = {split: split for split in ("validation", "calibration", "test")}
     own = RunPaths(run)
-    for folder, said in (("new", None), ("seen", "was made from other data")):
+    for folder, said in (("new", None), ("seen", r"was trained on \d+ of the rows that data\.evaluation gives")):
         elsewhere = {"path": str(source.parent / folder), "splits": splits}
         assert not begin_training(with_values(config, {"data.evaluation": elsewhere}), run)
         if said is None:
