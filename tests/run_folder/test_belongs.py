@@ -135,6 +135,14 @@ def test_a_search_without_a_step_leaves_nothing_behind(tmp_path: Path) -> None:
     assert holds_trainings(tmp_path / "trials")
 
 
+def test_a_search_that_says_nothing_of_use_is_concluded_again(tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "run")
+    for content in ("{}", "[]", "{", '{"best_config": {"data.path": "x"}}'):
+        write_text(folders.search / "config.yaml", dump_config(CONFIG))
+        write_text(folders.search / "search.json", content)
+        assert run.trained_configs(CONFIG, folders) is None
+
+
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Folders, list[str]]:
     """A line whose trainings have ended, and the stages that it starts from now on."""
