@@ -131,7 +131,7 @@ def evaluate_other_rows(run: Path, config: RunConfig, source: Path, capsys: pyte
     (source.parent / "new").mkdir()
     for split in ("validation", "calibration", "test"):
         new = [{**row, "prompt": f"{split}, again: {row['prompt']}"} for row in rows[:60]]
-        for folder, kept in (("new", new), ("seen", rows if split == "test" else new)):
+        for folder, kept in (("new", new), ("seen", rows[:150] if split == "test" else new)):
             text = "".join(f"{json.dumps(row)}\n" for row in kept)
             (source.parent / folder / f"{split}.jsonl").write_text(text)
             (source.parent / folder / "train.jsonl").write_text(text)
