@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import with_values
+from pipeline.data.splits import load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, sha256_file
 from pipeline.prediction import rounds
@@ -127,11 +128,13 @@ def test_a_trained_run_is_evaluated_again_under_another_ensemble_size(
 def evaluate_other_rows(run: Path, config: RunConfig, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Validation, calibration and test from another source: predicted again, unless one of them was trained on."""
     rows = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
+    prompts = {row.prompt for row in load_splits(config.data).train}
+    shown = [row for row in rows if row["prompt"] in prompts]
     (source.parent / "seen").mkdir()
     (source.parent / "new").mkdir()
     for split in ("validation", "calibration", "test"):
         new = [{**row, "prompt": f"{split}, again: {row['prompt']}"} for row in rows[:60]]
-        for folder, kept in (("new", new), ("seen", rows[:150] if split == "test" else new)):
+        for folder, kept in (("new", new), ("seen", shown if split == "test" else new)):
             text = "".join(f"{json.dumps(row)}\n" for row in kept)
             (source.parent / folder / f"{split}.jsonl").write_text(text)
             (source.parent / folder / "train.jsonl").write_text(text)
