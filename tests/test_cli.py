@@ -14,7 +14,7 @@ import yaml
 from helpers import ROOT
 
 from pipeline.cli import main
-from pipeline.config import dump_config, load_config
+from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.distributed.worker import stage_main
 from pipeline.errors import ConfigError
 from pipeline.plan.request import Request
@@ -164,8 +164,31 @@ def test_own_data_are_not_cut_to_the_sizes_of_the_embedded_rows(tmp_path: Path) 
 def test_later_stages_refuse_keys_that_they_do_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None)))
     with pytest.raises(ConfigError, match="not read by evaluate"):
-        resolve_saved(Request(run_dir=str(tmp_path), overrides=("ensemble.size=16",)), "evaluate")
+        resolve_saved(Request(run_dir=str(tmp_path), overrides=("adapter.rank=16",)), "evaluate")
     resolve_saved(Request(run_dir=str(tmp_path), overrides=("launch.processes=1",)), "evaluate")
+
+
+def test_a_later_stage_takes_what_it_makes_again_and_sends_the_rest_to_who_does(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(None)))
+
+    def resolved(stage: str, *words: str) -> RunConfig:
+        return resolve_saved(Request(run_dir=str(tmp_path), overrides=words), stage)
+
+    source = "data.evaluation={path: x.jsonl, splits: {validation: a, calibration: b, test: c}}"
+    found = resolved("evaluate", "ensemble.size=16", "evaluate.ece_bins=9", source)
+    assert (found.ensemble.size, found.evaluate.ece_bins) == (16, 9) and found.data.evaluation is not None
+    assert resolved("report", "ensemble.average=logit").ensemble.average == "logit"
+    assert resolved("export", "export.draws=3").export.draws == 3
+    for stage, word, owner in (
+        ("report", "ensemble.size=16", "evaluate"), ("export", "ensemble.size=16", "evaluate"),
+        ("evaluate", "export.draws=3", "export"), ("report", "data.evaluation=null", "evaluate"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"Give it to {owner}: loradrop {owner} --run-dir"):
+            resolved(stage, word)
+    (tmp_path / "compare.json").write_text("{}")
+    resolved("evaluate", "ensemble.size=16")
+    with pytest.raises(ConfigError, match="not read by evaluate"):
+        resolved("evaluate", source)  # its trainings are compared by their own validation
 
 
 def test_a_file_that_may_not_be_read_is_said_in_a_sentence(

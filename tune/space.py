@@ -107,6 +107,7 @@ def trial_config(config: RunConfig, values: Values, name: str, packed: bool = Fa
         "train.validate_every_steps": validations,
         "train.checkpoint_every_steps": validations if packed else steps,
         "train.keep_checkpoints": 1,
+        "train.patience": None,  # else trials would be compared at different steps
         "label": f"{config.label}: {name}" if config.label else name,
     }
     return with_values(config, {**of_a_trial, **values})

@@ -139,6 +139,28 @@ def combination_fault(ds_config: dict[str, Any], model: ModelConfig) -> ConfigEr
     return sharded_float16() if model.compute_dtype == "float16" else None
 
 
+def optimizer_fault(ds_config: dict[str, Any], train: TrainConfig, on_cpu: bool) -> ConfigError | None:
+    """Why `train.optimizer` cannot be used under a DeepSpeed file, or on the device.
+
+    DeepSpeed takes any optimizer (`zero_allow_untested_optimizer`), but ZeRO-1 to 3 hand it one flat part of all
+    parameters per process: the blocks of its moments belong to no parameter, and no checkpoint could be read under
+    another number of processes.
+    """
+    if train.optimizer == "adamw":
+        return None
+    if stage := zero_stage(ds_config):
+        return ConfigError(
+            "train.optimizer", train.optimizer, f"keeps moments by parameter, and ZeRO-{stage} of {train.deepspeed}"
+            " cuts them into parts that belong to none", "Set train.deepspeed=zero0, or train.optimizer=adamw.",
+        )
+    if on_cpu and train.optimizer.startswith("paged"):
+        return ConfigError(
+            "train.optimizer", train.optimizer, "moves moments from a GPU to the host, and there is no GPU",
+            f"Set train.optimizer={train.optimizer.removeprefix('paged_')}.",
+        )
+    return None
+
+
 def sharded_float16() -> ConfigError:
     """Of ZeRO-3 over a base in float16, also where the device chose it."""
     return ConfigError(

@@ -27,6 +27,8 @@ def pack_refusal(shared: RunConfig, config: RunConfig) -> str | None:
         return "model.compute_dtype = float16 needs a loss scale, which one backward pass of many runs has not"
     if config.model.quantization == "int8":
         return "model.quantization = int8 looks for outliers over all rows of a pass, so that runs are not independent"
+    if config.train.optimizer != "adamw":
+        return f"train.optimizer = {config.train.optimizer} keeps the moments of one run, in blocks or pages of its own"
     zero = read_ds_config(config.train.deepspeed)
     if zero_stage(zero) == 3 or any(key.startswith("offload") for key in zero.get("zero_optimization", {})):
         return f"train.deepspeed = {config.train.deepspeed} shards or offloads what a pack holds whole"

@@ -18,6 +18,12 @@ from pipeline.config.section import Line, Section
 from pipeline.config.train import PLACEMENT, TrainConfig
 from pipeline.errors import ConfigError
 
+AFTER_TRAINING = ("ensemble", "select", "evaluate", "export", "search", "compare", "logging", "label")
+"""Sections that a training does not depend on."""
+READ_AFTER_TRAINING = ("evaluation", "choice_score")
+"""Keys of `data` that may change once a training has ended: before that they are what validation chooses its best step
+by. None of the rows that are then evaluated may be one that it was shown (`pipeline.prediction.unseen`)."""
+
 
 class RunConfig(Section):
     """Everything a run depends on; saved as config.yaml in the run folder."""
@@ -65,20 +71,46 @@ class RunConfig(Section):
         """Hash of what decides the result: a run continues on other nodes, processes or ZeRO stages, where only the
         order of sums differs.
         """
+        return _sha256(self.result_values())
+
+    def result_values(self) -> dict[str, Any]:
+        """The values behind `result_sha256`, section by section."""
         values = self._deciding()
         del values["evaluate"]["batch_tokens"]
         for section in ("logging", "export", "label", "select"):
             del values[section]
-        return _sha256(values)
+        return values
 
     def training_sha256(self) -> str:
-        """Hash of what decides the trained adapter and what it says of a row: model, data, adapter and training.
+        """Hash of what decides the trained adapter: model, training rows, adapter and training.
 
         Every artefact of a run carries it; ensembles, evaluation and export may change and leave an adapter as it is.
         """
-        values = self._deciding()
-        del values["data"]["choice_score"]  # other rules read the same predictions
+        values = self.training_part()._deciding()
         return _sha256({section: values[section] for section in ("model", "data", "adapter", "train")})
+
+    def reading_sha256(self) -> str:
+        """Hash of what decides how predictions are read: which members there are, how they are averaged and scored."""
+        values = self.model_dump(mode="json", include={"ensemble", "select", "evaluate"})
+        del values["evaluate"]["batch_tokens"]
+        return _sha256({**values, "choice_score": self.data.choice_score})
+
+    def export_sha256(self) -> str:
+        """Hash of what is exported, out of what the report found."""
+        return _sha256(self.export.model_dump(mode="json"))
+
+    def begun_part(self) -> RunConfig:
+        """What may not change once a training has begun: all else has its default."""
+        return self.model_copy(update={name: RunConfig.model_fields[name].default for name in AFTER_TRAINING})
+
+    def training_part(self) -> RunConfig:
+        """What may not change once a training has ended: all else has its default."""
+        return self.read_as(RunConfig())
+
+    def read_as(self, other: RunConfig) -> RunConfig:
+        """This training, with all of `other` that may change after it."""
+        data = self.data.model_copy(update={name: getattr(other.data, name) for name in READ_AFTER_TRAINING})
+        return self.model_copy(update={"data": data, **{name: getattr(other, name) for name in AFTER_TRAINING}})
 
     def _deciding(self) -> dict[str, Any]:
         """The values without those that only say where, how fast and whose code a run works with."""

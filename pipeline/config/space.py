@@ -42,6 +42,7 @@ FIXED = {
     "train.validate_every_steps": "Trials are compared at the same steps.",
     "train.checkpoint_every_steps": "It does not change what is trained.",
     "train.keep_checkpoints": "It does not change what is trained.",
+    "train.patience": "search.early_exit ends trials early.",
     "train.keep_best": "Trials are compared by the same rule.",
     "train.deepspeed": "It does not change what is trained.",
     "train.activation_checkpointing": "It does not change what is trained.",

@@ -20,6 +20,17 @@ PLACEMENT = (
 """Keys of `train` that do not change what is trained."""
 
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "warmup_stable_decay",
+]  # fmt: skip
+OF_SCHEDULE = {
+    "schedule_cycles": "cosine_with_restarts", "schedule_power": "polynomial", "decay_fraction": "warmup_stable_decay",
+}  # fmt: skip
+"""Key of `train` -> the schedule that reads it."""
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
+
 class SpikeConfig(Section):
     """When a loss counts as a spike: above `factor` times the median and above `floor_nats`. What then happens."""
 
@@ -61,8 +72,20 @@ class TrainConfig(Section):
     """Part of max_steps with a linearly rising learning rate."""
     warmup_steps: NonNegative | None = None
     """The same in steps; takes the place of warmup_fraction."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up."""
+    schedule: Schedule = "linear"
+    """What becomes of the learning rate after the warm-up, under the names that transformers has for it (`constant` and
+    `constant_with_warmup` are the same here: `warmup_fraction: 0` leaves the warm-up out)."""
+    schedule_cycles: Positive = 1
+    """Waves of `cosine_with_restarts`: each begins at the peak."""
+    schedule_power: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """Exponent of `polynomial`: the factor is (part of the steps that is left) ^ power."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Last part of the steps after the warm-up, in which `warmup_stable_decay` falls to 0 as a half cosine."""
+    optimizer: Optimizer = "adamw"
+    """`adamw`: PyTorch's, with fp32 moments. `adamw_8bit`: that of bitsandbytes, with 8-bit moments in blocks of 256
+    (those of parameters below 4,096 numbers stay fp32). `paged_adamw`, `paged_adamw_8bit`: its moments are moved to the
+    host where the GPU's memory runs out. All but the first need train.deepspeed=zero0: the others cut moments into
+    parts that belong to no parameter."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's decoupled weight decay."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -78,6 +101,10 @@ class TrainConfig(Section):
     under every draw (the paper's objective, S times the work)."""
     validate_every_steps: Positive = 20
     """Steps between validations."""
+    patience: Positive | None = None
+    """Validations in a row without a lower validation NLL after which the training ends, done; null = after all steps.
+    The learning rate follows its schedule over all steps all the same. Under AdaLoRA they count from the step on at
+    which the ranks are settled."""
     checkpoint_every_steps: Positive = 20
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -105,4 +132,10 @@ class TrainConfig(Section):
                 f"train.epochs = {self.epochs:g} and train.max_steps = {self.max_steps} both say how long training is;"
                 " keep one of them, or set train.epochs=null"
             )
+        for key, schedule in OF_SCHEDULE.items():
+            if getattr(self, key) != TrainConfig.model_fields[key].default and self.schedule != schedule:
+                raise ValueError(
+                    f"train.{key} = {getattr(self, key):g} is read by train.schedule = {schedule} alone, and it is"
+                    f" {self.schedule}; set train.schedule={schedule}, or leave train.{key} out"
+                )
         return self

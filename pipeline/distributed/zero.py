@@ -34,11 +34,10 @@ def join_process_group() -> None:
     deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes), init_method=MEETING_PLACE)
 
 
-def build_engine(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], weight_decay: float) -> Any:
-    """DeepSpeed engine with torch's AdamW over `groups` (own learning rates, no DeepSpeed scheduler)."""
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+    """DeepSpeed engine around an optimizer of the run's (with its own learning rates: no DeepSpeed scheduler)."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
 
@@ -100,13 +99,13 @@ def _sums_of_squares(norms: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor | None:
-    """`exp_avg` or `exp_avg_sq` of a parameter; None before the first step."""
+    """`exp_avg` or `exp_avg_sq` of a parameter, or what else a plain optimizer keeps; None before the first step."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-        value = safe_get_full_optimizer_state(parameter, name)
-    else:  # ZeRO-0 keeps the plain torch optimizer
+    if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id"):  # ZeRO-0 keeps the plain optimizer
         value = engine.optimizer.state.get(parameter, {}).get(name)
+        return None if value is None else value.detach().to("cpu").clone()
+    value = safe_get_full_optimizer_state(parameter, name)
     return None if value is None else value.detach().to("cpu", torch.float32).reshape(_shape(parameter)).clone()
 
 

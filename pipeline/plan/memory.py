@@ -274,7 +274,9 @@ def states_of(train: TrainConfig, trained: int, processes: int, device: str) -> 
     kept = (share if stage == 2 else full) if accumulates else 0
     elements = 0 if stage == 0 else zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     bucket = 4 * (elements if device == "cuda" else min(elements, trained))
-    return States(full, share, kept, bucket, (2 if stage == 0 else 3) * share, STEP_COPIES * share)
+    moments = share // 2 if train.optimizer.endswith("8bit") else 2 * share  # two bytes for each number, or eight
+    masters = 0 if stage == 0 else share
+    return States(full, share, kept, bucket, masters + moments, STEP_COPIES * share)
 
 
 def first_line(error: BaseException) -> str:

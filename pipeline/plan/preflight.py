@@ -10,11 +10,13 @@ from pipeline.config.deepspeed import (
     decided_by,
     fill_ds_config,
     find_ds_config,
+    optimizer_fault,
     read_ds_config,
     zero_stage,
 )
 from pipeline.config.evaluate import check_selection
 from pipeline.data.encode_classifier import refuse_choice_score
+from pipeline.distributed.launcher import has_accelerator
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG
 from pipeline.run_folder.metrics import check_loggers
@@ -40,8 +42,10 @@ def check_inputs(config: RunConfig) -> None:
     decided = decided_by(config.train, micro_steps=None, bf16=None)
     name = config.train.deepspeed
     ds_config = fill_ds_config(read_ds_config(name), decided, find_ds_config(name).name)
-    if fault := combination_fault(ds_config, config.model):
-        raise fault
+    on_cpu = config.launch.hostfile is None and not has_accelerator()
+    for fault in (combination_fault(ds_config, config.model), optimizer_fault(ds_config, config.train, on_cpu)):
+        if fault is not None:
+            raise fault
     if config.adapter.kind == "adalora" and zero_stage(ds_config) == 3:
         raise ConfigError(
             "adapter.kind", "adalora", f"cannot be trained under {config.train.deepspeed}, which is ZeRO-3: importance"

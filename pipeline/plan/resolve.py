@@ -18,6 +18,16 @@ from pipeline.run_folder.mark import is_marked
 from pipeline.run_folder.paths import RunPaths, read_saved, without_trust
 from pipeline.terminal import say
 
+ALWAYS = ("launch.", "model.trust_remote_code=")
+"""Beginnings of the overrides that a stage of a run folder takes for itself: they are not written there."""
+_READ = ("evaluate.", "select.", "ensemble.average=", "data.choice_score=", "label=")
+TAKEN: dict[str, tuple[str, ...]] = {
+    "evaluate": ("ensemble.", "data.evaluation", *_READ),
+    "report": _READ,
+    "export": ("export.",),
+}
+"""Stage -> beginnings of the overrides of what may change after training; config.yaml then says them, too."""
+
 
 def fit_micro_batch(train: TrainConfig, launch: LaunchConfig) -> TrainConfig:
     """`train` with the largest micro-batch, up to train.micro_batch, that divides a process's share of a step.
@@ -66,19 +76,27 @@ def resolve_new(
 
 
 def resolve_saved(request: Request, stage: str) -> RunConfig:
-    """The configuration in the run folder, of which a later stage may change `launch` and what is trusted alone.
+    """The configuration in the run folder, with what the stage may change of it: how the trained adapters are read.
 
     Raises:
         ConfigError: an override of something else.
         RunFolderError: the folder holds no run, or one of another layout.
     """
-    saved = RunPaths(request.run).config
+    paths = RunPaths(request.run)
+    saved = paths.config
     if not saved.exists():
         raise RunFolderError(str(saved), None, "does not exist", "Train first, or give the folder of a run.")
+    taken = tuple(key for key in TAKEN.get(stage, ()) if not (key == "data.evaluation" and paths.comparison.exists()))
     for word in request.overrides:
-        if not word.startswith(("launch.", "model.trust_remote_code=")):
+        if word.startswith((*ALWAYS, *taken)):
+            continue
+        key = word.partition("=")[0]
+        owner = next((name for name, keys in TAKEN.items() if word.startswith(keys)), None)
+        if owner is None or paths.comparison.exists():
             remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."
-            raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
+        else:
+            remedy = f"Give it to {owner}: loradrop {owner} --run-dir {os.path.relpath(request.run)} {key}=…"
+        raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
     tree = read_saved(saved)
     config = _on_top(without_trust(tree), request)
     hosts = (tree.get("launch") or {}).get("hostfile")
@@ -107,6 +125,9 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
 
 def length_text(train: TrainConfig) -> str:
     """For people: how long training is."""
-    if train.epochs is None:
-        return f"{train.max_steps} steps"
-    return f"{train.epochs:g} epochs (counted in steps when the rows are read)"
+    length = f"{train.max_steps} steps"
+    if train.epochs is not None:
+        length = f"{train.epochs:g} epochs (counted in steps when the rows are read)"
+    if train.patience is None:
+        return length
+    return f"{length}, fewer after {train.patience} validations without improvement"

@@ -10,7 +10,7 @@ from pipeline.config import RunConfig
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
-from pipeline.run_folder.chain import Origin, require_predictions, require_same_adapter
+from pipeline.run_folder.chain import Origin, require_members, require_predictions, require_same_adapter
 from pipeline.run_folder.comparison import Training, read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
@@ -40,7 +40,7 @@ class ReportInputs:
     config: RunConfig
     config_text: str
     made_from: dict[str, Any]
-    """Origin; hashes of the run's adapter and of the predictions files."""
+    """Origin; hashes of the run's adapter, of the settings of the reading, and of the predictions files."""
     environment: dict[str, Any]
     kind: Kind
     members: list[PredictedMember]
@@ -59,6 +59,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         raise RunFolderError(str(paths.config), None, "does not exist", "Give --run-dir a folder made by a run.")
     config = load_saved(paths.config)
     members = read_members(paths.predictions)
+    require_members(paths, members, config.ensemble)
     labelled = load_splits(config.data)
     origin = Origin(config.training_sha256(), labelled.fingerprint)
     predictions = {
@@ -79,7 +80,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         config=config,
         config_text=paths.config.read_text(encoding="utf-8"),
         made_from=origin.as_dict()
-        | {"adapter_sha256": own}
+        | {"adapter_sha256": own, "settings_sha256": config.reading_sha256()}
         | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in predictions}},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         kind=_common_kind(paths, predictions),

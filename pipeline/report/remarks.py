@@ -52,7 +52,10 @@ def chance_line(result: Mapping[str, Any]) -> str:
 
 def remarks(inputs: ReportInputs, result: Mapping[str, Any]) -> list[str]:
     """Warnings first, then what to do next; a sentence each."""
-    return [*_warnings(result), *_edges(inputs), *_seconds(inputs), *_next_steps(inputs, result)]
+    return [
+        *_warnings(result), *_edges(inputs), *_seconds(inputs), *_ended_early(inputs, result),
+        *_next_steps(inputs, result),
+    ]
 
 
 def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
@@ -133,6 +136,16 @@ def edges(trainings: Sequence[Training]) -> tuple[list[str], list[str]]:
                 end = "largest" if value == max(grid) else "smallest"
                 found.append(f"{method_label(one.method)}: {values_text({key: value})} ({end} of {len(grid)})")
     return list(dict.fromkeys(found)), list(dict.fromkeys(pairs))
+
+
+def _ended_early(inputs: ReportInputs, result: Mapping[str, Any]) -> Iterator[str]:
+    names, train = {system["key"]: system["name"] for system in result["systems"]}, inputs.config.train
+    if train.patience is None or inputs.trainings is not None:
+        return
+    for key, curve in inputs.curves.items():
+        if (last := max(curve.loss)) < train.max_steps and key in names:
+            yield (f"{names[key]} was trained for {last} of {train.max_steps} steps: {train.patience} validations in a"
+                   " row were no improvement (train.patience).")
 
 
 def _next_steps(inputs: ReportInputs, result: Mapping[str, Any]) -> Iterator[str]:

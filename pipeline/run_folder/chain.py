@@ -6,6 +6,10 @@
     result.json               Origin; the hash of the adapter; the hash of each predictions file
     export/manifest.json      Origin; the hashes of the adapter and of the result that the temperature is from
 
+result.json and the export carry the hash of the settings that they were made under, too (`RunConfig.reading_sha256`,
+`RunConfig.export_sha256`); of predictions the members say it. Rows for evaluation may come from elsewhere after a
+training: the adapter keeps its origin, and what is made of it has that of now (`pipeline.prediction.unseen`).
+
 A hash proves that things are whole and belong together, not where they come from.
 """
 
@@ -13,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import EnsembleConfig, RunConfig
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, manifest_faults, read_json
 from pipeline.run_folder.members import MEMBERS, PredictedMember
@@ -60,12 +65,20 @@ def require_adapter(paths: RunPaths, origin: Origin) -> None:
         raise RunFolderError(str(paths.adapter), None, different, remedy)
 
 
-def require_same_rows(adapter: Path, data_sha256: str) -> None:
-    """Raises `RunFolderError` where an adapter was made from other rows: those to predict may be ones it was shown."""
-    origin = _origin_of(adapter)
-    if not isinstance(origin, dict) or origin.get("data_sha256") != data_sha256:
-        remedy = "Put back the data that it was trained with, or train again in another --run-dir."
-        raise RunFolderError(str(adapter), None, "was made from other data", remedy)
+@dataclass(frozen=True)
+class TrainedOn:
+    """The data that an adapter was made from."""
+
+    data_sha256: str | None
+    evaluation: Any
+    """`data.evaluation` of the training, as plain settings: where what it was not shown came from."""
+
+
+def trained_on(adapter: Path) -> TrainedOn:
+    """What the manifest of a whole adapter says of its data."""
+    manifest, origin = read_json(adapter / MANIFEST), _origin_of(adapter)
+    data_sha256 = origin.get("data_sha256") if isinstance(origin, dict) else None
+    return TrainedOn(data_sha256, manifest.get("evaluation"))
 
 
 def _origin_of(adapter: Path) -> Any:
@@ -108,6 +121,27 @@ def is_validated(paths: RunPaths, config: RunConfig, adapter_sha256: str) -> boo
         return False
     origin = Origin(config.training_sha256(), made_from.get("data_sha256", ""))
     return made_from == predictions_from(origin, [own_member(paths.adapter, adapter_sha256)])
+
+
+def other_members(members: Sequence[PredictedMember], ensemble: EnsembleConfig) -> str:
+    """What of the mask draws that have predicted is not what the configuration asks for; empty where nothing is."""
+    drawn = Counter((member.adapter, member.adapter_sha256) for member in members if member.draw is not None)
+    if not drawn and any(member.group == "mean_field" and member.extra.get("rates") for member in members):
+        drawn[None, None] = 0  # an adapter that has masks, read without
+    least = min(1, ensemble.size) if ensemble.stop_when_flat else ensemble.size
+    for count in drawn.values():
+        if not least <= count <= ensemble.size:
+            return f"was made with {count} mask draws, and ensemble.size is {ensemble.size}"
+    seeds = {member.extra.get("seed", ensemble.seed) for member in members if member.draw is not None}
+    if seeds - {ensemble.seed}:
+        return f"was made with other masks than those of ensemble.seed = {ensemble.seed}"
+    return ""
+
+
+def require_members(paths: RunPaths, members: Sequence[PredictedMember], ensemble: EnsembleConfig) -> None:
+    """Raises `RunFolderError` where predictions/ is of other mask draws than the configuration asks for."""
+    if what := other_members(members, ensemble):
+        raise RunFolderError(str(paths.predictions), None, what, EVALUATE_AGAIN)
 
 
 def require_predictions(

@@ -141,11 +141,12 @@ class Metrics:
             self._loggers.pop().close()
 
     def keep_until(self, step: int, validated: bool) -> None:
-        """After a resume: forget rows of steps that are done again, and of the last validation if that is."""
+        """After a resume: forget rows of steps that are done again, and of the last validation, and of the end that it
+        meant, if that is."""
         if self._enabled and self._path.exists():
             rows = [row for row in read_metrics(self._path) if row["step"] <= step]
             if not validated:
-                rows = [row for row in rows if row["kind"] != "validation" or row["step"] != step]
+                rows = [row for row in rows if row["kind"] not in ("validation", "ended") or row["step"] != step]
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, kind: str, **values: Any) -> None:

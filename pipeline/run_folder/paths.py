@@ -16,7 +16,7 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,14 +199,3 @@ def read_saved(saved: Path) -> dict[str, Any]:
             "Finish it with the version that made it, or give another --run-dir and run again.",
         )
     return tree
-
-
-def refuse_other(saved: Path, config: RunConfig, part: Callable[[RunConfig], RunConfig] = lambda whole: whole) -> None:
-    """Raises `RunFolderError` where a configuration that asks for another result (in the part that counts) is saved."""
-    if saved.exists() and part(load_saved(saved)).result_sha256() != part(config).result_sha256():
-        raise RunFolderError(
-            "--run-dir",
-            str(saved.parent),
-            "belongs to another configuration",
-            "Give another --run-dir, or remove the folder.",
-        )

@@ -7,6 +7,7 @@ from something else, or nothing of ours. missing: referred to and not there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,14 @@ from pipeline.files import (
     read_json_lines,
     sha256_file,
 )
-from pipeline.run_folder.chain import Origin, is_validated, predictions_from, weights_sha256
+from pipeline.run_folder.chain import (
+    Origin,
+    is_validated,
+    other_members,
+    predictions_from,
+    trained_on,
+    weights_sha256,
+)
 from pipeline.run_folder.comparison import REFUSALS, read_comparison
 from pipeline.run_folder.mark import MARK, is_marked, require_mark
 from pipeline.run_folder.members import read_members
@@ -76,11 +84,12 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
         found = _published(checkpoint, folder)
         counters = read_entry(checkpoint / "counters.json") if found.state == "whole" else None
         yield _with_origin(found, counters, origin)
-    yield from _predictions(paths, origin)
+    origin = _evaluated_origin(paths, origin, config)
+    yield from _predictions(paths, origin, config)
     yield from _referred(paths)
-    yield from _result(paths, origin)
+    yield from _result(paths, origin, config)
     if paths.export.exists():
-        yield _export(paths, origin)
+        yield _export(paths, origin, config)
     yield from _strangers(folder, {
         "config.yaml", paths.requested.name, "environment.json", "status.json", "metrics.jsonl", "checkpoints",
         "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "logs",
@@ -143,8 +152,8 @@ def _verify_comparison(folder: Path) -> Iterator[Finding]:
         data = _mapping(read_entry(its.adapter / MANIFEST, "origin")).get("data_sha256")
         origin = Origin(origin.config_sha256, str(data))
         yield found
-    yield from _predictions(paths, origin)
-    yield from _result(paths, origin)
+    yield from _predictions(paths, origin, config)
+    yield from _result(paths, origin, config)
     yield from _strangers(folder, {
         "config.yaml", "compare.json", REFUSALS, "trainings", "status.json", "predictions", "result.json",
         "report.html", "logs",
@@ -180,7 +189,22 @@ def _adapter_origin(paths: RunPaths, config: RunConfig | None) -> Origin | None:
     return Origin(config.training_sha256(), str(data))
 
 
-def _predictions(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
+def _evaluated_origin(paths: RunPaths, origin: Origin | None, config: RunConfig | None) -> Origin | None:
+    """What everything that was made after the training must be made from: where data.evaluation has changed since,
+    other data than the adapter, the same in all of it."""
+    if config is None or origin is None or manifest_faults(paths.adapter):
+        return origin
+    source = config.data.evaluation
+    if trained_on(paths.adapter).evaluation == (None if source is None else source.model_dump(mode="json")):
+        return origin
+    for path in sorted(paths.predictions.glob("*.npz")):
+        with suppress(RunFolderError):
+            made_from = read_predictions(paths.predictions, path.stem).made_from
+            return Origin(origin.config_sha256, str(made_from.get("data_sha256")))
+    return origin
+
+
+def _predictions(paths: RunPaths, origin: Origin | None, config: RunConfig | None) -> Iterator[Finding]:
     try:
         members = read_members(paths.predictions)
     except RunFolderError as error:
@@ -198,6 +222,8 @@ def _predictions(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
         if result.state == "whole" and origin and found.made_from != predictions_from(origin, members):
             result = Finding(name, "foreign", "was made by other members than members.json names")
         yield result
+    if config is not None and (what := other_members(members, config.ensemble)):
+        yield Finding("predictions/members.json", "foreign", what)
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     weights = paths.adapter / ADAPTER_WEIGHTS
     if own is not None and weights.is_file() and weights_sha256(paths.adapter) != own:
@@ -222,7 +248,7 @@ def _referred(paths: RunPaths) -> Iterator[Finding]:
         yield Finding(name, "whole", "the plain run that this one is compared with")
 
 
-def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
+def _result(paths: RunPaths, origin: Origin | None, config: RunConfig | None) -> Iterator[Finding]:
     if not paths.result.exists():
         return
     made = _mapping(read_status(paths).get("report", {}).get("made"))
@@ -230,12 +256,20 @@ def _result(paths: RunPaths, origin: Origin | None) -> Iterator[Finding]:
     found = _recorded(paths.result, made)
     yield _recorded(paths.report, made)
     found = _with_origin(found, made_from, origin)
+    if found.state == "whole" and config is not None:
+        found = _with_settings(found, made_from, config.reading_sha256())
     if found.state == "whole":
         for split, sha256 in _mapping(_mapping(made_from).get("predictions")).items():
             path = paths.predictions / f"{split}.npz"
             if not path.is_file() or not is_zipfile(path) or sha256_file(path) != sha256:
                 found = Finding("result.json", "foreign", f"was made from other predictions of {split}")
     yield found
+
+
+def _with_settings(found: Finding, made: Any, settings_sha256: str) -> Finding:
+    if _mapping(made).get("settings_sha256", settings_sha256) != settings_sha256:
+        return Finding(found.name, "foreign", "was made under other settings")
+    return found
 
 
 def _recorded(path: Path, made: dict[str, str]) -> Finding:
@@ -251,7 +285,7 @@ def _small_sha256(path: Path) -> str | None:
     return sha256_file(path) if path.stat().st_size <= MOST_JSON_BYTES else None
 
 
-def _export(paths: RunPaths, origin: Origin | None) -> Finding:
+def _export(paths: RunPaths, origin: Origin | None, config: RunConfig | None) -> Finding:
     found = _with_origin(_published(paths.export, paths.root), read_entry(paths.export / MANIFEST, "origin"), origin)
     manifest = read_entry(paths.export / MANIFEST)
     if found.state != "whole" or not isinstance(manifest, dict):
@@ -262,7 +296,7 @@ def _export(paths: RunPaths, origin: Origin | None) -> Finding:
     result = manifest.get("result_sha256")
     if result is not None and paths.result.is_file() and _small_sha256(paths.result) != result:
         return Finding(found.name, "foreign", "was made from another result.json")
-    return found
+    return found if config is None else _with_settings(found, manifest, config.export_sha256())
 
 
 def _lines(path: Path, folder: Path) -> Iterator[Finding]:

@@ -23,9 +23,11 @@ from pipeline.distributed.devices import accelerator_memory
 from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, RunFolderError, StageFailed
 from pipeline.files import read_json, write_text
+from pipeline.run_folder.belongs import holds_trainings, refuse_other
 from pipeline.run_folder.chain import is_trained
 from pipeline.run_folder.comparison import (
     REFUSALS,
+    TRAININGS,
     Training,
     choose,
     outcome,
@@ -36,7 +38,7 @@ from pipeline.run_folder.comparison import (
     with_loss,
     write_comparison,
 )
-from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
+from pipeline.run_folder.paths import Folders, RunPaths, update_status
 from pipeline.stages.pack import write_plan
 from pipeline.stages.processes import begin_training, headline, start
 from pipeline.terminal import duration, one_line, say
@@ -55,7 +57,8 @@ def run_comparison(config: RunConfig, folders: Folders) -> int:
     """
     here, started = Folders(folders.comparison), time.monotonic()
     paths, planned = RunPaths(here.run), plan_trainings(config)
-    refuse_other(paths.config, config, shared_part)
+    if holds_trainings(here.run / TRAININGS):
+        refuse_other(paths.config, config, shared_part)
     write_text(paths.config, dump_config(config))
     trainings = [training for training, _ in planned]
     if not all(is_trained(RunPaths(here.run / one.run), own) for one, own in planned):

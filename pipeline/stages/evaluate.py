@@ -29,7 +29,8 @@ from pipeline.errors import RunFolderError, Stopped, one_line
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
 from pipeline.prediction.task import Task, open_task
-from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_same_rows, require_whole
+from pipeline.prediction.unseen import require_unseen
+from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.members import Group, PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
@@ -56,9 +57,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     if read_comparison(paths) is None:
-        require_adapter(paths, origin)
-    for entry in entries:
-        require_same_rows(entry.folder, splits.fingerprint)
+        require_adapter(paths, Origin(origin.config_sha256))
+    others = require_unseen([entry.folder for entry in entries], config.data, splits)
     lineups = _lineups(entries, stored, config.ensemble, origin)
     lineups, missing = _kept(paths, lineups, splits, config)
     lineup = lineups[0]
@@ -71,6 +71,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     task = open_task(config, splits, world.device)
     adapters = attach_stored(task.base, stored, config.train.seed, config.adapter.fused)
     rows = sum(len(getattr(splits, name)) for name in missing)
+    say("these rows are not those of the training, whose best step its own validation chose", world.is_main and others)
     say(f"{len(lineup.members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
         _stop(paths, world)

@@ -26,7 +26,9 @@ from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
 from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file, write_json
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
-from pipeline.run_folder.chain import Origin, require_adapter
+from pipeline.prediction.unseen import require_unseen
+from pipeline.run_folder.chain import Origin, require_adapter, require_members
+from pipeline.run_folder.members import MEMBERS, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.readout import exported_readout
 from pipeline.terminal import say
@@ -46,9 +48,12 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
-    require_adapter(paths, origin)
+    require_adapter(paths, Origin(origin.config_sha256))
+    require_unseen([paths.adapter], config.data, splits)
     stored = read_adapter(paths.adapter)
-    result = read_result(paths, origin, stored.sha256)
+    result = read_result(paths, origin, stored.sha256, config.reading_sha256())
+    if (paths.predictions / MEMBERS).exists():
+        require_members(paths, read_members(paths.predictions), config.ensemble)
     update_status(paths, "export", "running")
     world = start_world()
     trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
@@ -74,6 +79,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
             "base": identity.as_dict(),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
+            "settings_sha256": config.export_sha256(),
             "adapter": {
                 "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank,
                 **readout([None]),
@@ -103,12 +109,17 @@ def precisions(model: ModelConfig, device: torch.device) -> tuple[torch.dtype, t
     return trained_in, torch.float32 if device.type == "cpu" else trained_in
 
 
-def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[str, Any]:
+def read_result(
+    paths: RunPaths, origin: Origin, adapter_sha256: str, settings_sha256: str | None = None
+) -> dict[str, Any]:
     """What the report found for this adapter, of which the export takes ensemble size and temperature; {} without one.
 
+    Args:
+        settings_sha256: `RunConfig.reading_sha256`; None = any.
+
     Raises:
-        RunFolderError: it was made from another configuration, other data, another adapter, or other predictions than
-            those that lie here.
+        RunFolderError: it was made from another configuration, other data, another adapter, other predictions than
+            those that lie here, or under other settings.
     """
     if not paths.result.exists():
         return {}
@@ -121,6 +132,8 @@ def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[st
         predictions = paths.predictions / f"{split}.npz"
         if predictions.is_file() and sha256_file(predictions) != sha256:
             what = f"was made from other predictions of {split}"
+    if not what and settings_sha256 not in (None, made_from.get("settings_sha256")):
+        what = "was made under other settings of ensemble, evaluate or select"
     if what:
         raise RunFolderError(str(paths.result), None, what, REPORT_AGAIN)
     return dict(result)

@@ -10,9 +10,10 @@ from pipeline.distributed.launcher import run_stage, run_world_stage
 from pipeline.distributed.nodes import owned_folders
 from pipeline.errors import EXIT_OK
 from pipeline.files import write_text
+from pipeline.run_folder.belongs import holds_training, refuse_other
 from pipeline.run_folder.chain import Origin, is_trained, require_adapter
 from pipeline.run_folder.mark import claim
-from pipeline.run_folder.paths import Folders, RunPaths, refuse_other, update_status
+from pipeline.run_folder.paths import Folders, RunPaths, load_saved, update_status
 from pipeline.stages.table import STAGES, TRUST, Stage
 
 
@@ -40,6 +41,7 @@ def _start(name: str, config: RunConfig, folders: Folders) -> int:
     else:
         headline(name)
         check_adapter(stage, config, folders)
+        follow(paths, config)
     update_status(paths, name, "starting", config_sha256=config.training_sha256())
     program = ["pipeline.stages", name]
     if stage.loads_model and config.model.trust_remote_code:
@@ -58,12 +60,21 @@ def begin_training(config: RunConfig, run: Path) -> bool:
     """
     paths = RunPaths(run)
     claim(run, "run")
-    if any(made.exists() for made in (paths.metrics, paths.checkpoints, paths.adapter)):
-        refuse_other(paths.config, config)  # else it ended before its first step, over a value that is mended now
-    if is_trained(paths, config):
+    trained = is_trained(paths, config)
+    if holds_training(run):  # else it ended before its first step, over a value that is mended now
+        refuse_other(paths.config, config, RunConfig.training_part if trained else RunConfig.begun_part)
+    if trained:
+        follow(paths, config)
         return False
     write_text(paths.config, dump_config(config))
     return True
+
+
+def follow(paths: RunPaths, config: RunConfig) -> None:
+    """Let config.yaml say of what may change after a training what `config` says; how it was trained stays."""
+    saved = load_saved(paths.config)
+    if (followed := saved.read_as(config)) != saved:
+        write_text(paths.config, dump_config(followed))
 
 
 def check_adapter(stage: Stage, config: RunConfig, folders: Folders) -> None:

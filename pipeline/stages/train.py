@@ -87,7 +87,7 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
         make_up_validation(run)
         scale = LossScale(trained.values(), task.base.compute_dtype)
         lane = Lane(run, engine, loader, micro_steps, scale, shown=world.is_main)
-        while run.counters.step < config.train.max_steps:
+        while not run.over:
             for error in train_step(engine, [lane]).values():
                 raise error
         lane.progress.close()

@@ -1,7 +1,8 @@
 """Resumable checkpoints: independent of ZeRO stage and process count, never half-written, nothing pickled.
 
 checkpoints/step_000123/
-  state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq; budget/…: AdaLoRA's importance
+  state.safetensors     per trained parameter: fp32 value, exp_avg, exp_avg_sq (or what `pipeline.model.adamw` says of
+                        bitsandbytes); budget/…: AdaLoRA's importance
   counters.json         step, seed, hashes of configuration and data, best validation so far
   manifest.json         sizes and hashes
 checkpoints/latest.json, best.json
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -29,11 +30,11 @@ from pipeline.files import (
     remove_folder,
     write_json,
 )
+from pipeline.model.adamw import MOMENTS
 from pipeline.run_folder.paths import step_name
 from pipeline.training.engine import Slot
 
 STATE, COUNTERS = "state.safetensors", "counters.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _SLACK_BYTES = 1 << 16
 """Headers, counters and manifest of a checkpoint."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -53,6 +54,24 @@ class Counters:
     best_validation_nll: float | None = None
     validated_step: int | None = None
     """The last step after which a validation ended; a stop can come before that of `step`."""
+    lowest_step: int | None = None
+    """Whose validation NLL is the lowest so far: `best_step`, where the best adapter is the one that is kept."""
+    lowest_validation_nll: float | None = None
+
+    def validated(self, step: int, nll: float, afresh: bool = False) -> Counters:
+        """After a validation; the same again where it is made up for.
+
+        Args:
+            afresh: whether those before do not count.
+        """
+        lowest = None if afresh else self.lowest_validation_nll
+        if lowest is None or nll < lowest:
+            return replace(self, validated_step=step, lowest_step=step, lowest_validation_nll=nll)
+        return replace(self, validated_step=step)
+
+    def waited(self, every: int) -> int:
+        """Validations in a row, one in `every` steps, that were no improvement."""
+        return (self.validated_step - self.lowest_step) // every if self.validated_step and self.lowest_step else 0
 
 
 def collect_state(slot: Slot, keep: bool) -> dict[str, Tensor]:
@@ -65,7 +84,7 @@ def collect_state(slot: Slot, keep: bool) -> dict[str, Tensor]:
         value = slot.value(name)
         if keep:
             state[name] = value.contiguous()
-        for moment in MOMENTS:
+        for moment in slot.moments:
             found = slot.moment(name, moment)
             if keep and found is not None:
                 state[f"{moment}/{name}"] = found.contiguous()
@@ -73,7 +92,7 @@ def collect_state(slot: Slot, keep: bool) -> dict[str, Tensor]:
 
 
 def checkpoint_bytes(trained: dict[str, nn.Parameter]) -> int:
-    """Size of a checkpoint's state: value and two moments of every trained parameter in fp32."""
+    """Size of a checkpoint's state at the most: value and two moments of every trained parameter in fp32."""
     numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values())
     return 4 * (1 + len(MOMENTS)) * numbers
 
@@ -193,9 +212,9 @@ def load_checkpoint(path: Path, slot: Slot) -> Counters:
         )
     counters = Counters(**read_json(path / COUNTERS))
     moments = {
-        name: {moment: state[f"{moment}/{name}"] for moment in MOMENTS}
+        name: {moment: state[key] for moment in slot.moments if (key := f"{moment}/{name}") in state}
         for name in slot.sizes
-        if f"{MOMENTS[0]}/{name}" in state
+        if f"{slot.moments[0]}/{name}" in state
     }
     slot.restore(counters.step, state, moments)
     return counters

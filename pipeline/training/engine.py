@@ -17,6 +17,7 @@ from pipeline.config.deepspeed import (
     decided_by,
     fill_ds_config,
     find_ds_config,
+    optimizer_fault,
     read_ds_config,
     sharded_float16,
     zero_stage,
@@ -24,6 +25,7 @@ from pipeline.config.deepspeed import (
 from pipeline.distributed import zero
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
+from pipeline.model.adamw import MOMENTS, build_adamw, moment_names, restore_moments
 
 
 class Slot(Protocol):
@@ -33,6 +35,8 @@ class Slot(Protocol):
     """The run's index on the member axis."""
     sizes: Mapping[str, int]
     """Name -> how many numbers, of everything that the run trains."""
+    moments: tuple[str, ...]
+    """What the optimizer keeps of each; some may lack the last ones."""
 
     def value(self, name: str) -> Tensor:
         """The whole fp32 value, on the CPU."""
@@ -41,7 +45,7 @@ class Slot(Protocol):
         """The whole gradient between the last backward pass and the step."""
 
     def moment(self, name: str, moment: str) -> Tensor | None:
-        """`exp_avg` or `exp_avg_sq`, whole, on the CPU; None before the first step."""
+        """One of `moments`, whole, on the CPU; None before the first step, or where the optimizer has none."""
 
     def restore(self, step: int, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put values, and AdamW's moments and step count where there are some, back before the first step."""
@@ -120,6 +124,7 @@ class DeepSpeedSlot:
     def __init__(self, engine: DeepSpeedEngine, trained: dict[str, nn.Parameter]) -> None:
         self._engine, self._trained = engine.inner, trained
         self.sizes: Mapping[str, int] = {name: zero.numel(parameter) for name, parameter in trained.items()}
+        self.moments = moment_names(self._engine.optimizer)
 
     def value(self, name: str) -> Tensor:
         """See `Slot`."""
@@ -137,10 +142,11 @@ class DeepSpeedSlot:
         """See `Slot`."""
         for name, parameter in self._trained.items():
             zero.set_full_fp32(parameter, values[name])
-        if moments:
-            zero.restore_moments(
-                self._engine, step, {self._trained[name]: dict(found) for name, found in moments.items()}
-            )
+        found = {self._trained[name]: dict(kept) for name, kept in moments.items()}
+        if found and self.moments == MOMENTS:
+            zero.restore_moments(self._engine, step, found)
+        elif found:
+            restore_moments(self._engine.optimizer, step, found)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """See `Slot`."""
@@ -166,9 +172,13 @@ def build_engine(
         compute_dtype: the base's. Under ZeRO-3 the adapters have it, too, with fp32 masters; else they are fp32.
 
     Raises:
-        ConfigError: the DeepSpeed JSON contradicts the run or leaves something open, or ZeRO-3 meets float16.
+        ConfigError: the DeepSpeed JSON contradicts the run or leaves something open, ZeRO-3 meets float16, or the
+            optimizer does not fit the stage or the device.
     """
     source = read_ds_config(train.deepspeed)
+    on_cpu = next(iter(trained_parameters(adapters).values())).device.type == "cpu"
+    if fault := optimizer_fault(source, train, on_cpu):
+        raise fault
     decided = decided_by(train, micro_steps, compute_dtype == torch.bfloat16)
     ds_config = fill_ds_config(source, decided, find_ds_config(train.deepspeed).name)
     if zero_stage(source) == 3:
@@ -180,7 +190,8 @@ def build_engine(
         adapters.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapters.model.train()
     groups = parameter_groups(adapters, train)
-    return DeepSpeedEngine(zero.build_engine(objective, groups, ds_config, train.weight_decay))
+    optimizer = build_adamw(train.optimizer, groups, groups[0]["lr"], train.weight_decay)
+    return DeepSpeedEngine(zero.build_engine(objective, optimizer, ds_config))
 
 
 def parameter_groups(adapters: Adapters, train: TrainConfig) -> list[dict[str, Any]]:

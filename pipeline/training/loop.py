@@ -27,7 +27,7 @@ from pipeline.training.loader import BatchLoader, StepBatch, pass_tokens
 from pipeline.training.loss_scale import LossScale
 from pipeline.training.packed.budget import PassBudget
 from pipeline.training.run import Run, validations_of
-from pipeline.training.schedule import schedule_factor, warmup_steps
+from pipeline.training.schedule import schedule_of
 from pipeline.training.throughput import Meter, work_of
 
 Endings: TypeAlias = "dict[Lane, Exception]"
@@ -125,6 +125,7 @@ class Lane:
         """
         self.run, self.loader, self.micro_steps, self.scale = run, loader, micro_steps, scale
         self.train = train = run.config.train
+        self.schedule = schedule_of(train)
         self.term, base, step = run.spec.consistency, run.task.base, run.counters.step
         before = recent_losses(read_metrics(run.paths.metrics, train=["loss"]), step, train.spike.window_steps)
         self.guards = Guards(run.slot, engine.objective, run.adapters, train, run.paths, run.world, before)
@@ -136,7 +137,7 @@ class Lane:
     def open_step(self) -> None:
         """Set the learning rate, and fetch what the step trains on."""
         run, train, step = self.run, self.train, self.run.counters.step
-        rate = train.learning_rate * schedule_factor(step, train.max_steps, warmup_steps(train), train.schedule)
+        rate = train.learning_rate * self.schedule(step)
         run.slot.set_learning_rate(rate)
         batch = self.loader.of_step(step)
         supervised, tokens = sum_over_processes([batch.supervised, batch.tokens], run.world.device)  # global

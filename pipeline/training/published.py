@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.heads import head_state
 from pipeline.adapters.peft_format import adapter_matrices, write_adapter
+from pipeline.config import EvaluationDataConfig
 from pipeline.distributed.world import World, gather_objects
 from pipeline.errors import DiskFull
 from pipeline.files import (
@@ -38,7 +39,8 @@ class Validation:
 
 
 def publish_adapter(
-    adapters: Adapters, slot: Slot, base: str, origin: Origin, found: Validation, paths: RunPaths, world: World
+    adapters: Adapters, slot: Slot, base: str, origin: Origin, found: Validation, paths: RunPaths, world: World,
+    evaluation: EvaluationDataConfig | None,
 ) -> None:
     """adapter/ in PEFT format as it stands in the engine now, and the validation predictions that go with it.
 
@@ -47,6 +49,7 @@ def publish_adapter(
     Args:
         base: name or path of the base model.
         origin: of the run.
+        evaluation: `data.evaluation`.
     """
     matrices = adapter_matrices(adapters.layers, slot.adapter, slot.whole)  # a collective
     head = head_state(adapters.heads, slot.adapter, slot.whole)  # another one
@@ -55,7 +58,8 @@ def publish_adapter(
     def fill(folder: Path) -> None:
         write_adapter(folder, matrices, spec, adapters.layer_count, base, adapters.suffixes, head)
         entry = {"step": found.step, "validation_nll": found.scores["nll"], "origin": origin.as_dict()}
-        write_json(folder / MANIFEST, entry)
+        source = None if evaluation is None else evaluation.model_dump(mode="json")
+        write_json(folder / MANIFEST, entry | {"evaluation": source})
 
     def publish() -> None:
         (paths.predictions / "validation.npz").unlink(missing_ok=True)  # of the adapter before

@@ -94,6 +94,10 @@ class RankBudget:
         """
         return self.schedule is not None and best < self.schedule.settled <= step
 
+    def settles_after(self, step: int) -> bool:
+        """Whether ranks are still to be settled after `step`."""
+        return self.schedule is not None and step < self.schedule.settled
+
     def progress(self) -> dict[str, float]:
         """For the metrics: triplets kept, and how far P and Q are from orthogonal."""
         if self.schedule is None:

@@ -72,9 +72,22 @@ class Run:
         """What its adapter is."""
         return self.adapters.specs[self.slot.adapter]
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `train.patience` ends the training. All processes agree: they have the same validations."""
+        train, validated = self.config.train, self.counters.validated_step or 0
+        if train.patience is None or self.budget.settles_after(validated):
+            return False
+        return self.counters.waited(train.validate_every_steps) >= train.patience
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left."""
+        return self.counters.step >= self.config.train.max_steps or self.out_of_patience
+
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
-        return self.counters.step % every == 0 or self.counters.step == self.config.train.max_steps
+        return self.counters.step % every == 0 or self.over
 
     def validation_of(self, step: int, stop_asked: Callable[[], bool] = lambda: False) -> Validation:
         """Mean-field scores on the validation split of what the engine holds, the state of `step`. A collective.
@@ -103,7 +116,8 @@ class Run:
         step, best = self.counters.step, self.counters.best_validation_nll
         self.scores = found.scores
         self.metrics.write("validation", step=step, **found.scores)
-        self.counters = replace(self.counters, validated_step=step)
+        afresh = self.budget.supersedes(step, self.counters.lowest_step or 0)
+        self.counters = self.counters.validated(step, found.scores["nll"], afresh)
         if self.budget.supersedes(step, self.counters.best_step or 0):
             best = None
         published = best is None or found.scores["nll"] < best or not self.config.train.keep_best
@@ -111,13 +125,18 @@ class Run:
             self.counters = replace(self.counters, best_step=step, best_validation_nll=found.scores["nll"])
             self.save()  # first: what is published is then never ahead of what a resume knows
             self.publish(found)
+        if self.out_of_patience and step < self.config.train.max_steps:
+            lowest = self.counters.lowest_step
+            self.metrics.write("ended", step=step, by="train.patience", lowest_step=lowest)
+            say(f"step {step}: no lower validation NLL since step {lowest}, train.patience ends it", self.world.is_main)
         if self.on_validation is not None:
             self.on_validation({"step": float(step), **found.scores, "published": float(published)})
 
     def publish(self, found: Validation) -> None:
         """adapter/ as the engine holds it, with the validation that goes with it. A collective."""
         base = self.task.base.identity.resolved
-        publish_adapter(self.adapters, self.slot, base, self.origin, found, self.paths, self.world)
+        source = self.config.data.evaluation
+        publish_adapter(self.adapters, self.slot, base, self.origin, found, self.paths, self.world, source)
 
     def save(self) -> None:
         """Publish a checkpoint, unless this very state is saved."""
@@ -181,8 +200,7 @@ class Run:
 
     def stop_if_requested(self) -> None:
         """Save and leave where any process sees the stop request. Raises `Stopped`."""
-        done = self.counters.step == self.config.train.max_steps
-        if agree(self.stop_asked(), self.world.device) and not done:
+        if agree(self.stop_asked(), self.world.device) and not self.over:
             self.stop()
 
     def stop(self) -> NoReturn:
@@ -196,6 +214,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Record the end; the best validation and the hash of the adapter that goes with it."""
         barrier()
+        early = self.counters.step < self.config.train.max_steps
         best = [
             row
             for row in read_metrics(self.paths.metrics)
@@ -203,9 +222,11 @@ class Run:
         ]
         if self.world.is_main:
             detail = f"{self.counters.step} steps, best at {self.counters.best_step}"
+            detail += ", ended by train.patience" if early else ""
             update_status(self.paths, "train", "done", detail, self.origin.config_sha256)
         return {
             "steps": self.counters.step,
+            "ended_by": "train.patience" if early else None,
             "best_step": self.counters.best_step,
             "validation_nll": self.counters.best_validation_nll,
             "validation_accuracy": best[-1].get("accuracy") if best else None,

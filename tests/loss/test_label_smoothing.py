@@ -22,7 +22,7 @@ from pipeline.prediction.passes import PassSettings
 from pipeline.prediction.task import RegressionTask
 from pipeline.support.tiny import tiny_llama
 from pipeline.training.batch import lay_out
-from pipeline.training.schedule import schedule_factor, warmup_steps
+from pipeline.training.schedule import schedule_of, warmup_steps
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -80,6 +80,6 @@ def test_numbers_cannot_be_smoothed(tmp_path: Path) -> None:
 def test_the_warm_up_may_be_given_in_steps() -> None:
     assert warmup_steps(TrainConfig(max_steps=200, warmup_fraction=0.06)) == 12
     assert warmup_steps(TrainConfig(max_steps=200, warmup_steps=50, warmup_fraction=0.06)) == 50
-    factors = [schedule_factor(step, 200, 50, "linear") for step in range(200)]
+    factors = [schedule_of(TrainConfig(max_steps=200, warmup_steps=50))(step) for step in range(200)]
     assert factors[:2] == [0.02, 0.04] and max(factors) == factors[49] == factors[50] == 1.0
     assert factors[125] == pytest.approx(0.5)

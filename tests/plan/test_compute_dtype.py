@@ -15,7 +15,7 @@ from pipeline.model import measure_dtype
 from pipeline.model.kind import base_sizes
 from pipeline.plan import compute_dtype
 from pipeline.plan.compute_dtype import pass_shapes, with_compute_dtype
-from pipeline.run_folder.paths import refuse_other
+from pipeline.run_folder.belongs import refuse_other
 
 
 @pytest.fixture

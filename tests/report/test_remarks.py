@@ -22,7 +22,8 @@ def inputs(**changes: Any) -> Any:
     outputs = np.where(outputs < -600.0, -np.inf, outputs)
     split = SimpleNamespace(outputs=outputs, labels=np.array([0, 1, 1, 1]))
     return SimpleNamespace(**{
-        "kind": "choice", "splits": {"test": split}, "search": None, "trainings": None, "curves": {}, **changes,
+        "kind": "choice", "splits": {"test": split}, "search": None, "trainings": None, "curves": {},
+        "config": build_config({}), **changes,
     })
 
 
@@ -129,6 +130,15 @@ def test_the_next_step_follows_from_the_validation_curve(values: list[float], sa
     curve = TrainingCurve({1: 0.5}, dict(enumerate(values)))
     found = remarks(inputs(curves={"mean_field": curve}), result(system("mean_field")))
     assert [line for line in found if not line.startswith(said or "x")] == [] and len(found) == (said is not None)
+
+
+def test_a_training_that_patience_has_ended_is_named() -> None:
+    curves = {"mean_field": TrainingCurve({1: 0.7, 8: 0.5}, {}), "plain": TrainingCurve({12: 0.5}, {})}
+    said = "mean_field was trained for 8 of 12 steps: 2 validations in a row were no improvement (train.patience)."
+    for patience, expected in ((2, [said]), (None, [])):
+        config = build_config({"train": {"max_steps": 12, "patience": patience}})
+        found = remarks(inputs(curves=curves, config=config), result(system("mean_field"), system("plain")))
+        assert [line for line in found if "steps" in line] == expected
 
 
 def test_rows_that_a_difference_needs_are_counted() -> None:

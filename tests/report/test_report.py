@@ -12,7 +12,8 @@ from helpers.runs import write_predicted
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, log_loss
 
-from pipeline.config import build_config, dump_config
+from pipeline.config import build_config, dump_config, load_config
+from pipeline.config.load import with_values
 from pipeline.data.rows import Row
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.files import write_json, write_text
@@ -311,6 +312,7 @@ def test_absent_parts_are_left_out_in_words(run):
 def test_completion_data(run):
     """NLL per token and perplexity; no accuracy, no temperature."""
     random, members, tokens = np.random.default_rng(4), make_members(draws=4), {}
+    write_text(run.paths.config, dump_config(with_values(load_config(run.paths.config), {"ensemble.size": 4})))
     write_members(run.paths.predictions, members)
     for split, rows in ROWS.items():
         offsets = np.concatenate([[0], random.integers(1, 9, rows).cumsum()])

@@ -20,12 +20,12 @@ from pipeline.run_folder.chain import (
     Origin,
     is_trained,
     is_validated,
+    other_members,
     own_member,
     predictions_from,
     require_adapter,
     require_predictions,
     require_same_adapter,
-    require_same_rows,
 )
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.members import PredictedMember, write_members
@@ -35,7 +35,7 @@ from pipeline.run_folder.verify import verify_folder
 from pipeline.stages.evaluate import Entry, read_entry
 from pipeline.stages.export import read_result
 
-CONFIG = build_config({"adapter": {"rank": 4}})
+CONFIG = build_config({"adapter": {"rank": 4}, "ensemble": {"size": 1, "seed": 7}})
 ORIGIN = Origin(CONFIG.training_sha256(), "rows")
 SPLITS = ("validation", "calibration", "test")
 
@@ -74,13 +74,15 @@ def write_run(root: Path, config: RunConfig = CONFIG) -> RunPaths:
     update_status(paths, "train", "done", config_sha256=config.training_sha256())
     write_whole(paths, members_of(paths, sha256))
     files = {split: sha256_file(paths.predictions / f"{split}.npz") for split in SPLITS}
-    write_json(paths.result, {"made_from": {**ORIGIN.as_dict(), "adapter_sha256": sha256, "predictions": files}})
+    made = {"adapter_sha256": sha256, "predictions": files, "settings_sha256": config.reading_sha256()}
+    write_json(paths.result, {"made_from": {**ORIGIN.as_dict(), **made}})
     write_text(paths.report, "<html>")
     update_status(paths, "report", "done", made={p.name: sha256_file(p) for p in (paths.result, paths.report)})
 
     def fill(folder: Path) -> None:
         write_text(folder / "adapter" / ADAPTER_WEIGHTS, "weights")
-        entry = {"origin": ORIGIN.as_dict(), "adapter_sha256": sha256, "result_sha256": sha256_file(paths.result)}
+        entry = {"origin": ORIGIN.as_dict(), "adapter_sha256": sha256, "result_sha256": sha256_file(paths.result),
+                 "settings_sha256": config.export_sha256()}
         write_json(folder / MANIFEST, entry)
 
     publish_folder(paths.export, fill)
@@ -99,7 +101,8 @@ def test_the_hash_of_a_training_is_that_of_what_decides_its_adapter() -> None:
     same = {
         "ensemble.size": 32, "evaluate.bootstrap_samples": 50, "export.forms": ["adapter"], "search.trials": 3,
         "launch.processes": 4, "label": "x", "model.trust_remote_code": True, "train.micro_batch": 1,
-        "model.hold": "dequantized", "adapter.fused": False,
+        "model.hold": "dequantized", "adapter.fused": False, "data.choice_score": "per_token",
+        "data.evaluation": {"path": "x", "splits": dict.fromkeys(SPLITS, "y")}, "select.by": "nll",
     }  # fmt: skip
     for key, value in same.items():
         assert with_values(CONFIG, {key: value}).training_sha256() == CONFIG.training_sha256(), key
@@ -163,16 +166,6 @@ def test_predictions_are_used_only_for_those_who_made_them(tmp_path: Path) -> No
         require_same_adapter(paths, "another", "predictions/", "")
 
 
-def test_an_adapter_of_other_rows_is_not_predicted_with(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run")
-    require_same_rows(paths.adapter, "rows")
-    with pytest.raises(RunFolderError, match=r"adapter: was made from other data\. Put back"):
-        require_same_rows(paths.adapter, "others")
-    write_json(paths.adapter / MANIFEST, {"origin": [1]})
-    with pytest.raises(RunFolderError, match="other data"):
-        require_same_rows(paths.adapter, "rows")
-
-
 @pytest.mark.parametrize("value", [1, "x", [1], {"report": 1}])
 def test_verify_says_of_entries_of_any_kind_that_they_are_not_ours(tmp_path: Path, value: object) -> None:
     paths = write_run(tmp_path / "run")
@@ -220,6 +213,53 @@ def test_an_export_takes_the_temperature_of_its_own_adapter_alone(tmp_path: Path
     assert read_result(paths, ORIGIN, sha256) == {}
 
 
+def test_a_result_of_other_settings_is_not_exported(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run")
+    sha256, settings = sha256_file(paths.adapter / ADAPTER_WEIGHTS), CONFIG.reading_sha256()
+    assert read_result(paths, ORIGIN, sha256, settings)
+    for key, value in (("ensemble.average", "logit"), ("ensemble.size", 2), ("data.choice_score", "per_token")):
+        with pytest.raises(RunFolderError, match=r"result\.json: was made under other settings"):
+            read_result(paths, ORIGIN, sha256, with_values(CONFIG, {key: value}).reading_sha256())
+    assert settings == with_values(CONFIG, {"evaluate.batch_tokens": 9, "export.draws": 1}).reading_sha256()
+
+
+def test_predictions_of_other_mask_draws_are_not_those_that_are_asked_for() -> None:
+    own = PredictedMember("mean-field", "mean_field", "adapter", "ab", None, {"rates": {"lora_A": 0.5}})
+    draws = [PredictedMember(f"draw {n}", "mask_draw", "adapter", "ab", n, {"seed": 7}) for n in range(8)]
+
+    def fault(drawn: int, **ensemble: object) -> str:
+        config = build_config({"ensemble": {"size": 8, "seed": 7, **ensemble}})
+        return other_members([own, *draws[:drawn]], config.ensemble)
+
+    assert not fault(8) and not fault(4, size=4) and not fault(0, size=0) and not fault(4, stop_when_flat=True)
+    assert "4 mask draws, and ensemble.size is 8" in fault(4)
+    assert "0 mask draws, and ensemble.size is 8" in fault(0)
+    assert fault(0, stop_when_flat=True) and fault(8, size=4, stop_when_flat=True)
+    assert "other masks than those of ensemble.seed = 9" in fault(8, seed=9)
+    plain = PredictedMember("mean-field", "mean_field", "adapter", "ab", None, {"rates": {}})
+    assert not other_members([plain], CONFIG.ensemble)  # there is nothing to draw
+
+
+def test_verify_takes_other_rows_where_data_evaluation_has_changed_and_all_is_made_of_the_same(tmp_path: Path) -> None:
+    paths, now = write_run(tmp_path / "run"), Origin(CONFIG.training_sha256(), "other rows")
+    members = members_of(paths, sha256_file(paths.adapter / ADAPTER_WEIGHTS))
+    write_whole(paths, members, now)
+
+    def foreign() -> set[str]:
+        return {found.name for found in verify_folder(paths.root) if found.state == "foreign"}
+
+    predicted = {f"predictions/{split}.npz" for split in SPLITS}
+    assert foreign() == {*predicted, "result.json"}  # as if the data had been exchanged
+    source = {"path": "x", "splits": dict.fromkeys(SPLITS, "y")}
+    write_text(paths.config, dump_config(with_values(CONFIG, {"data.evaluation": source})))
+    assert foreign() == {"result.json", "export"}  # of the rows before
+    found = read_predictions(paths.predictions, "validation")
+    made_from = predictions_from(ORIGIN, members)
+    mixed = ChoicePredictions(found.row_ids, found.outputs, made_from=made_from)
+    write_predictions(paths.predictions, "validation", mixed)
+    assert "predictions/validation.npz" in foreign()
+
+
 def swap_adapter(paths: RunPaths) -> None:
     write_adapter(paths, "of another run")
 
@@ -235,6 +275,14 @@ def predict_elsewhere(paths: RunPaths) -> None:
     write_predictions(paths.predictions, "test", ChoicePredictions(found.row_ids, found.outputs, made_from=made_from))
 
 
+def ask_for_more_draws(paths: RunPaths) -> None:
+    write_text(paths.config, dump_config(with_values(CONFIG, {"ensemble.size": 4})))
+
+
+def average_otherwise(paths: RunPaths) -> None:
+    write_text(paths.config, dump_config(with_values(CONFIG, {"ensemble.average": "logit", "export.draws": 1})))
+
+
 def edit_config(paths: RunPaths) -> None:
     write_text(paths.config, dump_config(with_values(CONFIG, {"adapter.rank": 8})))
 
@@ -248,6 +296,9 @@ DAMAGE: dict[str, tuple[Callable[[RunPaths], object], dict[str, str]]] = {
     "config edited": (edit_config, {
         "adapter": "foreign", "predictions/test.npz": "foreign", "predictions/validation.npz": "foreign",
         "predictions/calibration.npz": "foreign", "result.json": "foreign", "export": "foreign"}),
+    "ensemble edited": (ask_for_more_draws, {
+        "predictions/members.json": "foreign", "result.json": "foreign"}),
+    "average and export edited": (average_otherwise, {"result.json": "foreign", "export": "foreign"}),
     "config broken": (lambda paths: paths.config.write_text("a: ["), {"config.yaml": "damaged"}),
     "config gone": (lambda paths: paths.config.unlink(), {"config.yaml": "missing"}),
     "predictions flipped": (lambda paths: flip(paths.predictions / "test.npz", 40), {

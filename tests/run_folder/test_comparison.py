@@ -22,6 +22,7 @@ from pipeline.report.compared import compared_systems
 from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.systems import base_system
+from pipeline.run_folder.belongs import refuse_other
 from pipeline.run_folder.comparison import (
     Training,
     choose,
@@ -32,7 +33,7 @@ from pipeline.run_folder.comparison import (
     write_comparison,
 )
 from pipeline.run_folder.members import PredictedMember, write_members
-from pipeline.run_folder.paths import RunPaths, refuse_other
+from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import ChoicePredictions
 from pipeline.stages.evaluate import listed_adapters, member_list
 from pipeline.stages.report import write_report
@@ -195,7 +196,7 @@ def write_compared(
     ])
     trainings = [replace(one, step_seconds=3.0) if one.method == "dropkey" else one for one in trainings]
     paths, random = RunPaths(root), np.random.default_rng(0)
-    config = build_config({"evaluate": {"bootstrap_samples": 120}})
+    config = build_config({"evaluate": {"bootstrap_samples": 120}, "ensemble": {"size": 2}})
     write_text(paths.config, dump_config(config))
     write_comparison(paths, config.label, trainings)
     members = [PredictedMember("base", "base", extra={"head": "untrained"})]

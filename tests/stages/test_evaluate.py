@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
+from pipeline.config.load import with_values
+from pipeline.data.splits import load_splits
+from pipeline.errors import RunFolderError
+from pipeline.files import ADAPTER_WEIGHTS, sha256_file
 from pipeline.prediction import rounds
-from pipeline.stages import evaluate
+from pipeline.run_folder.paths import RunPaths
+from pipeline.run_folder.predictions import Predictions, write_predictions
+from pipeline.run_folder.verify import verify_folder
+from pipeline.stages import evaluate, export
+from pipeline.stages.processes import begin_training
 from pipeline.stages.report import write_report
 from pipeline.stages.train import train_run
 
@@ -61,3 +69,89 @@ def test_draws_stop_when_validation_is_flat(
     assert drawn == 12
     for split, table in stopped.items():
         np.testing.assert_allclose(every[split][: len(table)], table, rtol=0, atol=1e-5)
+
+
+class Killed(BaseException):
+    """What no code of ours expects."""
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_evaluated_again_under_another_ensemble_size(
+    tmp_path: Path, tiny_settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (evaluate, export):
+        monkeypatch.setattr(module, "leave_world", lambda: None)  # the process group serves the next test
+    run, settings = tmp_path / "tiny", [word for word in tiny_settings if not word.startswith("ensemble.size")]
+    paths, config = RunPaths(run), load_config(None, [*settings, "ensemble.size=2"])
+    assert begin_training(config, run)
+    train_run(config, run)
+    evaluate.evaluate_run(run)
+    write_report(run)
+    adapter, before = sha256_file(run / "adapter" / ADAPTER_WEIGHTS), predictions(run)[1]
+    assert {found.state for found in verify_folder(run)} == {"whole"}
+
+    more = with_values(config, {"ensemble.size": 4})
+    assert not begin_training(more, run), "it is trained"
+    with pytest.raises(RunFolderError, match=r"was made with 2 mask draws, and ensemble\.size is 4"):
+        write_report(run)
+    with pytest.raises(RunFolderError, match=r"result\.json: was made under other settings"):
+        export.export_run(run)
+    assert {found.name for found in verify_folder(run) if found.state == "foreign"} == {
+        "predictions/members.json", "result.json"}
+
+    def killed(folder: Path, split: str, found: Predictions) -> None:
+        if split == "calibration":
+            raise Killed
+        write_predictions(folder, split, found)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(evaluate, "write_predictions", killed)
+        with pytest.raises(Killed):
+            evaluate.evaluate_run(run)
+    written = (run / "predictions" / "validation.npz").stat().st_mtime_ns
+    with pytest.raises(RunFolderError, match=r"calibration\.npz: does not exist"):
+        write_report(run)
+    assert not begin_training(more, run)  # the same command again
+    evaluate.evaluate_run(run)
+    assert (run / "predictions" / "validation.npz").stat().st_mtime_ns == written
+    drawn, after = predictions(run)
+    assert drawn == 4 and sha256_file(run / "adapter" / ADAPTER_WEIGHTS) == adapter
+    for split, table in before.items():
+        np.testing.assert_allclose(after[split][: len(table)], table, rtol=0, atol=1e-5)
+    write_report(run)
+    assert {found.state for found in verify_folder(run)} == {"whole"}
+    assert json.loads(paths.result.read_text())["made_from"]["settings_sha256"] == more.reading_sha256()
+
+    evaluate_other_rows(run, more, tmp_path / "other.jsonl", capsys)
+
+
+def evaluate_other_rows(run: Path, config: RunConfig, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Validation, calibration and test from another source: predicted again, unless one of them was trained on."""
+    rows = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
+    prompts = {row.prompt for row in load_splits(config.data).train}
+    shown = [row for row in rows if row["prompt"] in prompts]
+    (source.parent / "seen").mkdir()
+    (source.parent / "new").mkdir()
+    for split in ("validation", "calibration", "test"):
+        new = [{**row, "prompt": f"{split}, again: {row['prompt']}"} for row in rows[:60]]
+        for folder, kept in (("new", new), ("seen", shown if split == "test" else new)):
+            text = "".join(f"{json.dumps(row)}\n" for row in kept)
+            (source.parent / folder / f"{split}.jsonl").write_text(text)
+            (source.parent / folder / "train.jsonl").write_text(text)
+    splits = {split: split for split in ("validation", "calibration", "test")}
+    own = RunPaths(run)
+    for folder, said in (("new", None), ("seen", r"was trained on \d+ of the rows that data\.evaluation gives")):
+        elsewhere = {"path": str(source.parent / folder), "splits": splits}
+        assert not begin_training(with_values(config, {"data.evaluation": elsewhere}), run)
+        if said is None:
+            with pytest.raises(RunFolderError, match="was made from other data"):
+                write_report(run)
+            capsys.readouterr()
+            evaluate.evaluate_run(run)
+            assert "not those of the training" in capsys.readouterr().err
+            write_report(run)
+            assert {found.state for found in verify_folder(run)} == {"whole"}
+        else:
+            with pytest.raises(RunFolderError, match=said):
+                evaluate.evaluate_run(run)
+    assert own.result.exists()

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import build_config, load_config
 from pipeline.config.load import with_values
 from pipeline.errors import RunFolderError, UserError
-from pipeline.files import write_json
+from pipeline.files import write_json, write_text
 from pipeline.run_folder.paths import Folders
 from pipeline.stages import search
 from pipeline.stages.run import chosen_configs
@@ -22,6 +22,13 @@ def test_a_search_goes_on_with_more_trials_and_nothing_else(tmp_path: Path, monk
     more = with_values(config, {"search.trials": 5, "search.concurrent": 1, "search.pack": "off"})
     assert search.run_search(more, folders) == 0
     assert load_config(folders.search / "config.yaml").search.trials == 5
+    readout = with_values(more, {"ensemble.size": 3, "search.adapters": 1})
+    assert search.run_search(readout, folders) == 0
+    write_text(folders.search / "ledger.jsonl", "{}")
+    other = with_values(more, {"adapter.rank": 2})
+    assert search.run_search(other, folders) == 0, "no trial has taken a step"
+    assert not (folders.search / "ledger.jsonl").exists() and search.run_search(more, folders) == 0
+    write_text(folders.search / "trials" / "trial_000" / "metrics.jsonl", "")
     for key, value in (("search.max_steps", 7), ("search.seed", 7), ("adapter.rank", 2), ("search.space", "rates")):
         with pytest.raises(RunFolderError, match="belongs to another configuration"):
             search.run_search(with_values(more, {key: value}), folders)

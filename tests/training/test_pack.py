@@ -179,6 +179,7 @@ def test_what_cannot_share_a_pass_is_refused(tiny_settings: list[str]) -> None:
         "adapter.kind": ["adapter.kind=adalora"], "data.streaming": ["data.streaming=true"],
         "model.quantization": ["model.quantization=none"], "data.seed": ["data.seed=4"],
         "data.max_tokens": ["data.max_tokens=32"], "train.deepspeed": ["train.deepspeed=zero3"],
+        "train.optimizer": ["train.optimizer=adamw_8bit", "train.deepspeed=zero0"],
     }
     for field, change in refused.items():
         reason = pack_refusal(shared, load_config(None, [*tiny_settings, *change]))

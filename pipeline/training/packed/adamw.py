@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.bucket import Bucket
+from pipeline.model.adamw import MOMENTS
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.config import TrainConfig
+from pipeline.model.adamw import MOMENTS
 from pipeline.training.engine import Slot
-from pipeline.training.packed.adamw import MOMENTS, Stack, StackedAdamW, Update, squared_norms, stacks_of
+from pipeline.training.packed.adamw import Stack, StackedAdamW, Update, squared_norms, stacks_of
 
 
 class StackedEngine:
@@ -77,6 +78,8 @@ class StackedEngine:
 
 class StackedSlot:
     """One run among others; see `pipeline.training.engine.Slot`."""
+
+    moments: tuple[str, ...] = MOMENTS
 
     def __init__(self, engine: StackedEngine, adapter: int, train: TrainConfig) -> None:
         self.adapter, self._engine, self._train = adapter, engine, train

@@ -185,10 +185,10 @@ class Pack:
             self._leave(lane)
 
     def _complete(self) -> list[Lane]:
-        return [lane for lane in self._lanes.values() if lane.run.counters.step >= lane.train.max_steps]
+        return [lane for lane in self._lanes.values() if lane.run.over]
 
     def _conclude(self, lane: Lane) -> Ended:
-        """The end of a run that has made all its steps."""
+        """The end of a run that has no step left."""
         run = lane.run
         try:
             run.metrics.close()

@@ -58,7 +58,8 @@ def make(base: Path) -> None:
         made_from = predictions_from(origin, members)
         write_predictions(paths.predictions, split, ChoicePredictions(ids, table, seconds=1.0, made_from=made_from))
     files = {split: sha256_file(paths.predictions / f"{split}.npz") for split in EVALUATED_SPLITS}
-    made = {**origin.as_dict(), "adapter_sha256": own.adapter_sha256, "predictions": files}
+    made = {**origin.as_dict(), "adapter_sha256": own.adapter_sha256, "predictions": files,
+            "settings_sha256": config.reading_sha256()}
     write_json(paths.result, {"made_from": made})
     write_text(paths.report, "<html>")
     update_status(paths, "train", "done", config_sha256=config.training_sha256())
