@@ -27,7 +27,10 @@ MAY_SEE = {
     "run_folder": GROUND | {"config", "scores"},
     "distributed": GROUND | {"config", "run_folder"},
     "report": GROUND | {"config", "data", "run_folder", "scores"},
-    "export": GROUND | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed"},
+    "ensemble": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores"},
+    "export": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "setup": {"errors"},
     "support": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed", "plan", "stages"},
@@ -60,6 +63,7 @@ NO_TORCH = (
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
+    "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows",
     "pipeline.stages.test",
     "tune.__main__", "tune.search", "tune.study",
 )
