@@ -87,7 +87,6 @@ class _InThisProcess(Stage):
         return self._train
 
     def _train(self, config: RunConfig, folders: Folders) -> int:
-        from pipeline.distributed.world import leave_world
         from pipeline.stages.train import train_run
 
         if not begin_training(config, folders.run):
@@ -98,9 +97,7 @@ class _InThisProcess(Stage):
             if not isinstance(error, Stopped):
                 update_status(RunPaths(folders.run), self.name, "failed", f"{type(error).__name__}: {error}")
             raise
-        finally:
-            leave_world()
-        return EXIT_OK
+        return EXIT_OK  # in the process group of one: DeepSpeed makes none twice, and the next training needs it
 
 
 def _run(stage: Stage, run_dir: str | Path, config: Source, overrides: Sequence[str] = ()) -> Path:
