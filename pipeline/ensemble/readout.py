@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def top_probability(log_probs: Floats) -> Floats:
     return np.exp(log_probs.max(axis=-1))
 
 
-def chosen_size(result: dict[str, Any]) -> int:
+def chosen_size(result: Mapping[str, Any]) -> int:
     """Mask draws that validation chose: none where it chose the mean-field adapter."""
     entry = result.get("ensemble")
     return int(entry["chosen_size"]) if entry else 0

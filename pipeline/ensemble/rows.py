@@ -91,7 +91,7 @@ def checked(rows: Iterable[Row | DataError], name: str) -> Iterator[Row]:
     if faults:
         raise faults[0] if len(faults) == 1 else ErrorList(faults)
     if not count:
-        raise DataError("--input", name, "holds no rows", "Give a file with at least one row.")
+        raise DataError(name, None, "holds no rows", "Give at least one.")
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

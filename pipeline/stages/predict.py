@@ -133,10 +133,14 @@ def _source(given: str, run: Path, nodes: int) -> Path:
     """The file with the rows; standard input is written into one, which all processes can read.
 
     Raises:
-        ConfigError: standard input, and several nodes that would each have one.
+        ConfigError: no file; standard input, and several nodes that would each have one.
     """
     if given != "-":
-        return Path(given).expanduser().resolve()
+        path = _absolute(given, "--input")
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "does not exist"
+            raise ConfigError("--input", given, what, "Give a file with rows, or - for standard input.")
+        return path
     if nodes > 1:
         raise ConfigError("--input", "-", f"is another one on each of {nodes} nodes", "Give a file that all see.")
     target = run / "logs" / SPOOL
@@ -150,8 +154,7 @@ def _source(given: str, run: Path, nodes: int) -> Path:
 
 def _usable(given: str) -> Path:
     """The output. Raises `ConfigError` where no file can be written there."""
-    path = Path(given).expanduser().absolute()
-    what = ""
+    path, what = _absolute(given, "--output"), ""
     if given == "-" or path.is_dir():
         what = "is no file: what is written is continued by the same command"
     elif not path.parent.is_dir():
@@ -161,6 +164,14 @@ def _usable(given: str) -> Path:
     if what:
         raise ConfigError("--output", given, what, "Name a new file, such as answers.jsonl.")
     return path
+
+
+def _absolute(given: str, field: str) -> Path:
+    """The path of a file. Raises `ConfigError` where it is below the home of nobody."""
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(field, given, f"cannot be used ({error})", "Write the path out.") from error
 
 
 def _compare(rows: Iterator[Row], output: Path, identity: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from pipeline.config.data import TemplateConfig
 from pipeline.data.rows import Row
 from pipeline.ensemble.ensemble import Ensemble
 from pipeline.ensemble.rows import RowForm, checked
-from pipeline.errors import DataError, ErrorList, RunFolderError
+from pipeline.errors import ConfigError, DataError, ErrorList, RunFolderError
 from pipeline.run_folder.paths import RunPaths
 from pipeline.stages import predict as stage
 
@@ -78,6 +78,22 @@ def test_an_output_goes_on_where_it_ends_and_belongs_to_its_rows(tmp_path: Path)
     ):
         with pytest.raises(RunFolderError, match=rf"out.jsonl:{line}: was made from other rows"):
             stage._compare(iter(others), output, identity)
+
+
+def test_places_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "there.jsonl").write_text("")
+    for given, says in (
+        (tmp_path / "not.jsonl", "does not exist"), (tmp_path, "no regular file"), ("~nobody-here/x", "cannot be used"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--input = .*{says}"):
+            stage._source(str(given), tmp_path, nodes=1)
+    assert stage._source(str(tmp_path / "there.jsonl"), tmp_path, nodes=1) == tmp_path / "there.jsonl"
+    with pytest.raises(ConfigError, match="another one on each of 2 nodes"):
+        stage._source("-", tmp_path, nodes=2)
+    for given, says in (("-", "no file"), (tmp_path, "no file"), (tmp_path / "no" / "out.jsonl", "is no folder")):
+        with pytest.raises(ConfigError, match=rf"--output = .*{says}"):
+            stage._usable(str(given))
+    assert stage._usable(str(tmp_path / "out.jsonl")) == tmp_path / "out.jsonl"
 
 
 @pytest.mark.parametrize(
