@@ -81,7 +81,7 @@ class EvaluatedRun:
             remedy = "Train the method that you want as a run of its own."
             raise RunFolderError("--run-dir", str(paths.root), "compares methods and has chosen no ensemble", remedy)
         origin = Origin(config.training_sha256(), splits.fingerprint)
-        require_adapter(paths, origin)
+        require_adapter(paths, Origin(origin.config_sha256))  # the rows are those of predictions and report
         sha256 = weights_sha256(paths.adapter)
         assert sha256 is not None  # its manifest has just been checked
         result = read_result(paths, origin, sha256)
@@ -181,12 +181,17 @@ def chosen_size(result: Mapping[str, Any]) -> int:
     return int(entry["chosen_size"]) if entry else 0
 
 
-def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[str, Any]:
+def read_result(
+    paths: RunPaths, origin: Origin, adapter_sha256: str, settings_sha256: str | None = None
+) -> dict[str, Any]:
     """What the report found for this adapter: the ensemble that validation chose, and its size; {} without one.
 
+    Args:
+        settings_sha256: of what the reading depends on beside the training; None = any.
+
     Raises:
-        RunFolderError: it was made from another configuration, other data, another adapter, or other predictions than
-            those that lie here.
+        RunFolderError: it was made from another configuration, other data, another adapter, other predictions than
+            those that lie here, or under other settings.
     """
     if not paths.result.exists():
         return {}
@@ -199,6 +204,8 @@ def read_result(paths: RunPaths, origin: Origin, adapter_sha256: str) -> dict[st
         predictions = paths.predictions / f"{split}.npz"
         if predictions.is_file() and sha256_file(predictions) != sha256:
             what = f"was made from other predictions of {split}"
+    if not what and settings_sha256 not in (None, made_from.get("settings_sha256")):
+        what = "was made under other settings of ensemble, evaluate or select"
     if what:
         raise RunFolderError(str(paths.result), None, what, REPORT_AGAIN)
     return dict(result)
