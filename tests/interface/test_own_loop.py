@@ -76,6 +76,7 @@ def test_what_needs_our_loop_is_refused(settings: dict[str, Any], says: str) -> 
         loradrop.attach(tiny_llama(), loradrop.AdapterConfig(**settings))
 
 
+@pytest.mark.slow
 def test_under_transformers_trainer(tmp_path: Path) -> None:
     """The example of docs/python.md: the loss falls, the base stays, masks are drawn, stock PEFT reads the result."""
     from transformers import Trainer, TrainingArguments
