@@ -69,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="data: rows shown of each split (default 2)")
     parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
+    parser.add_argument("--input", metavar="FILE", help="predict: rows as the run has them; -: JSON Lines on stdin")
+    parser.add_argument("--output", metavar="FILE", help="predict: JSON Lines, continued where they end")
+    parser.add_argument("--abstain", type=float, metavar="RISK", help="predict: share of answers that may be wrong")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
     return parser
 
@@ -96,7 +99,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
     stage, overrides = split_words(arguments.words)
     request = Request(
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
-        arguments.fast,
+        arguments.fast, arguments.input, arguments.output, arguments.abstain,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code

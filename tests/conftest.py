@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pipeline.config import RunConfig, dump_config, load_config
+from pipeline.files import write_text
+from pipeline.run_folder.mark import claim
+from pipeline.run_folder.paths import RunPaths
 from pipeline.support.tiny import write_tiny_data, write_tiny_model
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
@@ -50,6 +54,32 @@ def tiny_settings(tiny_folder: Path) -> list[str]:
         "train.validate_every_steps=3", "train.checkpoint_every_steps=2", "ensemble.size=4", "adapter.rank=4",
         "search.trials=2", "search.max_steps=4", "search.adapters=2", "evaluate.bootstrap_samples=200",
     ]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, RunConfig]:
+    """A tiny run that was trained, evaluated, reported and exported; leave it as it is."""
+    from pipeline.stages import evaluate, export, report, train
+
+    folder = tmp_path_factory.mktemp("finished")
+    model, rows = write_tiny_model(folder / "model"), write_tiny_data(folder / "rows.jsonl", 300)
+    config = load_config(None, [
+        f"model.path={model}", f"data.path={rows}", "data.train_rows=64", "data.validation_rows=40",
+        "data.calibration_rows=80", "data.test_rows=60", "data.max_tokens=64", "train.max_steps=6",
+        "train.global_batch=8", "train.micro_batch=4", "train.learning_rate=0.01", "train.validate_every_steps=3",
+        "ensemble.size=4", "adapter.rank=4", "evaluate.bootstrap_samples=200", "model.compute_dtype=float32",
+    ])
+    paths = RunPaths(folder / "run")
+    claim(paths.root, "run")
+    write_text(paths.config, dump_config(config))
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (evaluate, export):  # the process group serves the next test
+            patch.setattr(stage, "leave_world", lambda: None)
+        train.train_run(config, paths.root)
+        evaluate.evaluate_run(paths.root)
+        report.write_report(paths.root)
+        export.export_run(paths.root)
+    return paths, config
 
 
 def _run(*command: str) -> None:

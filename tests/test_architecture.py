@@ -18,7 +18,7 @@ from pipeline.run_folder import predictions
 
 LINE = (
     {"errors"}, {"files", "randomness", "terminal"}, {"fetch"}, {"config"}, {"data", "model", "adapters"}, {"loss"},
-    {"prediction"}, {"training"}, {"stages"}, {"cli"},
+    {"prediction"}, {"training"}, {"stages"}, {"cli"}, {"interface"},
 )
 """Rule 1: imports point left only. The rooms beside the line have rules of their own."""
 GROUND = {"errors", "files", "randomness", "terminal", "fetch"}
@@ -27,7 +27,10 @@ MAY_SEE = {
     "run_folder": GROUND | {"config", "scores"},
     "distributed": GROUND | {"config", "run_folder"},
     "report": GROUND | {"config", "data", "run_folder", "scores"},
-    "export": GROUND | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed"},
+    "ensemble": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores"},
+    "export": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "setup": {"errors"},
     "support": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed", "plan", "stages"},
@@ -60,7 +63,8 @@ NO_TORCH = (
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
-    "pipeline.stages.test",
+    "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows",
+    "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
     "tune.__main__", "tune.search", "tune.study",
 )
 """Rules 4 and 6: modules that import no torch, nor a module of ours that does, where the interpreter runs them."""

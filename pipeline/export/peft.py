@@ -12,6 +12,7 @@ from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
 from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
+from pipeline.ensemble.readout import chosen_size
 from pipeline.errors import RunFolderError
 from pipeline.terminal import say
 
@@ -93,9 +94,3 @@ def ensemble_entry(
     if not draws:
         return None
     return {"members": list(draws.values()), "weights": [1.0 / len(draws)] * len(draws), **readout(list(draws))}
-
-
-def chosen_size(result: Mapping[str, Any]) -> int:
-    """Mask draws that validation chose: none where it chose the mean-field adapter."""
-    entry = result.get("ensemble")
-    return int(entry["chosen_size"]) if entry else 0

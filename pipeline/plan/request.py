@@ -30,6 +30,12 @@ class Request:
     """Rows of each split that `data` shows."""
     fast: bool = False
     """`test`: without the slow tier."""
+    input: str | None = None
+    """`predict`: a file with rows; `-`: JSON Lines on standard input."""
+    output: str | None = None
+    """`predict`: where answers are appended."""
+    abstain: float | None = None
+    """`predict`: the risk that answered rows may have."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where --config is empty."""

@@ -20,10 +20,13 @@ from pipeline.config import ModelConfig
 from pipeline.config.load import with_values
 from pipeline.data.splits import load_splits
 from pipeline.distributed.world import leave_world, start_world
+from pipeline.ensemble.exported import reading_entry
+from pipeline.ensemble.readout import read_result
+from pipeline.ensemble.rows import RowForm
 from pipeline.errors import RunFolderError
 from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
 from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
-from pipeline.files import MANIFEST, publish_folder, read_json, sha256_file, write_json
+from pipeline.files import MANIFEST, publish_folder, sha256_file, write_json
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
 from pipeline.prediction.unseen import require_unseen
@@ -32,8 +35,6 @@ from pipeline.run_folder.members import MEMBERS, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.readout import exported_readout
 from pipeline.terminal import say
-
-REPORT_AGAIN = "Evaluate and report again."
 
 
 def export_run(run_dir: Path, trusted: bool = False) -> None:
@@ -77,6 +78,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
         manifest = {
             "origin": origin.as_dict(),
             "base": identity.as_dict(),
+            "reading": reading_entry(config, RowForm.of_run(config, splits)),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
             "settings_sha256": config.export_sha256(),
@@ -107,33 +109,3 @@ def precisions(model: ModelConfig, device: torch.device) -> tuple[torch.dtype, t
     """
     trained_in = compute_dtype(model, device)
     return trained_in, torch.float32 if device.type == "cpu" else trained_in
-
-
-def read_result(
-    paths: RunPaths, origin: Origin, adapter_sha256: str, settings_sha256: str | None = None
-) -> dict[str, Any]:
-    """What the report found for this adapter, of which the export takes ensemble size and temperature; {} without one.
-
-    Args:
-        settings_sha256: `RunConfig.reading_sha256`; None = any.
-
-    Raises:
-        RunFolderError: it was made from another configuration, other data, another adapter, other predictions than
-            those that lie here, or under other settings.
-    """
-    if not paths.result.exists():
-        return {}
-    result = read_json(paths.result, REPORT_AGAIN)
-    made_from: Any = result.get("made_from") if isinstance(result, dict) else None
-    if not (what := origin.difference(made_from)) and made_from.get("adapter_sha256") != adapter_sha256:
-        what = "was made from another adapter"
-    named = None if what else made_from.get("predictions")
-    for split, sha256 in named.items() if isinstance(named, dict) else ():
-        predictions = paths.predictions / f"{split}.npz"
-        if predictions.is_file() and sha256_file(predictions) != sha256:
-            what = f"was made from other predictions of {split}"
-    if not what and settings_sha256 not in (None, made_from.get("settings_sha256")):
-        what = "was made under other settings of ensemble, evaluate or select"
-    if what:
-        raise RunFolderError(str(paths.result), None, what, REPORT_AGAIN)
-    return dict(result)

@@ -92,6 +92,8 @@ STAGES = {
               "pipeline.stages.report:write_report", writes=("run",), outcome="pipeline.stages.report:print_report"),
         Stage("export", "adapter and ensemble members as PEFT folders, checked with stock PEFT", "one", "saved",
               "pipeline.stages.export:export_run", writes=("run",), loads_model=True, needs_adapter=True),
+        Stage("predict", "the chosen, calibrated ensemble on new rows (--input, --output, --abstain)", "none", "own",
+              "pipeline.stages.predict:predict"),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
@@ -103,6 +105,8 @@ STAGES = {
               "none", "own", "pipeline.stages.verify:verify"),
         Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
+        Stage("predict_rows", "", "all", "saved", "pipeline.stages.predict:predict_rows", writes=("run",),
+              loads_model=True, needs_adapter=True),
         Stage("pack", "", "one", "saved", "pipeline.stages.pack:pack_stage", loads_model=True),
         Stage("method_check", "", "one", "saved", "pipeline.plan.methods:check_methods", loads_model=True),
     )

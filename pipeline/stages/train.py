@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.loss.consistency import TrainingObjective
 from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples, training_stream
 from pipeline.run_folder.chain import Origin
+from pipeline.run_folder.listeners import Callback
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.terminal import say
 from pipeline.training.batch import choose_rows
@@ -38,11 +40,13 @@ from pipeline.training.run import OnValidation, Run
 from pipeline.training.schedule import require_steps
 
 
-def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None) -> dict[str, Any]:
+def train_run(
+    config: RunConfig, run_dir: Path, on_validation: OnValidation | None = None, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Train one adapter in this process (one of `world_size`), write the run folder, return the best validation.
 
     `on_validation` is told {"step", "nll", "accuracy", "published"} on every process; published: 1 where adapter/ now
-    holds the adapter of this validation, 0 where an earlier one was better.
+    holds the adapter of this validation, 0 where an earlier one was better. `callbacks` are told on the main process.
 
     Raises:
         ConfigError, DataError: the configuration does not fit the data, the model or the world.
@@ -76,7 +80,10 @@ def train_run(config: RunConfig, run_dir: Path, on_validation: OnValidation | No
     objective = TrainingObjective(task.objective(), adapters.axis)
     engine = build_engine(config.train, adapters, objective, micro_steps, task.base.compute_dtype)
     slot = DeepSpeedSlot(engine, trained)
-    run = Run(config, origin, paths, world, task, adapters, examples, splits.validation, on_validation, slot)
+    run = Run(
+        config, origin, paths, world, task, adapters, examples, splits.validation, on_validation, slot,
+        callbacks=callbacks,
+    )
     if world.is_main:
         identity = task.base.identity.as_dict()
         run.record_start(describe_environment(identity, splits.fingerprint, world.world_size))

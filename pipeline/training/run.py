@@ -22,8 +22,9 @@ from pipeline.files import ADAPTER_WEIGHTS, remove_asides, sha256_file, write_js
 from pipeline.prediction.predict import predict_shared, validation_scores
 from pipeline.prediction.task import Task
 from pipeline.run_folder.chain import Origin
+from pipeline.run_folder.listeners import Callback, Told
 from pipeline.run_folder.metrics import Metrics, open_loggers, read_metrics
-from pipeline.run_folder.paths import RunPaths, update_status
+from pipeline.run_folder.paths import RunPaths, step_name, update_status
 from pipeline.terminal import say
 from pipeline.training.checkpoint import (
     Counters,
@@ -59,6 +60,8 @@ class Run:
     """Its parameters in the engine."""
     scores: dict[str, float] = field(default_factory=dict)
     """The last validation."""
+    callbacks: Sequence[Callback] = ()
+    """Told by the main process."""
 
     def __post_init__(self) -> None:
         origin = self.origin.as_dict()
@@ -154,6 +157,8 @@ class Run:
 
         main_writes(self.world, publish)
         self.saved = self.counters
+        for callback in self.callbacks if self.world.is_main else ():
+            callback.on_checkpoint(self.counters.step, self.paths.checkpoints / step_name(self.counters.step))
 
     def record_start(self, environment: dict[str, Any]) -> None:
         """Configuration, environment and status into the run folder. Main process only."""
@@ -188,6 +193,7 @@ class Run:
         if self.world.is_main:
             shown = self.config.model_dump(mode="json")
             self.metrics.send_to(open_loggers(self.config.logging, shown, self.paths.root, self.counters.step))
+            self.metrics.send_to([Told(self.callbacks)])
 
     def begin(self) -> None:
         """The set-up is over: a stop is agreed on from here. Raises `Stopped` where it was requested before."""

@@ -14,6 +14,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import RunConfig, build_config, dump_config
 from pipeline.config.load import with_values
+from pipeline.ensemble.readout import read_result
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, MANIFEST, publish_folder, read_json, sha256_file, write_json, write_text
 from pipeline.run_folder.chain import (
@@ -33,7 +34,6 @@ from pipeline.run_folder.paths import RunPaths, update_status
 from pipeline.run_folder.predictions import ChoicePredictions, read_predictions, write_predictions
 from pipeline.run_folder.verify import verify_folder
 from pipeline.stages.evaluate import Entry, read_entry
-from pipeline.stages.export import read_result
 
 CONFIG = build_config({"adapter": {"rank": 4}, "ensemble": {"size": 1, "seed": 7}})
 ORIGIN = Origin(CONFIG.training_sha256(), "rows")

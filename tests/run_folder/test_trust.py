@@ -144,11 +144,12 @@ def test_the_word_is_passed_on_to_every_process_that_loads_the_model(
     folders = Folders(proof.with_name("run"))
     for trusted in (False, True):
         config = saved_config(proof).trusting(trusted)
-        for stage in ("train", "pack", "evaluate", "report", "export", "method_check"):
+        for stage in ("train", "pack", "evaluate", "report", "export", "method_check", "predict_rows"):
             processes.start(stage, config, folders)
         search.run_search(config, folders)
+        loading = {"train", "pack", "evaluate", "export", "method_check", "predict_rows", "search"}
         told = {stage for stage, command in commands.items() if TRUST in command}
-        assert told == ({"train", "pack", "evaluate", "export", "method_check", "search"} if trusted else set())
+        assert told == (loading if trusted else set())
     command = launcher.launcher_command(commands["train"], folders.run, config.launch)
     assert command[command.index("--module") :][1:4] == ["pipeline.stages", "train", TRUST]
     assert {name for name, stage in STAGES.items() if stage.loads_model} | {"search"} == told

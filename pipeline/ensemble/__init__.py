@@ -1,0 +1,1 @@
+"""The ensemble that a run ended with, applied to new rows."""

@@ -1,0 +1,33 @@
+"""What members disagree about, in one row at a time. Pure numpy.
+
+M members, N rows, C choices; log_probs (M, N, C) normalised over a row's choices, -inf for choices it does not have.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.scores.bootstrap import Floats
+from pipeline.scores.ensemble import average
+
+
+def entropy(log_probs: Floats) -> Floats:
+    """-sum_c p_c log p_c in nats: (..., C) -> (...); a choice of probability 0 adds nothing."""
+    logs = log_probs.astype(np.float64)
+    finite = np.where(np.isfinite(logs), logs, 0.0)
+    return -(np.exp(logs) * finite).sum(axis=-1)
+
+
+def mutual_information(log_probs: Floats) -> Floats:
+    """H(mean_m p_m) - mean_m H(p_m) in nats: (M, N, C) -> (N,).
+
+    What is learnt of a row's answer by hearing which member is right (BALD, arXiv 1112.5745): 0 where all say the same,
+    however unsure they are, and at most log min(M, C).
+    """
+    found = entropy(average(log_probs, "probability")) - entropy(log_probs).mean(axis=0)
+    return np.maximum(found, 0.0)  # below 0 by rounding alone: entropy is concave
+
+
+def spread(values: Floats) -> Floats:
+    """Standard deviation over members, of probabilities or numbers: (M, ...) -> (...); 0 for a single member."""
+    return values.astype(np.float64).std(axis=0)
