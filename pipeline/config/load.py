@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import posixpath
 import re
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.adapter import UNSET_RATES
+from pipeline.config.names.hints import way_out
 from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, ErrorList, UserError
@@ -157,11 +157,9 @@ def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
     key = ".".join(location)
     value = item.get("input")
     if item["type"] == "extra_forbidden":
-        keys = list(config_keys(model))
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or [
-            k for k in keys if k.rpartition(".")[2] == location[-1]
-        ][:1]
-        return ConfigError(key, value, "is not a known key", f"Did you mean {near[0]}?" if near else "See --help.")
+        return ConfigError(key, value, "is not a known key", way_out(key, list(config_keys(model))))
+    if item["type"] == "model_type" and key in model.model_fields:
+        return ConfigError(key, value, "is a section of keys, not a key with a value", f"See loradrop keys {key}.")
     message = str(item["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
     shown = value if not isinstance(value, dict | BaseModel) else None
     return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:], _meaning(model, location))
