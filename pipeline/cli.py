@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError, file_fault
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError, file_fault
 from pipeline.plan.request import Request
+from pipeline.stages.reference.help import general, of_stage
 from pipeline.stages.table import OFFERED, STAGES, Stage
 from pipeline.terminal import printable, say
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.run_folder.paths import Folders
-
-DESCRIPTION = """\
-Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
-learning rate, evaluate ensembles of the adapters, export them for stock PEFT.
-
-stages:
-""" + "\n".join(f"  {stage.name:10} {stage.help}" for stage in OFFERED)
-EXAMPLES = """\
-examples:
-  bash launch.sh
-  bash launch.sh --quick
-  bash launch.sh train --run-dir runs/mine model.path=/models/llama data.path=rows.jsonl adapter.rate=0.3
-  bash launch.sh train --config mine.yaml --dry-run
-
-Any configuration key can be set as key.path=value, among them: model.path data.path data.template data.train_rows
-data.max_tokens adapter.rank adapter.alpha adapter.target_modules adapter.method adapter.rate adapter.rates.POSITION
-adapter.kind train.max_steps train.epochs train.global_batch train.micro_batch train.learning_rate train.seed
-train.draws ensemble.size compare.methods compare.learning_rates launch.processes. Every key: pipeline/config/.
-
-exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
-"""
-
 
 class Parser(argparse.ArgumentParser):
     """Its errors are ours: one sentence, and what it quotes is shown as every error shows it."""
@@ -51,24 +31,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError("command line", None, message, "See loradrop --help.")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser."""
+def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
+    """The argument parser; its help is that of one stage, or of the whole command."""
+    page = of_stage(stage) if stage else general()
     parser = Parser(
-        prog="loradrop",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        prog="loradrop", usage=page.usage, description=page.above, epilog=page.below, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="loradrop [STAGE] [--config FILE-or-NAME] [--run-dir DIR] [key=value ...]",
     )
+    new = [one.name for one in OFFERED if one.settings == "new"]
+    saved = [one.name for one in OFFERED if one.settings == "saved"]
+
+    def option(flag: str, text: str, stages: Sequence[str], **more: Any) -> None:
+        shown = f"{', '.join(stages)}: {text}" if stage is None and len(stages) < 4 else text
+        hidden = stage is not None and stage.name not in stages
+        parser.add_argument(flag, help=argparse.SUPPRESS if hidden else shown, **more)
+
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE-or-NAME", help="a YAML file, or a recipe of pipeline/recipes")
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="the run folder (default: runs/ + the recipe's name)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
-    parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
-    parser.add_argument("--rows", type=int, default=2, metavar="N", help="data: rows shown of each split (default 2)")
-    parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
+    option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data"], metavar="FILE-or-NAME")
+    folder = "the run folder (default: runs/ + the recipe's name)"
+    option("--run-dir", folder, [*new, *saved, "data", "verify"], metavar="DIR")
+    option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
+    option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
+    option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
+    option("--fast", "only the fast tier", ["test"], action="store_true")
+    option("--json", "print JSON", ["keys", "recipes"], action="store_true")
+    # No action of argparse's: which stage is asked about is known once all words are read.
+    parser.add_argument("-h", "--help", action="store_true", help="show this, or what a stage does, and stop")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
     return parser
 
@@ -81,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     except LoradropError as error:
         say(f"loradrop: {error}")
         return error.exit_code
+    except BrokenPipeError:  # who reads what is printed has seen enough: `loradrop keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes there
+        return EXIT_FAILED
     except OSError as error:
         if (fault := file_fault(error)) is None:
             raise
@@ -94,9 +85,12 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(arguments: argparse.Namespace) -> int:
     """Run the stage that the arguments name; its exit code."""
     stage, overrides = split_words(arguments.words)
+    if arguments.help:
+        build_parser(stage if arguments.words else None).print_help()
+        return EXIT_OK
     request = Request(
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
-        arguments.fast,
+        arguments.fast, arguments.json,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, ErrorList, UserError
 
 __all__ = [
     "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
-    "read_yaml", "validate", "with_values", "without_dropout",
+    "read_yaml", "recipe_files", "validate", "with_values", "without_dropout",
 ]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -108,7 +108,7 @@ def find_recipe(source: str | Path) -> Path:
     Raises:
         ConfigError: there is neither. (What is there and no file is refused by who reads it.)
     """
-    recipes = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
+    recipes = recipe_files()
     if os.path.isfile(source):
         return Path(source)
     if found := recipes.get(posixpath.normpath(source)):
@@ -117,6 +117,11 @@ def find_recipe(source: str | Path) -> Path:
         return Path(source)
     fault = "is neither a file nor a recipe" if source else "is empty"
     raise ConfigError("--config", str(source), fault, f"Recipes: {', '.join(recipes)}.")
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    return {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -94,6 +94,7 @@ def test_no_name_is_listed_twice_and_there_are_enough() -> None:
 def test_what_is_not_near_is_no_guess() -> None:
     """All of a section are alike in its name; that made train.spike of train.batch_size."""
     assert nearest("train.batch_size", KEYS) is None
+    assert nearest("nothing", KEYS) is None and nearest("smoothin", KEYS) == "search.early_exit.smoothing"
     assert nearest("train.seeed", KEYS) == "train.seed"
     assert nearest("evaluation.ece_bins", KEYS) == "evaluate.ece_bins"
 

@@ -29,7 +29,7 @@ class Foreign:
 _ACCUMULATION = "accumulation follows: global_batch / (micro_batch × processes)."
 _ANSWERS = "Only answers are trained on (of chats, what the assistant says); prompts never are."
 _BFLOAT = "bfloat16, float16 or float32 for the base; adapters and their optimizer stay in float32."
-_DROPOUT = "dropout of the adapter's input, PEFT's, is adapter.method=input_dropout; lora_dropout drops rows of weights."
+_DROPOUT = "dropout of the adapter's input, PEFT's, is adapter.method=input_dropout; lora_dropout is another."
 _HEAD = "a classifier's new head is trained beside the adapter by itself; nothing else of the base is."
 _STEPS = "a number of steps."
 _FOLDER = "Give the folder as --run-dir."

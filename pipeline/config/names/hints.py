@@ -9,6 +9,8 @@ from pipeline.config.names.foreign import FOREIGN
 
 NEAR = 0.72
 """Likeness (difflib's ratio) of two names of which one may be the other misspelt: `rnak` and `rank` have 0.75."""
+GUESSED_SECTION = 0.08
+"""By how much likelier a bare key must be, because keys of all sections may be meant."""
 MOST_NAMED = 4
 """Sections that are named for a bare key."""
 
@@ -49,7 +51,8 @@ def nearest(key: str, keys: Sequence[str]) -> str | None:
         ends = known.split(".")[-len(parts):]
         if len(ends) < len(parts):
             return 0.0
-        return min(difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(parts, ends, strict=True))
+        least = min(difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(parts, ends, strict=True))
+        return least if known.count(".") == key.count(".") else least - GUESSED_SECTION
 
-    best = max(keys, key=lambda known: (likeness(known), -known.count("."), known), default=None)
+    best = max(keys, key=lambda known: (likeness(known), known), default=None)
     return best if best is not None and likeness(best) >= NEAR else None
