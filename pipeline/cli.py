@@ -20,7 +20,7 @@ from pipeline.stages.table import OFFERED, STAGES, Stage
 from pipeline.terminal import printable, say
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.plan.layers import Layers
     from pipeline.run_folder.paths import Folders
 
 class Parser(argparse.ArgumentParser):
@@ -102,19 +102,20 @@ def execute(stage: Stage, request: Request) -> int:
     Raises:
         UserError: something to mend, before any model is loaded or anything is written.
     """
-    from pipeline.config import dump_config
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.compute_dtype import with_compute_dtype
+    from pipeline.plan.layers import annotated, summary
     from pipeline.plan.preflight import check_inputs
-    from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
+    from pipeline.plan.resolve import OWN_DATA, fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
     from pipeline.run_folder.mark import FOLDERS, claim
     from pipeline.run_folder.paths import Folders
     from pipeline.stages.processes import check_adapter, start
 
     folders = Folders(request.run)
-    config = resolve(stage, request, folders)
+    layers = resolve(stage, request, folders)
+    config = layers.config
     check_inputs(config)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
@@ -124,13 +125,18 @@ def execute(stage: Stage, request: Request) -> int:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if stage.settings == "new":
         config = with_compute_dtype(config, [getattr(folders, name) for name in stage.writes])
+    if stage.trains and layers.sources.get("train.epochs") == OWN_DATA:
+        say(f"own data: {config.train.epochs:g} epochs; train.epochs or train.max_steps says otherwise")
     if request.dry_run:
         check_adapter(stage, config, folders)
-        print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))
+        print(printable(f"{annotated(layers, config)}\n\nplan (nothing has been started):"))
         for step in stage.plan or (stage.name,):
             print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
     config = resolve_epochs(config)
+    if stage.settings == "new":
+        for line in ("settings (those left out have their defaults):", *summary(layers, config)):
+            say(line)
     shared = config.launch if stage.processes == "all" else None
     with owned_folders([getattr(folders, name) for name in stage.writes], stage.name, shared):
         if stage.settings == "new":
@@ -145,22 +151,22 @@ def execute(stage: Stage, request: Request) -> int:
         return code
 
 
-def resolve(stage: Stage, request: Request, folders: Folders) -> RunConfig:
-    """The configuration in force, once the folders are known to be ours, or free.
+def resolve(stage: Stage, request: Request, folders: Folders) -> Layers:
+    """The settings in force, once the folders are known to be ours, or free.
 
     Raises:
         UserError: they are neither, or a key or value is wrong.
     """
-    from pipeline.plan.resolve import resolve_new, resolve_saved
+    from pipeline.plan.resolve import new_layers, saved_layers
     from pipeline.run_folder.mark import FOLDERS, refuse_foreign, require_mark
 
     if stage.settings == "new":
         for name in stage.writes:
             refuse_foreign(getattr(folders, name), FOLDERS[name])
         stage.check_folders(folders)
-        return resolve_new(request, stage.name, stage.recipe, stage.unread)
+        return new_layers(request, stage.name, stage.recipe, stage.unread)
     require_mark(folders.run, "run", "comparison")
-    return resolve_saved(request, stage.name)
+    return saved_layers(request, stage.name)
 
 
 @contextmanager

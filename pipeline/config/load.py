@@ -60,7 +60,7 @@ def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with dotted keys set to new values, validated again."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree = _dumped(config)
     for key, value in values.items():
         _set(tree, key, copy.deepcopy(value))  # a later key may lie within it
     return build_config(tree)
@@ -99,7 +99,15 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
 
 def dump_config(config: RunConfig) -> str:
     """The YAML text that `load_config` turns into an equal configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_dumped(config), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+def _dumped(config: RunConfig) -> dict[str, Any]:
+    """The tree of an equal configuration: where epochs say how long training is, max_steps does not."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    if config.train.epochs is not None:
+        del tree["train"]["max_steps"]
+    return tree
 
 
 def find_recipe(source: str | Path) -> Path:

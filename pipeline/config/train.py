@@ -77,7 +77,7 @@ class TrainConfig(Section):
     """`split`: examples are divided among the draws (cost of plain LoRA); `replicate`: every example
     under every draw (the paper's objective, S times the work)."""
     validate_every_steps: Positive = 20
-    """Steps between validations."""
+    """Steps between validations. Where nothing says how many and length is in epochs: 20, or a 20th of all steps."""
     checkpoint_every_steps: Positive = 20
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
