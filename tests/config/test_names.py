@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from helpers import ROOT
 
 from pipeline.config import load_config
 from pipeline.config.load import config_keys
@@ -104,3 +105,13 @@ def test_names_are_answered_where_only_some_keys_may_stand() -> None:
     some = ["adapter.rank", "train.draws"]
     assert way_out("lora_r", some) == "Here: adapter.rank."
     assert "model.path" not in way_out("base_model", some)
+
+
+def test_the_document_has_the_same_table() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = [line for line in text.partition("## Names of other tools")[2].splitlines() if line.startswith("| `")]
+    assert len(table) == len(foreign._TABLE)
+    for line, (names, here, note) in zip(table, foreign._TABLE, strict=True):
+        left, right = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        assert left == ", ".join(f"`{name}`" for name in names.split())
+        assert right.startswith(" and ".join(f"`{key}`" for key in here)) and right.endswith(note)
