@@ -28,7 +28,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError`."""
-        raise UserError("command line", None, message, "See loradrop --help.")
+        remedy, (what, _, given) = "See loradrop --help.", message.partition(": ")
+        if what == "unrecognized arguments" and (name := given.split()[0].partition("=")[0].strip("-")):
+            word = name.replace("-", "_")
+            remedy = f"Keys are set as key.path=value, without dashes: see loradrop keys {word}, or loradrop --help."
+        raise UserError("command line", None, message, remedy)
 
 
 def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:

@@ -93,7 +93,7 @@ def new_layers(
         tree = read_yaml(found)
         above = above.with_tree(str(request.source), without_trust(tree) if is_marked(found.parent) else tree)
     name = f"recipe {recipe if own_file or not request.source else request.source}"
-    if _data_path(below) == EMBEDDED_DATA != _data_path(above.with_overrides(request.overrides).tree, EMBEDDED_DATA):
+    if _rows_of(below) == EMBEDDED_DATA != _rows_of(above.with_overrides(request.overrides).tree, EMBEDDED_DATA):
         own = Layers().with_tree(name, _without(below, OF_THE_DATA))
         layers = own.with_tree(OWN_DATA, {"train": {"epochs": OWN_EPOCHS}})
     else:
@@ -131,9 +131,10 @@ def _on_top(layers: Layers, request: Request) -> Layers:
     return layers.with_overrides(request.overrides)
 
 
-def _data_path(tree: Mapping[str, Any], default: str = "") -> object:
+def _rows_of(tree: Mapping[str, Any], default: str = "") -> object:
+    """What of the section `data` says where rows come from."""
     data = tree.get("data")
-    return data.get("path", default) if isinstance(data, Mapping) else default
+    return data.get("sources") or data.get("path", default) if isinstance(data, Mapping) else default
 
 
 def _without(tree: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

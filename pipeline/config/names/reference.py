@@ -64,15 +64,15 @@ def _keys_in(section: Node, schema: Node, prefix: str) -> Iterator[Key]:
     for name, node in section["properties"].items():
         inner = _section_of(node, schema)
         meaning = node.get("description") or (inner or {}).get("description", "")
-        default = None if inner is not None and "anyOf" not in node else node.get("default")
+        default = None if "$ref" in node else node.get("default")
         yield Key(f"{prefix}{name}", meaning, _type(node, schema), _range(node), default)
         if inner is not None:
             yield from _keys_in(inner, schema, f"{prefix}{name}.")
 
 
 def _section_of(node: Node, schema: Node) -> Node | None:
-    """The section that a key is, or may be beside null."""
-    for part in (node, *node.get("anyOf", ())):
+    """The section that a key is, may be beside null, or is a list of."""
+    for part in (node, *node.get("anyOf", ()), node.get("items", {})):
         name = part.get("$ref", "").rpartition("/")[2]
         if name.endswith("Config"):
             section: Node = schema["$defs"][name]

@@ -27,6 +27,21 @@ CODES = """\
 Exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (the same command
 continues)."""
 EVERY_KEY = "Every key, with its meaning, type, range and default: loradrop keys."
+SECTIONS = {
+    "model": "the frozen base: which, how it is quantized, in which precision it computes",
+    "data": "where rows come from, how columns become rows, how many are of which split",
+    "adapter": "rank, alpha and targets of the adapter; what is dropped, at which rate",
+    "train": "how long, in which batches, at which learning rate, under how many draws",
+    "ensemble": "mask draws at test time, and how they are averaged",
+    "select": "by what validation chooses",
+    "evaluate": "batches of predictions, calibration bins, bootstrap samples",
+    "export": "what is written for deployment",
+    "search": "trials, their length, and the space of what they try",
+    "compare": "methods, learning rates and seeds of a comparison",
+    "launch": "processes, nodes, what happens on signals and after crashes",
+    "logging": "TensorBoard and Weights & Biases, beside metrics.jsonl",
+}
+"""Section of the configuration -> what is in it. Words of their own: help is printed by any Python, without pydantic."""
 FROM_RUN = "The configuration is that of the run folder; launch.* and model.trust_remote_code may be given anew."
 
 
@@ -138,16 +153,10 @@ def of_stage(stage: Stage) -> Page:
     text = TEXTS.get(stage.name, Text(""))
     below = [_examples(text.examples)] if text.examples else []
     if text.sections:
-        entries = "\n".join(_entry(name, _section(name)) for name in text.sections)
+        entries = "\n".join(_entry(name, SECTIONS[name]) for name in text.sections)
         below.insert(0, f"configuration it reads (loradrop keys SECTION tells all):\n{entries}")
     above = "\n\n".join(_filled(part) for part in (f"{stage.name}: {stage.help}", text.about) if part)
     return Page(f"loradrop {stage.name} [OPTIONS] {text.words}".strip(), above, "\n\n".join([*below, EVERY_KEY]))
-
-
-def _section(name: str) -> str:
-    from pipeline.config import RunConfig  # pydantic, which the general help does without
-
-    return (RunConfig.model_fields[name].annotation.__doc__ or "").partition(". ")[0].rstrip(".")
 
 
 def _filled(text: str) -> str:
