@@ -35,7 +35,8 @@ def good_row(i: int) -> dict[str, object]:
 @pytest.mark.parametrize("words", ["--help", "--version", "train --help"])
 def test_help_and_version_import_nothing_heavy(words: str) -> None:
     code = (
-        f"import sys; sys.argv=['x', *'{words}'.split()]\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"import sys; sys.argv=['x', *'{words}'.split()]\nfrom pipeline.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
     )
     code += "print([m for m in ('torch','transformers','pydantic','numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

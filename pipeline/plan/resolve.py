@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import LaunchConfig, RunConfig, TrainConfig
 from pipeline.config.data import EMBEDDED_DATA
-from pipeline.config.load import find_recipe, read_yaml, recipe_files, with_values
+from pipeline.config.load import find_recipe, overridden_tree, read_yaml, recipe_files, with_values
 from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import world_processes
 from pipeline.errors import ConfigError, RunFolderError
@@ -87,20 +87,17 @@ def new_layers(
                 raise ConfigError(word, None, f"is not read by {stage}: each method has its own", remedy)
     found = find_recipe(request.source or recipe)
     own_file = found.resolve() not in recipe_files().values()
-    below = read_yaml(find_recipe(recipe) if own_file else found)
-    above = Layers()
-    if own_file:
-        tree = read_yaml(found)
-        above = above.with_tree(str(request.source), without_trust(tree) if is_marked(found.parent) else tree)
+    below, above = read_yaml(find_recipe(recipe) if own_file else found), read_yaml(found) if own_file else {}
+    if own_file and is_marked(found.parent):
+        above = without_trust(above)
+    own_rows = _rows_of(overridden_tree(above, request.overrides), EMBEDDED_DATA) != EMBEDDED_DATA
     name = f"recipe {recipe if own_file or not request.source else request.source}"
-    if _rows_of(below) == EMBEDDED_DATA != _rows_of(above.with_overrides(request.overrides).tree, EMBEDDED_DATA):
-        own = Layers().with_tree(name, _without(below, OF_THE_DATA))
-        layers = own.with_tree(OWN_DATA, {"train": {"epochs": OWN_EPOCHS}})
+    if own_rows and _rows_of(below) == EMBEDDED_DATA:
+        layers = Layers().with_tree(name, _without(below, OF_THE_DATA))
+        layers = layers.with_tree(OWN_DATA, {"train": {"epochs": OWN_EPOCHS}})
     else:
         layers = Layers().with_tree(name, below)
-    if own_file:
-        layers = layers.with_tree(str(request.source), above.tree)
-    return _on_top(layers, request)
+    return _on_top(layers.with_tree(str(request.source), above), request)
 
 
 def saved_layers(request: Request, stage: str) -> Layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -115,3 +116,9 @@ def test_the_document_has_the_same_table() -> None:
         left, right = line.removeprefix("| ").removesuffix(" |").split(" | ")
         assert left == ", ".join(f"`{name}`" for name in names.split())
         assert right.startswith(" and ".join(f"`{key}`" for key in here)) and right.endswith(note)
+
+
+def test_a_key_with_dots_in_a_file_is_told_where_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("adapter.adalora.interval: 8\n")
+    with pytest.raises(ConfigError, match="a key stands in its section: adapter: {adalora: {interval: …}}."):
+        load_config(tmp_path / "mine.yaml")

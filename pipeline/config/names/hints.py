@@ -16,7 +16,10 @@ MOST_NAMED = 4
 
 
 def way_out(key: str, keys: Sequence[str]) -> str:
-    """A sentence for the dotted key `key`, which is none of `keys`; never empty."""
+    """A sentence for the dotted key `key`, which is none of `keys`, or was written as one word; never empty."""
+    if key in keys:
+        parts = key.split(".")
+        return f"In a file a key stands in its section: {': {'.join(parts)}: …{'}' * (len(parts) - 1)}."
     section = next((part for part in (key.rpartition(".")[0], key.partition(".")[0]) if part in keys), "")
     return meant(key, keys) or f"See loradrop keys{' ' + section if section else ''}."
 

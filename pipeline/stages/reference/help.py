@@ -41,7 +41,7 @@ SECTIONS = {
     "launch": "processes, nodes, what happens on signals and after crashes",
     "logging": "TensorBoard and Weights & Biases, beside metrics.jsonl",
 }
-"""Section of the configuration -> what is in it. Words of their own: help is printed by any Python, without pydantic."""
+"""Section of the configuration -> what is in it. Help is printed by any Python, without pydantic."""
 FROM_RUN = "The configuration is that of the run folder; launch.* and model.trust_remote_code may be given anew."
 
 
