@@ -101,7 +101,7 @@ def _type(node: Node, schema: Node) -> str:
             names = node.get("propertyNames", {}).get("enum")
             return f"mapping of {' | '.join(names) if names else 'names'} to {_type(part, schema)}"
         case {"type": kind}:
-            return _NAMES.get(kind, kind)
+            return str(_NAMES.get(kind, kind))
     return "any value"
 
 
