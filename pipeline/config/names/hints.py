@@ -54,7 +54,10 @@ def nearest(key: str, keys: Sequence[str]) -> str | None:
         ends = known.split(".")[-len(parts):]
         if len(ends) < len(parts):
             return 0.0
-        least = min(difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(parts, ends, strict=True))
+        matchers = [difflib.SequenceMatcher(None, *pair) for pair in zip(parts, ends, strict=True)]
+        if any(matcher.real_quick_ratio() < NEAR for matcher in matchers):  # by length alone; a word may have megabytes
+            return 0.0
+        least = min(matcher.ratio() for matcher in matchers)
         return least if known.count(".") == key.count(".") else least - GUESSED_SECTION
 
     best = max(keys, key=lambda known: (likeness(known), known), default=None)
