@@ -4,74 +4,66 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError, file_fault
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, LoradropError, Stopped, UserError, file_fault
 from pipeline.plan.request import Request
+from pipeline.stages.reference.help import general, of_stage
 from pipeline.stages.table import OFFERED, STAGES, Stage
 from pipeline.terminal import printable, say
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.plan.layers import Layers
     from pipeline.run_folder.paths import Folders
-
-DESCRIPTION = """\
-Fine-tune 4-bit language models with LoRA under structured dropout, search the dropout rate, rank and
-learning rate, evaluate ensembles of the adapters, export them for stock PEFT.
-
-stages:
-""" + "\n".join(f"  {stage.name:10} {stage.help}" for stage in OFFERED)
-EXAMPLES = """\
-examples:
-  bash launch.sh
-  bash launch.sh --quick
-  bash launch.sh train --run-dir runs/mine model.path=/models/llama data.path=rows.jsonl adapter.rate=0.3
-  bash launch.sh train --config mine.yaml --dry-run
-
-Any configuration key can be set as key.path=value, among them: model.path data.path data.template data.train_rows
-data.max_tokens adapter.rank adapter.alpha adapter.target_modules adapter.method adapter.rate adapter.rates.POSITION
-adapter.kind train.max_steps train.epochs train.global_batch train.micro_batch train.learning_rate train.seed
-train.draws ensemble.size compare.methods compare.learning_rates launch.processes. Every key: pipeline/config/.
-
-exit codes: 0 done, 1 failed, 2 something to mend in what was given, 75 stopped on request (same command continues).
-"""
-
 
 class Parser(argparse.ArgumentParser):
     """Its errors are ours: one sentence, and what it quotes is shown as every error shows it."""
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError`."""
-        raise UserError("command line", None, message, "See loradrop --help.")
+        remedy, (what, _, given) = "See loradrop --help.", message.partition(": ")
+        if what == "unrecognized arguments" and (name := given.split()[0].partition("=")[0].strip("-")):
+            word = name.replace("-", "_")
+            remedy = f"Keys are set as key.path=value, without dashes: see loradrop keys {word}, or loradrop --help."
+        raise UserError("command line", None, message, remedy)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser."""
+def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
+    """The argument parser; its help is that of one stage, or of the whole command."""
+    page = of_stage(stage) if stage else general()
     parser = Parser(
-        prog="loradrop",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        prog="loradrop", usage=page.usage, description=page.above, epilog=page.below, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="loradrop [STAGE] [--config FILE-or-NAME] [--run-dir DIR] [key=value ...]",
     )
+    new = [one.name for one in OFFERED if one.settings == "new"]
+    saved = [one.name for one in OFFERED if one.settings == "saved"]
+
+    def option(flag: str, text: str, stages: Sequence[str], **more: Any) -> None:
+        shown = f"{', '.join(stages)}: {text}" if stage is None and len(stages) < 4 else text
+        hidden = stage is not None and stage.name not in stages
+        parser.add_argument(flag, help=argparse.SUPPRESS if hidden else shown, **more)
+
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE-or-NAME", help="a YAML file, or a recipe of pipeline/recipes")
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="the run folder (default: runs/ + the recipe's name)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes, labelled as no result")
-    parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
-    parser.add_argument("--rows", type=int, default=2, metavar="N", help="data: rows shown of each split (default 2)")
-    parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
-    parser.add_argument("--input", metavar="FILE", help="predict: rows as the run has them; -: JSON Lines on stdin")
-    parser.add_argument("--output", metavar="FILE", help="predict: JSON Lines, continued where they end")
-    parser.add_argument("--abstain", type=float, metavar="RISK", help="predict: share of answers that may be wrong")
+    option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data"], metavar="FILE-or-NAME")
+    folder = "the run folder (default: runs/ + the recipe's name)"
+    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict"], metavar="DIR")
+    option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
+    option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
+    option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
+    option("--fast", "only the fast tier", ["test"], action="store_true")
+    option("--json", "print JSON", ["keys", "recipes"], action="store_true")
+    option("--input", "rows as the run has them; -: JSON Lines on stdin", ["predict"], metavar="FILE")
+    option("--output", "JSON Lines, continued where they end", ["predict"], metavar="FILE")
+    option("--abstain", "share of answers that may be wrong", ["predict"], type=float, metavar="RISK")
+    # No action of argparse's: which stage is asked about is known once all words are read.
+    parser.add_argument("-h", "--help", action="store_true", help="show this, or what a stage does, and stop")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
     return parser
 
@@ -84,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     except LoradropError as error:
         say(f"loradrop: {error}")
         return error.exit_code
+    except BrokenPipeError:  # who reads what is printed has seen enough: `loradrop keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes there
+        return EXIT_FAILED
     except OSError as error:
         if (fault := file_fault(error)) is None:
             raise
@@ -97,9 +92,12 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(arguments: argparse.Namespace) -> int:
     """Run the stage that the arguments name; its exit code."""
     stage, overrides = split_words(arguments.words)
+    if arguments.help:
+        build_parser(stage if arguments.words else None).print_help()
+        return EXIT_OK
     request = Request(
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
-        arguments.fast, arguments.input, arguments.output, arguments.abstain,
+        arguments.fast, json=arguments.json, input=arguments.input, output=arguments.output, abstain=arguments.abstain,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code
@@ -111,19 +109,20 @@ def execute(stage: Stage, request: Request) -> int:
     Raises:
         UserError: something to mend, before any model is loaded or anything is written.
     """
-    from pipeline.config import dump_config
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.compute_dtype import with_compute_dtype
+    from pipeline.plan.layers import annotated, summary
     from pipeline.plan.preflight import check_inputs
-    from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
+    from pipeline.plan.resolve import OWN_DATA, fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
     from pipeline.run_folder.mark import FOLDERS, claim
     from pipeline.run_folder.paths import Folders
     from pipeline.stages.processes import check_adapter, start
 
     folders = Folders(request.run)
-    config = resolve(stage, request, folders)
+    layers = resolve(stage, request, folders)
+    config = layers.config
     check_inputs(config)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
@@ -133,13 +132,18 @@ def execute(stage: Stage, request: Request) -> int:
         config = config.model_copy(update={"train": fit_micro_batch(config.train, config.launch)})
     if stage.settings == "new":
         config = with_compute_dtype(config, [getattr(folders, name) for name in stage.writes])
+    if stage.trains and layers.sources.get("train.epochs") == OWN_DATA:
+        say(f"own data: {config.train.epochs:g} epochs; train.epochs or train.max_steps says otherwise")
     if request.dry_run:
         check_adapter(stage, config, folders)
-        print(printable(f"{dump_config(config)}\nplan (nothing has been started):"))
+        print(printable(f"{annotated(layers, config)}\n\nplan (nothing has been started):"))
         for step in stage.plan or (stage.name,):
             print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
     config = resolve_epochs(config)
+    if stage.settings == "new":
+        for line in ("settings (those left out have their defaults):", *summary(layers, config)):
+            say(line)
     shared = config.launch if stage.processes == "all" else None
     with owned_folders([getattr(folders, name) for name in stage.writes], stage.name, shared):
         if stage.settings == "new":
@@ -154,22 +158,22 @@ def execute(stage: Stage, request: Request) -> int:
         return code
 
 
-def resolve(stage: Stage, request: Request, folders: Folders) -> RunConfig:
-    """The configuration in force, once the folders are known to be ours, or free.
+def resolve(stage: Stage, request: Request, folders: Folders) -> Layers:
+    """The settings in force, once the folders are known to be ours, or free.
 
     Raises:
         UserError: they are neither, or a key or value is wrong.
     """
-    from pipeline.plan.resolve import resolve_new, resolve_saved
+    from pipeline.plan.resolve import new_layers, saved_layers
     from pipeline.run_folder.mark import FOLDERS, refuse_foreign, require_mark
 
     if stage.settings == "new":
         for name in stage.writes:
             refuse_foreign(getattr(folders, name), FOLDERS[name])
         stage.check_folders(folders)
-        return resolve_new(request, stage.name, stage.recipe, stage.unread)
+        return new_layers(request, stage.name, stage.recipe, stage.unread)
     require_mark(folders.run, "run", "comparison")
-    return resolve_saved(request, stage.name)
+    return saved_layers(request, stage.name)
 
 
 @contextmanager

@@ -32,10 +32,11 @@ def good_row(i: int) -> dict[str, object]:
     return {"prompt": f"text {i}", "choices": [" a", " b"], "label": i % 2}
 
 
-@pytest.mark.parametrize("word", ["--help", "--version"])
-def test_help_and_version_import_nothing_heavy(word: str) -> None:
+@pytest.mark.parametrize("words", ["--help", "--version", "train --help"])
+def test_help_and_version_import_nothing_heavy(words: str) -> None:
     code = (
-        f"import sys; sys.argv=['x', '{word}']\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"import sys; sys.argv=['x', *'{words}'.split()]\nfrom pipeline.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
     )
     code += "print([m for m in ('torch','transformers','pydantic','numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -98,6 +99,11 @@ def test_an_unknown_stage_suggests_the_right_one(capsys: pytest.CaptureFixture[s
         main(["trian"])
     assert caught.value.code == 2
     assert "train" in capsys.readouterr().err
+
+
+def test_a_key_given_as_an_option_is_told_how_keys_are_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--lora-r", "8"]) == 2
+    assert "Keys are set as key.path=value, without dashes: see loradrop keys lora_r," in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

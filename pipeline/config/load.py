@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import posixpath
 import re
@@ -15,13 +14,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.adapter import UNSET_RATES
+from pipeline.config.names.hints import way_out
 from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, ErrorList, UserError
 
 __all__ = [
     "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
-    "read_yaml", "validate", "with_values", "without_dropout",
+    "read_yaml", "recipe_files", "validate", "with_values", "without_dropout",
 ]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -60,7 +60,7 @@ def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with dotted keys set to new values, validated again."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree = _dumped(config)
     for key, value in values.items():
         _set(tree, key, copy.deepcopy(value))  # a later key may lie within it
     return build_config(tree)
@@ -99,7 +99,15 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
 
 def dump_config(config: RunConfig) -> str:
     """The YAML text that `load_config` turns into an equal configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_dumped(config), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+def _dumped(config: RunConfig) -> dict[str, Any]:
+    """The tree of an equal configuration: where epochs say how long training is, max_steps does not."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    if config.train.epochs is not None:
+        del tree["train"]["max_steps"]
+    return tree
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -108,7 +116,7 @@ def find_recipe(source: str | Path) -> Path:
     Raises:
         ConfigError: there is neither. (What is there and no file is refused by who reads it.)
     """
-    recipes = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
+    recipes = recipe_files()
     if os.path.isfile(source):
         return Path(source)
     if found := recipes.get(posixpath.normpath(source)):
@@ -117,6 +125,11 @@ def find_recipe(source: str | Path) -> Path:
         return Path(source)
     fault = "is neither a file nor a recipe" if source else "is empty"
     raise ConfigError("--config", str(source), fault, f"Recipes: {', '.join(recipes)}.")
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    return {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -157,11 +170,9 @@ def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
     key = ".".join(location)
     value = item.get("input")
     if item["type"] == "extra_forbidden":
-        keys = list(config_keys(model))
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or [
-            k for k in keys if k.rpartition(".")[2] == location[-1]
-        ][:1]
-        return ConfigError(key, value, "is not a known key", f"Did you mean {near[0]}?" if near else "See --help.")
+        return ConfigError(key, value, "is not a known key", way_out(key, list(config_keys(model))))
+    if item["type"] == "model_type" and key in model.model_fields:
+        return ConfigError(key, value, "is a section of keys, not a key with a value", f"See loradrop keys {key}.")
     message = str(item["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
     shown = value if not isinstance(value, dict | BaseModel) else None
     return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:], _meaning(model, location))

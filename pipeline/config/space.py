@@ -16,7 +16,6 @@ taken as written.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.load import config_keys, read_yaml, validate
+from pipeline.config.names.hints import meant
 from pipeline.errors import ConfigError, UserError
 
 SPACES = Path(__file__).resolve().parents[2] / "tune" / "spaces"
@@ -122,8 +122,7 @@ def _read_entry(key: str, entry: object, path: Path) -> DimensionFile:
         raise ConfigError(where, None, "cannot be searched", FIXED[key])
     keys = [k for k in config_keys() if k.startswith(SEARCHABLE) and k not in FIXED]
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"It can vary: {', '.join(keys)}."
+        remedy = meant(key, keys) or f"It can vary: {', '.join(keys)}."
         raise ConfigError(where, None, "is not a key a search can vary", remedy)
     if not isinstance(entry, dict):
         raise ConfigError(where, entry, "must be a mapping", f"Example: `{key}: {{choice: [...]}}`.")

@@ -100,7 +100,7 @@ class TrainConfig(Section):
     """`split`: examples are divided among the draws (cost of plain LoRA); `replicate`: every example
     under every draw (the paper's objective, S times the work)."""
     validate_every_steps: Positive = 20
-    """Steps between validations."""
+    """Steps between validations. Where nothing says how many and length is in epochs: 20, or a 20th of all steps."""
     patience: Positive | None = None
     """Validations in a row without a lower validation NLL after which the training ends, done; null = after all steps.
     The learning rate follows its schedule over all steps all the same. Under AdaLoRA they count from the step on at

@@ -36,6 +36,8 @@ class Request:
     """`predict`: where answers are appended."""
     abstain: float | None = None
     """`predict`: the risk that answered rows may have."""
+    json: bool = False
+    """Print for programs instead of people, where the stage can."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where --config is empty."""

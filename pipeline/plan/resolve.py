@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from pipeline.config import LaunchConfig, RunConfig, TrainConfig, build_config
-from pipeline.config.load import find_recipe, merge_trees, overridden_tree, read_yaml, with_values
+from pipeline.config import LaunchConfig, RunConfig, TrainConfig
+from pipeline.config.data import EMBEDDED_DATA
+from pipeline.config.load import find_recipe, overridden_tree, read_yaml, recipe_files, with_values
 from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import world_processes
 from pipeline.errors import ConfigError, RunFolderError
+from pipeline.plan.layers import Layers
 from pipeline.plan.request import Request
 from pipeline.run_folder.mark import is_marked
 from pipeline.run_folder.paths import RunPaths, read_saved, without_trust
@@ -27,6 +29,15 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "export": ("export.",),
 }
 """Stage -> beginnings of the overrides of what may change after training; config.yaml then says them, too."""
+OF_THE_DATA = (
+    "data", "label", "search", "train.max_steps", "train.epochs", "train.validate_every_steps",
+    "train.checkpoint_every_steps",
+)
+"""What of a recipe fits its data alone: which and how many rows, how long to train and to search on them."""
+OWN_DATA = "default for own data"
+"""Where values are from that the rows of the user have in the place of these."""
+OWN_EPOCHS = 3.0
+MOST_VALIDATIONS = 20
 
 
 def fit_micro_batch(train: TrainConfig, launch: LaunchConfig) -> TrainConfig:
@@ -54,7 +65,22 @@ def fit_micro_batch(train: TrainConfig, launch: LaunchConfig) -> TrainConfig:
 def resolve_new(
     request: Request, stage: str, recipe: str = "default", unread: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """The configuration of something that is started: recipe, quick recipe, overrides.
+    """The configuration of `new_layers`."""
+    return new_layers(request, stage, recipe, unread).config
+
+
+def resolve_saved(request: Request, stage: str) -> RunConfig:
+    """The configuration of `saved_layers`."""
+    return saved_layers(request, stage).config
+
+
+def new_layers(
+    request: Request, stage: str, recipe: str = "default", unread: Mapping[str, str] | None = None
+) -> Layers:
+    """The settings of something that is started: recipe, file, quick recipe, overrides.
+
+    A file stands on top of the same recipe that is taken without one. Of a recipe for embedded data, what is of those
+    data (`OF_THE_DATA`) is not taken with others, which make `OWN_EPOCHS` epochs.
 
     Args:
         stage: who reads it, for errors.
@@ -64,19 +90,27 @@ def resolve_new(
     Raises:
         ConfigError: anything wrong with keys or values.
     """
-    found = find_recipe(request.source or recipe)
-    base = without_trust(read_yaml(found)) if is_marked(found.parent) else read_yaml(found)
-    if request.source is None and any(word.startswith("data.path=") for word in request.overrides):
-        base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
     for word in request.overrides:
         for beginning, remedy in (unread or {}).items():
             if word.startswith(beginning):
                 raise ConfigError(word, None, f"is not read by {stage}: each method has its own", remedy)
-    return _on_top(base, request)
+    found = find_recipe(request.source or recipe)
+    own_file = found.resolve() not in recipe_files().values()
+    below, above = read_yaml(find_recipe(recipe) if own_file else found), read_yaml(found) if own_file else {}
+    if own_file and is_marked(found.parent):
+        above = without_trust(above)
+    own_rows = _rows_of(overridden_tree(above, request.overrides), EMBEDDED_DATA) != EMBEDDED_DATA
+    name = f"recipe {recipe if own_file or not request.source else request.source}"
+    if own_rows and _rows_of(below) == EMBEDDED_DATA:
+        layers = Layers().with_tree(name, _without(below, OF_THE_DATA))
+        layers = layers.with_tree(OWN_DATA, {"train": {"epochs": OWN_EPOCHS}})
+    else:
+        layers = Layers().with_tree(name, below)
+    return _on_top(layers.with_tree(str(request.source), above), request)
 
 
-def resolve_saved(request: Request, stage: str) -> RunConfig:
-    """The configuration in the run folder, with what the stage may change of it: how the trained adapters are read.
+def saved_layers(request: Request, stage: str) -> Layers:
+    """The settings in the run folder, with what the stage may change of them: how the trained adapters are read.
 
     Raises:
         ConfigError: an override of something else.
@@ -98,29 +132,48 @@ def resolve_saved(request: Request, stage: str) -> RunConfig:
             remedy = f"Give it to {owner}: loradrop {owner} --run-dir {os.path.relpath(request.run)} {key}=…"
         raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)
     tree = read_saved(saved)
-    config = _on_top(without_trust(tree), request)
+    layers = _on_top(Layers().with_tree("run folder", without_trust(tree)), request)
     hosts = (tree.get("launch") or {}).get("hostfile")
-    if hosts and config.launch.hostfile is None:
+    if hosts and layers.config.launch.hostfile is None:
         say(f"launch.hostfile={hosts} is not taken from a run folder: {stage} works on this machine unless you give it")
-    return config
+    return layers
 
 
-def _on_top(base: dict[str, Any], request: Request) -> RunConfig:
+def _on_top(layers: Layers, request: Request) -> Layers:
     if request.quick:
-        base = merge_trees(base, read_yaml(find_recipe("quick")))
-    return build_config(overridden_tree(base, request.overrides))
+        layers = layers.with_tree("--quick", read_yaml(find_recipe("quick")))
+    return layers.with_overrides(request.overrides)
+
+
+def _rows_of(tree: Mapping[str, Any], default: str = "") -> object:
+    """What of the section `data` says where rows come from."""
+    data = tree.get("data")
+    return data.get("sources") or data.get("path", default) if isinstance(data, Mapping) else default
+
+
+def _without(tree: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """`tree` without sections and keys of sections."""
+    return {
+        name: {key: value for key, value in part.items() if f"{name}.{key}" not in keys}
+        if isinstance(part, Mapping) else part
+        for name, part in tree.items() if name not in keys
+    }  # fmt: skip
 
 
 def resolve_epochs(config: RunConfig) -> RunConfig:
     """`config` with max_steps = ceil(epochs × training rows / global_batch) and without epochs; as it is without them.
+    Where nothing says how often to validate, a long training does so `MOST_VALIDATIONS` times.
 
     Raises:
         DataError: the rows cannot be read.
     """
     if config.train.epochs is None:
         return config
-    steps = math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch)
-    return with_values(config, {"train.epochs": None, "train.max_steps": max(1, steps)})
+    steps = max(1, math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch))
+    values: dict[str, Any] = {"train.epochs": None, "train.max_steps": steps}
+    if "validate_every_steps" not in config.train.model_fields_set:
+        values["train.validate_every_steps"] = max(config.train.validate_every_steps, -(-steps // MOST_VALIDATIONS))
+    return with_values(config, values)
 
 
 def length_text(train: TrainConfig) -> str:

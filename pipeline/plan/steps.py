@@ -37,7 +37,7 @@ def step_lines(config: RunConfig, folders: Folders, name: str) -> Iterator[str]:
         case "trainings":
             for number, (one, own) in enumerate(plan_trainings(config), 1):
                 values = values_text(one.values)
-                yield _line(f"{number}", f"{one.method}, {values}, seed {one.seed}: {own.train.max_steps} steps")
+                yield _line(f"{number}", f"{one.method}, {values}, seed {one.seed}: {length_text(own.train)}")
             draws, folder = config.ensemble.size, folders.comparison
             yield _line("evaluate", f"all of them in one pass, {draws} mask draws per method -> {folder}")
         case "memory":

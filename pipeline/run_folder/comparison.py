@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.load import config_keys, with_values
 from pipeline.config.method import takes_rescale
+from pipeline.config.names.hints import meant
 from pipeline.config.search import LEARNING_RATE, CompareConfig, NamedMethod
 from pipeline.config.space import TERM_WEIGHT
 from pipeline.errors import ConfigError, RunFolderError, UserError
@@ -223,8 +223,7 @@ def _combinations(compare: CompareConfig, method: str | NamedMethod) -> list[dic
 def _check_key(where: str, key: str) -> None:
     keys = [k for k in config_keys() if k.startswith(("adapter.", "train.")) and k not in (LEARNING_RATE, "train.seed")]
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"It can vary: {', '.join(keys)}."
+        remedy = meant(key, keys) or f"It can vary: {', '.join(keys)}."
         raise ConfigError(f"{where}: {key}", None, "is not a key that can vary here", remedy)
 
 
