@@ -112,7 +112,7 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.compute_dtype import with_compute_dtype
-    from pipeline.plan.preflight import check_inputs
+    from pipeline.plan.preflight import check_inputs, read_fetched
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
     from pipeline.run_folder.mark import FOLDERS, claim
@@ -121,7 +121,7 @@ def execute(stage: Stage, request: Request) -> int:
 
     folders = Folders(request.run)
     config = resolve(stage, request, folders)
-    check_inputs(config)
+    config = check_inputs(config)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
     common = [other.name for other in OFFERED if other.processes == "all"]
@@ -136,7 +136,7 @@ def execute(stage: Stage, request: Request) -> int:
         for step in stage.plan or (stage.name,):
             print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
-    config = resolve_epochs(config)
+    config = resolve_epochs(read_fetched(config))
     shared = config.launch if stage.processes == "all" else None
     with owned_folders([getattr(folders, name) for name in stage.writes], stage.name, shared):
         if stage.settings == "new":

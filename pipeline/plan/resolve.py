@@ -56,7 +56,7 @@ def resolve_new(
     """
     found = find_recipe(request.source or recipe)
     base = without_trust(read_yaml(found)) if is_marked(found.parent) else read_yaml(found)
-    if request.source is None and any(word.startswith("data.path=") for word in request.overrides):
+    if request.source is None and any(word.startswith(("data.path=", "data.sources=")) for word in request.overrides):
         base = {name: part for name, part in base.items() if name not in ("data", "label")}  # sizes of its own rows
     for word in request.overrides:
         for beginning, remedy in (unread or {}).items():
