@@ -112,7 +112,8 @@ def _sizes(splits: Splits, files: dict[str, list[Row]], config: DataConfig) -> s
     if left_out := splits.repeated + splits.leaked:
         said += f"; {left_out:,} left out, which repeat others or stand in two splits"
     if splits.test[0].kind == "choice":
-        said += f"; an accuracy over {len(splits.test):,} test rows is known to ±{98 / len(splits.test) ** 0.5:.0f} points"
+        tested = len(splits.test)
+        said += f"; an accuracy over {tested:,} test rows is known to ±{98 / tested**0.5:.0f} points"
     return said
 
 

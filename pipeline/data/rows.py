@@ -36,7 +36,7 @@ class Row:
     completion: str | None = None
     """Answer text of a completion row."""
     messages: tuple[dict[str, Any], ...] = ()
-    """`{"role", "content"}` of a chat, an assistant's with `tool_calls` where it has some; the last role is assistant."""
+    """`{"role", "content"}` of a chat, and an assistant's `tool_calls`; the last role is assistant."""
     references: tuple[str, ...] = ()
     """Other acceptable answers, for generation."""
     second: str | None = None

@@ -222,6 +222,21 @@ def _require_single(source: Source) -> None:
         )
 
 
+class HubRecords:
+    """Records of a split of the hub, and the names of classes that it brings."""
+
+    def __init__(self, name: str, table: Iterable[dict[str, Any]]) -> None:
+        self._name, self._table = name, table
+        features = getattr(table, "features", None) or {}
+        self.classes: dict[str, list[str]] = {
+            column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")
+        }
+        """Column of whole numbers -> what each means."""
+
+    def __iter__(self) -> Iterator[Record]:
+        return _numbered(self._name, self._table)
+
+
 def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
     number = 0
     try:
@@ -272,4 +287,4 @@ def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]
             f"has no split {name}{_meant(split, name)}; its splits are {', '.join(map(str, found))}",
             f"Save the splits you want as {', '.join(SPLITS)}.jsonl in a folder, or name them in data.splits.",
         )
-    return {split: _numbered(f"{path}[{name}]", found[name]) for split, name in there.items()}
+    return {split: HubRecords(f"{path}[{name}]", found[name]) for split, name in there.items()}

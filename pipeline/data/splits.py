@@ -83,7 +83,7 @@ def refuse_mixed(files: Mapping[str, Sequence[Row]]) -> None:
         other = next((row for row in rows if row.kind != rows[0].kind), None)
         if other is not None:
             raise DataError(
-                "data.sources", None, f"bring {rows[0].kind} rows and {other.kind} rows (such as {other.id}) for {split}",
+                "data.sources", None, f"bring {rows[0].kind} and {other.kind} rows (such as {other.id}) for {split}",
                 "Keep one kind, or give a source a template that makes it so.",
             )
 

@@ -48,7 +48,7 @@ def check_template(template: TemplateConfig | None) -> None:
     for name, given in template:
         for text in (given,) if isinstance(given, str) else given or ():
             whole_text(text, f"data.template.{name}")
-            if _may_be_jinja(text):
+            if _may_be_jinja(text) and not _single_braces(text):  # else the columns tell which form it is
                 check_syntax(text, f"data.template.{name}")
     if template.completion is not None and (template.choices is not None or template.label is not None):
         raise DataError(
@@ -142,7 +142,7 @@ def _may_be_jinja(text: str) -> bool:
 @lru_cache(maxsize=256)
 def _single_braces(text: str) -> tuple[str, ...]:
     """Columns that the short form would find in `text`, entries of lists by their column."""
-    names = [match.group(1) for match in _COLUMN.finditer(text) if match.group(1) is not None]
+    names = [name for match in _COLUMN.finditer(text) if (name := match.group(1)) is not None and name[:1] != "%"]
     return tuple(entry.group(1) if (entry := _ENTRY.fullmatch(name)) else name for name in names)
 
 

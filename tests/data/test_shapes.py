@@ -203,7 +203,8 @@ def test_what_is_read(tmp_path: Path, name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[int], Record], str, str]] = {
     "preferences": (
         lambda i: {"prompt": f"Q {i}", "chosen": "good", "rejected": "bad"},
-        "holds preference rows (chosen beside rejected)", "data.template='{prompt: \"{prompt}\", completion: \"{chosen}\"}'",
+        "holds preference rows (chosen beside rejected)",
+        "data.template='{prompt: \"{prompt}\", completion: \"{chosen}\"}'",
     ),
     "preferences between chats": (
         lambda i: {"chosen": [user(i), assistant()], "rejected": [user(i), assistant("No")]},
@@ -229,7 +230,7 @@ REFUSED: dict[str, tuple[Callable[[int], Record], str, str]] = {
         "from = 'narrator': must be one of human", "Rename who speaks",
     ),
     "columns that say nothing": (
-        lambda i: {"mr": f"M {i}", "ref": "R"}, "its columns are mr, ref", "Map them with data.template",
+        lambda i: {"left": f"M {i}", "right": "R"}, "its columns are left, right", "Map them with data.template",
     ),
 }
 

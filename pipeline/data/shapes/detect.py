@@ -21,9 +21,11 @@ PAIRS = (
 GENERATED = (
     ("question", "answer", "Question: {0}\nAnswer:", " {0}"),
     ("question", "response", "Question: {0}\nAnswer:", " {0}"),
-    ("prompt", "response", "{0}\n", "{0}"), ("prompt", "completion", "{0}", "{0}"), ("prompt", "output", "{0}\n", "{0}"),
-    ("query", "response", "{0}\n", "{0}"), ("input", "output", "{0}\n", "{0}"), ("input", "target", "{0}\n", "{0}"),
+    ("prompt", "response", "{0}\n", "{0}"), ("prompt", "completion", "{0}", "{0}"),
+    ("prompt", "output", "{0}\n", "{0}"), ("query", "response", "{0}\n", "{0}"), ("input", "output", "{0}\n", "{0}"),
+    ("input", "target", "{0}\n", "{0}"),
     ("source", "target", "{0}\n", "{0}"), ("article", "highlights", "{0}\nSummary:", " {0}"),
+    ("mr", "ref", "{0}\n", "{0}"), ("meaning_representation", "human_reference", "{0}\n", "{0}"),
     ("document", "summary", "{0}\nSummary:", " {0}"), ("dialogue", "summary", "{0}\nSummary:", " {0}"),
 )
 """(column asked with, column answered with, prompt, completion)."""
@@ -51,7 +53,7 @@ def _preference(table: Table) -> Shape | None:
         prompt = table.texts("prompt", "question", "instruction")
         named = f'data.template=\'{{prompt: "{{{prompt}}}", completion: "{{{chosen}}}"}}\''
         raise DataError(
-            table.field, table.name, "holds preference rows (chosen beside rejected): what is trained here is the"
+            table.key, table.name, "holds preference rows (chosen beside rejected): what is trained here is the"
             " likelihood of an answer, not a preference between two",
             f"To train on the chosen answers, rename {chosen} to messages." if chats or prompt is None
             else f"To train on the chosen answers: {named}.",
@@ -59,7 +61,7 @@ def _preference(table: Table) -> Shape | None:
     label, completion = table.find("label"), table.find("completion")
     if completion is not None and label is not None and table.holds(label, lambda value: isinstance(value, bool)):
         raise DataError(
-            table.field, table.name, "holds preference rows (completions labelled true or false): what is trained here"
+            table.key, table.name, "holds preference rows (completions labelled true or false): what is trained here"
             " is the likelihood of an answer, the bad ones among them",
             'Leave the false ones out, and the column label; or say data.template=\'{completion: "{completion}"}\'.',
         )
@@ -210,6 +212,6 @@ def _bare_text(table: Table) -> Shape | None:
     if text is None or table.own != TemplateConfig() or len(table.columns) > 1:
         return None
     raise DataError(
-        table.field, table.name, f"holds text alone (one column, {text}): there is no answer to be learnt or scored",
+        table.key, table.name, f"holds text alone (one column, {text}): there is no answer to be learnt or scored",
         "Give columns such as text and label, prompt and completion, or messages.",
     )

@@ -31,7 +31,7 @@ def label_column(table: Table) -> str | None:
     found = table.find(*NAMES)
     if found is not None and any(isinstance(value, list | tuple) for value in table.seen(found)):
         raise DataError(
-            table.field, table.name, f"has several labels per row (its column {found} holds lists), and a row has one"
+            table.key, table.name, f"has several labels per row (its column {found} holds lists), and a row has one"
             " right class here", "Give a row per class: {text, label: yes or no}.",
         )
     return found
@@ -54,12 +54,14 @@ def class_parts(table: Table, column: str) -> tuple[dict[str, Any], str]:
     label = table.own.label or column
     if table.own.choices is not None:
         return {"choices": table.own.choices, "label": label}, ""
+    if names := table.classes.get(column):
+        return {"choices": tuple(f" {name}" for name in names), "label": label}, f"{len(names)} classes"
     number_column = table.find("label") if column.casefold() == "label_text" else None
     seen = _distinct(table, column, number_column)
     if len(seen) < 2:
         only = f"one value ({next(iter(seen))!r})" if seen else "no value"
         raise DataError(
-            table.field, table.name, f"has {only} in the column {column}, which would be its classes",
+            table.key, table.name, f"has {only} in the column {column}, which would be its classes",
             "Give rows of two classes or more, or say with data.template what is to be learnt.",
         )
     words = [word for word, _ in sorted(seen.items(), key=lambda item: _order(*item))]
@@ -92,7 +94,7 @@ def _distinct(table: Table, column: str, number_column: str | None) -> dict[str,
             found.setdefault(word, value if number is None else number)
         if len(found) > MOST_CLASSES:
             raise DataError(
-                table.field, table.name, f"has more than {MOST_CLASSES} different values in the column {column}: too"
+                table.key, table.name, f"has more than {MOST_CLASSES} different values in the column {column}: too"
                 " many for classes", f'Is that text to be generated? data.template=\'{{completion: "{{{column}}}"}}\'.'
                 " Classes can be given with data.template.choices.",
             )

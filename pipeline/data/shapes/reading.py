@@ -39,7 +39,7 @@ def as_read(source: Source, config: DataConfig, classifier: bool = False) -> Sou
     if source.path.startswith(EMBEDDED):
         return replace(source, shape=Shape("choices"))
     if source.template is not None and _says_all(source.template):
-        return replace(source, shape=Shape("data.template says"))
+        return replace(source, shape=Shape("what data.template says"))
     limit = head_rows(config) if config.streaming else None
 
     def records() -> Iterator[Mapping[str, Any]]:
@@ -51,7 +51,8 @@ def as_read(source: Source, config: DataConfig, classifier: bool = False) -> Sou
     if not head:
         return source
     own = source.template or TemplateConfig()
-    table = Table(head, _column_of(records), source.field, source.path, classifier, own)
+    classes = getattr(_main_split(source, config), "classes", {})
+    table = Table(head, _column_of(records), source.field, source.path, classifier, classes, own)
     shape = detect(table)
     if shape is None or shape.template is None:
         return replace(source, shape=shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,11 +32,13 @@ class Table:
     head: Sequence[Mapping[str, Any]]
     all_values: Callable[[str], Iterable[Any]]
     """Column -> its values over the rows that classes are taken from."""
-    field: str = "data.path"
+    key: str = "data.path"
     name: str = ""
-    """Field and value of errors about the source."""
+    """Configuration key and value that errors about the source name."""
     classifier: bool = False
     """A model with a head reads it: a pair of texts stays a pair."""
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column of whole numbers -> names of its classes, where the source itself says them."""
     own: TemplateConfig = TemplateConfig()
     """What the user's template says; it wins."""
 
