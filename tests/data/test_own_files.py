@@ -148,7 +148,8 @@ def test_files_behind_a_protocol_are_read_by_datasets(monkeypatch: pytest.Monkey
 
     def load(name: str, data_files: dict[str, str], streaming: bool) -> datasets.DatasetDict:
         asked.append((name, data_files))
-        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "si"])})
+        label = datasets.ClassLabel(names=["no", "si"])
+        features = datasets.Features({"text": datasets.Value("string"), "label": label})
         rows = {"text": [f"text {i}" for i in range(30)], "label": [i % 2 for i in range(30)]}
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)})
 
