@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -131,7 +131,9 @@ def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[
         _require_single(source)
         return {"train": _numbered(path, embedded_rows(path))}
     if is_local(path):
-        read = read_file if source.columns is None else partial(read_file, columns=source.columns)
+        read: Callable[[Path], Iterator[Record]] = read_file
+        if source.columns is not None:
+            read = partial(read_file, columns=source.columns)
         return {split: chain.from_iterable(map(read, files)) for split, files in local_files(source).items()}
     if source.columns is not None:
         raise DataError(

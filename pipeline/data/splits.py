@@ -93,7 +93,7 @@ def weighted(splits: Splits, sources: Sequence[Source]) -> Splits:
     weights = {source.prefix: source.weight for source in sources if source.field != "data.evaluation.path"}
     if set(weights.values()) == {1.0}:
         return splits
-    train = []
+    train: list[Row] = []
     for row in splits.train:
         weight = weights[row.id.partition("/")[0] + "/"]
         chance = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8]) / 2**64

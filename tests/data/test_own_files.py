@@ -162,6 +162,11 @@ def test_files_behind_a_protocol_are_read_by_datasets(monkeypatch: pytest.Monkey
         load_splits(DataConfig(path="https://example.org/rows"))
 
 
+def test_a_name_with_control_characters_stays_on_its_line(tmp_path: Path) -> None:
+    (line, _) = look_at(DataConfig(path=table(tmp_path / "a\x1b[31m\nforged.csv", 40))).lines
+    assert "a\\x1b[31m\\nforged.csv: read as: classification, 40 rows" in line and "\n" not in line
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +178,7 @@ def test_a_dry_run_says_what_rows_are_read_as(
     out, err = capsys.readouterr()
     assert 'read as: classification, 60 rows; template {prompt: "{text}\\nLabel:", choices: [" a", " b"]' in err
     assert "rows: 36 to train on, 6 validation (drawn), 6 calibration (drawn), 12 test (drawn)" in err
-    assert "prompt: '{text}\n" in out or 'prompt: "{text}\\nLabel:"' in out or "{text}" in out
+    assert "{text}" in out and "- ' a'" in out, "the resolved configuration holds the template"
 
 
 @pytest.mark.parametrize("fault", ["late", "long"])

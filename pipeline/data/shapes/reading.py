@@ -15,7 +15,7 @@ from pipeline.data.shapes.detect import detect
 from pipeline.data.shapes.table import Shape, Table
 from pipeline.data.sources import EMBEDDED, Source, head_rows, open_records, sources_of
 from pipeline.data.template import check_template
-from pipeline.errors import DataError
+from pipeline.errors import DataError, one_line
 
 SEEN = 50
 """First records that a shape is recognised by."""
@@ -80,10 +80,9 @@ def said_of(source: Source, rows: int | None = None) -> str:
     shape = source.shape or Shape("unknown")
     count = "" if rows is None else f", {rows:,} rows"
     notes = f"; {shape.note}" if shape.note else ""
-    if shape.template is None:
-        return f"{source.path}: read as: {shape.name}{count}{notes}"
-    parts = ", ".join(f"{name}: {_shown(value)}" for name, value in shape.template if value is not None)
-    return f"{source.path}: read as: {shape.name}{count}; template {{{parts}}}{notes}"
+    parts = ", ".join(f"{name}: {_shown(value)}" for name, value in shape.template or () if value is not None)
+    template = f"; template {{{parts}}}" if parts else ""
+    return one_line(f"{source.path}: read as: {shape.name}{count}{template}{notes}")
 
 
 def _shown(value: str | Sequence[str]) -> str:
