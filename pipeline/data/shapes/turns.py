@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from json import JSONDecodeError
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.data.formats.json_text import JsonFault, decode_json
 from pipeline.data.rows import whole_text
@@ -36,7 +36,7 @@ def with_messages(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return values
 
 
-def is_turns(value: Any) -> bool:
+def is_turns(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list of turns, by its first entry."""
     return isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], Mapping) and (
         "role" in value[0] or "from" in value[0]
