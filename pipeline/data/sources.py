@@ -28,6 +28,8 @@ from pipeline.errors import DataError
 
 SPLITS = ("train", "validation", "calibration", "test")
 EMBEDDED = "embedded:"
+MOST_ERRORS = 5
+"""Faults shown at once, where rows are answered as they come and a file's faults are not counted (`Faults` does)."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.[A-Za-z]{2,7}$")
 _PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")

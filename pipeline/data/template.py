@@ -180,7 +180,8 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     elif template.choices is not None:
         mapped["choices"] = [fill(text, values, where) for text in template.choices]
     if template.label is not None and "{" in template.label:
-        mapped[template.label] = fill(template.label, values, where)
+        if template.label not in values:  # else it stands for the answer of a row that has none yet
+            mapped[template.label] = fill(template.label, values, where)
     elif template.choices is not None or template.label is not None:
         _get(values, template.label or "label", where)
     if template != TemplateConfig():

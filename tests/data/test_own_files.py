@@ -96,6 +96,12 @@ def test_sources_are_pooled_and_weights_count_in_training(tmp_path: Path) -> Non
     assert "a.csv: read as: classification, 40 rows" in look_at(config.data).lines[0]
 
 
+def test_sources_that_are_read_alike_share_their_template(tmp_path: Path) -> None:
+    paths = [table(tmp_path / f"{name}.csv", 20, start=start) for name, start in (("a", 0), ("b", 20))]
+    config = look_at(build_config({"data": {"sources": [{"path": path} for path in paths]}}).data).config
+    assert config.template == config.sources[0].template == config.sources[1].template is not None
+
+
 def test_sources_and_a_path_contradict_each_other(tmp_path: Path) -> None:
     path = table(tmp_path / "a.csv", 40)
     with pytest.raises(UserError, match="data.path and data.sources both say"):

@@ -290,3 +290,12 @@ def test_loading_finds_what_the_check_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lambda i: {"text": f"T {i}", "label": "ab"[i % 2]}, rows=40)
     found = look_at(DataConfig(path=path))
     assert load_splits(DataConfig(path=path)) == load_splits(found.config)
+
+
+def test_a_row_without_an_answer_yet_is_read_by_the_same_template(tmp_path: Path) -> None:
+    """Whoever asks for predictions puts an index under the label's name."""
+    found = looked(tmp_path, lambda i: {"text": f"T {i}", "label": 1 + i % 3})
+    template = found.config.template
+    assert template is not None and template.label is not None
+    (unseen,), _ = parse([("f:1", {"text": "new", template.label: 0})], template, "f")
+    assert (unseen.prompt, unseen.choices, unseen.label) == ("new\nLabel:", (" 1", " 2", " 3"), 0)

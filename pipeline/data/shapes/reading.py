@@ -66,10 +66,13 @@ def with_templates(config: DataConfig, sources: Sequence[Source]) -> DataConfig:
     by_field = {source.field: source.template for source in sources}
     changes: dict[str, Any] = {"template": by_field.get("data.path", config.template)}
     if config.sources:
+        found = [by_field[f"data.sources.{place}.path"] for place in range(len(config.sources))]
         changes["sources"] = tuple(
-            one.model_copy(update={"template": by_field[f"data.sources.{place}.path"]})
-            for place, one in enumerate(config.sources)
+            one.model_copy(update={"template": template})
+            for one, template in zip(config.sources, found, strict=True)
         )
+        if all(template == found[0] for template in found):
+            changes["template"] = found[0]  # what new rows are read by
     if config.evaluation is not None:
         changes["evaluation"] = config.evaluation.model_copy(update={"template": by_field["data.evaluation.path"]})
     return config.model_copy(update=changes)
