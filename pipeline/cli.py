@@ -113,7 +113,7 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.distributed.nodes import check_nodes, owned_folders
     from pipeline.plan.compute_dtype import with_compute_dtype
     from pipeline.plan.layers import annotated, summary
-    from pipeline.plan.preflight import check_inputs
+    from pipeline.plan.preflight import check_inputs, read_fetched
     from pipeline.plan.resolve import OWN_DATA, fit_micro_batch, resolve_epochs
     from pipeline.plan.steps import step_lines
     from pipeline.run_folder.mark import FOLDERS, claim
@@ -122,8 +122,7 @@ def execute(stage: Stage, request: Request) -> int:
 
     folders = Folders(request.run)
     layers = resolve(stage, request, folders)
-    config = layers.config
-    check_inputs(config)
+    config = check_inputs(layers.config)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
     common = [other.name for other in OFFERED if other.processes == "all"]
@@ -140,7 +139,7 @@ def execute(stage: Stage, request: Request) -> int:
         for step in stage.plan or (stage.name,):
             print(printable("\n".join(step_lines(config, folders, step))))
         return EXIT_OK
-    config = resolve_epochs(config)
+    config = resolve_epochs(read_fetched(config))
     if stage.settings == "new":
         for line in ("settings (those left out have their defaults):", *summary(layers, config)):
             say(line)

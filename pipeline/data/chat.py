@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.rows import Row
 from pipeline.data.tokens import following_ids
@@ -24,9 +25,10 @@ def chat_segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Segment]
     Each segment is tokenized on its own, as at inference, where the context ends before the answer begins.
 
     Raises:
-        DataError: no chat template, a template that refuses the row, or one that does not render a
-            conversation as the continuation of its own beginning.
+        DataError: no chat template, a template that refuses the row, leaves out its tools or tool calls, or does not
+            render a conversation as the continuation of its own beginning.
     """
+    _refuse_left_out(row, tokenizer)
     texts = list(_segment_texts(row, tokenizer))
     first, *rest = (text for text, _ in texts)
     ids = [list(tokenizer(first, add_special_tokens=False)["input_ids"]), *following_ids(tokenizer, rest)]
@@ -55,6 +57,30 @@ def _segment_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         done = answered
 
 
+def _refuse_left_out(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what the template would leave out without a word: functions, calls of them, what these returned."""
+    without: list[tuple[str, Row]] = []
+    if row.tools:
+        without.append(("tools", replace(row, tools=())))
+    for turn, message in enumerate(row.messages):
+        if "tool_calls" in message:
+            silent = {key: value for key, value in message.items() if key != "tool_calls"}
+            without.append((f"messages[{turn}].tool_calls", _with_turn(row, turn, silent)))
+        elif message["role"] == "tool" and message["content"]:
+            without.append((f"messages[{turn}] of the role tool", _with_turn(row, turn, {**message, "content": ""})))
+    whole = _render(row, len(row.messages), tokenizer, prompt=False) if without else ""
+    for what, poorer in without:
+        if _render(poorer, len(row.messages), tokenizer, prompt=False) == whole:
+            raise DataError(
+                f"row {row.id}: {what}", None, "is not rendered by the model's chat template, which leaves it out",
+                "Use a model whose chat template knows tools, or put it into the texts.",
+            )
+
+
+def _with_turn(row: Row, turn: int, message: dict[str, Any]) -> Row:
+    return replace(row, messages=(*row.messages[:turn], message, *row.messages[turn + 1 :]))
+
+
 def _render(row: Row, turns: int, tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
     from jinja2 import TemplateError
 
@@ -63,9 +89,10 @@ def _render(row: Row, turns: int, tokenizer: PreTrainedTokenizerBase, prompt: bo
             "data.path", None, "holds chat rows, and the tokenizer of model.path has no chat template",
             "Use an instruction-tuned model, or {prompt, completion} rows.",
         )
-    messages: Sequence[dict[str, str]] = row.messages[:turns]
+    messages: Sequence[dict[str, Any]] = row.messages[:turns]
+    tools: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **tools))
     except (TemplateError, ValueError, TypeError) as error:
         raise DataError(
             f"row {row.id}: messages", None, f"is refused by the model's chat template ({error})",

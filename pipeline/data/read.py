@@ -6,6 +6,7 @@ A fault that concerns one record is yielded in its place, so that a check can na
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline.data.formats.json_text import read_json, read_jsonl
@@ -22,12 +23,18 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".parquet": read_parquet,
 }
 
+HEADLESS: dict[str, Callable[..., Iterator[Record]]] = {".csv": read_csv, ".tsv": read_tsv}
+"""Readers of files that may lack a header line."""
 
-def read_file(path: Path) -> Iterator[Record]:
+
+def read_file(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[Record]:
     """Records of a .jsonl, .json (array of objects), .csv, .tsv or .parquet file.
 
+    Args:
+        columns: names of the columns of a table without a header line.
+
     Raises:
-        DataError: unknown suffix, or a file that cannot be read at all.
+        DataError: unknown suffix, a file that cannot be read at all, or columns for one that names its own.
     """
     if path.suffix not in READERS:
         raise DataError("data.path", str(path), f"must end in {', '.join(READERS)}", "Convert the file, or rename it.")
@@ -39,6 +46,14 @@ def read_file(path: Path) -> Iterator[Record]:
                 "data.path", str(path), "is no regular file but a folder, pipe, socket or device",
                 "Give a file, or a folder of files.",
             )
-        yield from READERS[path.suffix](path)
+        reader = READERS[path.suffix]
+        if columns is not None:
+            if path.suffix not in HEADLESS:
+                raise DataError(
+                    "data.columns", list(columns), f"names columns of a .csv or .tsv file, and {path.name} is none",
+                    "Leave it out.",
+                )
+            reader = partial(HEADLESS[path.suffix], columns=columns)
+        yield from reader(path)
     except OSError as error:
         raise DataError("data.path", str(path), f"cannot be read ({error})", "Check the file.") from error

@@ -35,14 +35,16 @@ class Row:
     """Index of the right choice."""
     completion: str | None = None
     """Answer text of a completion row."""
-    messages: tuple[dict[str, str], ...] = ()
-    """`{"role", "content"}` of a chat; the last role is assistant."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """`{"role", "content"}` of a chat, and an assistant's `tool_calls`; the last role is assistant."""
     references: tuple[str, ...] = ()
     """Other acceptable answers, for generation."""
     second: str | None = None
     """Second text of a pair, for encoders; None where there is one text."""
     score: float | None = None
     """Number to be predicted of a regression row."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the assistant of a chat may call, as JSON schemas."""
     unit: str | None = None
     """What the row is one of several observations of (a document, a subject), for intervals: rows that share it are not
     independent. None: its question."""
@@ -71,7 +73,8 @@ class Row:
     @property
     def content(self) -> str:
         """Canonical JSON of all that a model may read: everything but the id and the unit."""
-        return _canonical({name: value for name, value in vars(self).items() if name not in ("id", "unit")})
+        left_out = ("id", "unit") if self.tools else ("id", "unit", "tools")  # so rows without tools keep their ids
+        return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 
 class IdRegister:

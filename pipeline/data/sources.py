@@ -6,34 +6,38 @@ from which the splits that have no file of their own are drawn.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, TemplateConfig
 from pipeline.config.data import EMBEDDED_DATA
+from pipeline.data.formats.faults import Faults
 from pipeline.data.formats.record import Record
 from pipeline.data.read import READERS, read_file
 from pipeline.data.rows import IdRegister, Row
+from pipeline.data.shapes.table import Shape
 from pipeline.data.template import ColumnError, to_row
-from pipeline.errors import DataError, ErrorList, UserError
+from pipeline.errors import DataError
 
 SPLITS = ("train", "validation", "calibration", "test")
 EMBEDDED = "embedded:"
 MOST_ERRORS = 5
-"""Faults shown at once."""
-
+"""Faults shown at once, where rows are answered as they come and a file's faults are not counted (`Faults` does)."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _SUFFIX = re.compile(r"\.[A-Za-z]{2,7}$")
+_PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
 def is_local(path: str) -> bool:
     """Whether `data.path` means a file or folder on this machine."""
-    if path.startswith(EMBEDDED):
+    if path.startswith(EMBEDDED) or _PROTOCOL.match(path):
         return False
     if _SUFFIX.search(path) or not _HUB_NAME.fullmatch(path):
         return True
@@ -51,22 +55,41 @@ class Source:
     """Our split -> its name there."""
     field: str = "data.path"
     """The configuration key that names it."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of files without a header line."""
+    weight: float = 1.0
+    """How often an epoch has each of its training rows."""
+    prefix: str = ""
+    """Before the ids of its rows, where there are several sources."""
+    shape: Shape | None = None
+    """What its rows are read as, once `pipeline.data.shapes.reading` has looked."""
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """The configured places: `data.path`, and `data.evaluation` where it is given."""
+    """The configured places: `data.path` or `data.sources`, and `data.evaluation` where it is given."""
     named: dict[str, str] = dict(config.splits.items()) if config.splits else {split: split for split in SPLITS}
-    if config.evaluation is None:
-        return [Source(config.path, config.template, named)]
     other = config.evaluation
-    return [
-        Source(config.path, config.template, {"train": named["train"]}),
-        Source(other.path, other.template, dict(other.splits.items()), "data.evaluation.path"),
-    ]
+    if other is not None:
+        named = {"train": named["train"]}
+    found = [
+        Source(one.path, one.template or config.template, named, f"data.sources.{place}.path", one.columns, one.weight,
+               f"{place}/")
+        for place, one in enumerate(config.sources)
+    ] or [Source(config.path, config.template, named, columns=config.columns)]
+    if other is None:
+        return found
+    field = "data.evaluation.path"
+    return [*found, Source(other.path, other.template, dict(other.splits.items()), field, other.columns)]
 
 
-def local_files(source: Source) -> dict[str, Path]:
-    """Split -> file of a local source; a single file is `train`.
+def head_rows(config: DataConfig) -> int:
+    """First rows of a stream that the other splits are drawn from."""
+    asked = [config.validation_rows or 0, config.calibration_rows or 0, config.test_rows or 0]
+    return max(2000, 4 * sum(asked))
+
+
+def local_files(source: Source) -> dict[str, list[Path]]:
+    """Split -> files of a local source; a single file, or what a pattern finds, is `train`.
 
     Raises:
         DataError: nothing there, a folder without a train file, two files for one split.
@@ -74,8 +97,8 @@ def local_files(source: Source) -> dict[str, Path]:
     try:
         place = Path(source.path).expanduser()
         if place.is_dir():
-            return _folder_files(place, source)
-        there = place.exists()
+            return {split: [file] for split, file in _folder_files(place, source).items()}
+        there = [place] if place.exists() else [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]
     except (OSError, RuntimeError) as error:  # no right to look, a name too long; ~NAME of nobody
         raise DataError(source.field, source.path, f"cannot be looked at ({error})", "Check the path.") from error
     if not there:
@@ -84,7 +107,7 @@ def local_files(source: Source) -> dict[str, Path]:
             "Give a local file or folder, or a hub data set as NAME, OWNER/NAME or OWNER/NAME:CONFIG.",
         )
     _require_single(source)
-    return {"train": place}
+    return {"train": there}
 
 
 def check_name(path: str) -> None:
@@ -110,7 +133,15 @@ def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[
         _require_single(source)
         return {"train": _numbered(path, embedded_rows(path))}
     if is_local(path):
-        return {split: read_file(file) for split, file in local_files(source).items()}
+        read: Callable[[Path], Iterator[Record]] = read_file
+        if source.columns is not None:
+            read = partial(read_file, columns=source.columns)
+        return {split: chain.from_iterable(map(read, files)) for split, files in local_files(source).items()}
+    if source.columns is not None:
+        raise DataError(
+            "data.columns", list(source.columns), f"names columns of a local .csv or .tsv, and {path} is none",
+            "Leave it out.",
+        )
     return _hub_records(source, streaming)
 
 
@@ -120,30 +151,38 @@ def parse(
     """Rows of one file, and whether the file ended within `limit` records.
 
     Raises:
-        DataError: the first faults found, up to `MOST_ERRORS` (as an `ErrorList` where several), or no row.
+        DataError: the first faults of each kind (as an `ErrorList` where several), or no row.
     """
     rows: list[Row] = []
-    errors: list[UserError] = []
+    faults = Faults(name)
     ids = IdRegister()
     iterator = iter(records)
-    for where, values in islice(iterator, limit):
-        try:
-            if isinstance(values, DataError):
-                raise values
-            row = ids.name(to_row(values, template, where), values.get("id"), where, values.get("unit"))
-            if rows and row.kind != rows[0].kind:
-                raise DataError(where, None, f"is a {row.kind} row among {rows[0].kind} rows", "Keep one kind.")
-            rows.append(row)
-        except DataError as error:
-            errors.append(error)
-            wrong_table = isinstance(error, ColumnError) and not rows
-            if len(errors) == MOST_ERRORS or wrong_table:
-                break
-    if errors:
-        raise errors[0] if len(errors) == 1 else ErrorList(errors)
+    try:
+        for where, values in islice(iterator, limit):
+            try:
+                if isinstance(values, DataError):
+                    raise values
+                row = ids.name(to_row(values, template, where), values.get("id"), where, values.get("unit"))
+                if rows and row.kind != rows[0].kind:
+                    raise DataError(where, None, f"is a {row.kind} row among {rows[0].kind} rows", "Keep one kind.")
+                rows.append(row)
+            except DataError as error:
+                faults.add(error)
+                if isinstance(error, ColumnError) and not rows:
+                    break  # of a table, which lacks the column in every row
+        whole = next(iterator, None) is None
+    except DataError as error:  # of the file, which cannot be read any further
+        faults.add(error)
+    faults.refuse()
     if not rows:
         raise DataError("data.path", name, "holds no rows", "Give a file with at least one row.")
-    return rows, next(iterator, None) is None
+    return rows, whole
+
+
+def rows_of(source: Source, records: Iterable[Record], name: str, limit: int | None = None) -> tuple[list[Row], bool]:
+    """`parse` of a source's records, with the source's mark before the ids."""
+    rows, whole = parse(records, source.template, name, limit)
+    return [replace(row, id=f"{source.prefix}{row.id}") for row in rows] if source.prefix else rows, whole
 
 
 def _folder_files(folder: Path, source: Source) -> dict[str, Path]:
@@ -187,6 +226,21 @@ def _require_single(source: Source) -> None:
         )
 
 
+class HubRecords:
+    """Records of a split of the hub, and the names of classes that it brings."""
+
+    def __init__(self, name: str, table: Iterable[dict[str, Any]]) -> None:
+        self._name, self._table = name, table
+        features = getattr(table, "features", None) or {}
+        self.classes: dict[str, list[str]] = {
+            column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")
+        }
+        """Column of whole numbers -> what each means."""
+
+    def __iter__(self) -> Iterator[Record]:
+        return _numbered(self._name, self._table)
+
+
 def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
     number = 0
     try:
@@ -198,13 +252,33 @@ def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
         ) from error
 
 
+def _builder(source: Source) -> str:
+    """The reader of `datasets` for a file behind a protocol, by its suffix; compressed files are unpacked by it.
+
+    Raises:
+        DataError: a suffix that says nothing.
+    """
+    _require_single(source)
+    plain = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", source.path)
+    for suffix, builder in ((".jsonl", "json"), (".json", "json"), (".csv", "csv"), (".parquet", "parquet")):
+        if plain.endswith(suffix):
+            return builder
+    raise DataError(
+        source.field, source.path, "must end in .jsonl, .json, .csv or .parquet, perhaps compressed (.gz)",
+        "Give such a file, or a data set of the hub by its name.",
+    )
+
+
 def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]:
     import datasets
 
     path = source.path
     name, _, variant = path.partition(":")
     try:
-        found = datasets.load_dataset(name, variant or None, streaming=streaming)
+        if _PROTOCOL.match(path):
+            found = datasets.load_dataset(_builder(source), data_files={"train": path}, streaming=streaming)
+        else:
+            found = datasets.load_dataset(name, variant or None, streaming=streaming)
     except Exception as error:  # the client raises many types: no network, no such name, a needed configuration
         raise DataError(
             source.field, path, f"is no local path and cannot be loaded from the hub ({' '.join(str(error).split())})",
@@ -217,4 +291,4 @@ def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]
             f"has no split {name}{_meant(split, name)}; its splits are {', '.join(map(str, found))}",
             f"Save the splits you want as {', '.join(SPLITS)}.jsonl in a folder, or name them in data.splits.",
         )
-    return {split: _numbered(f"{path}[{name}]", found[name]) for split, name in there.items()}
+    return {split: HubRecords(f"{path}[{name}]", found[name]) for split, name in there.items()}

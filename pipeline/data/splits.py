@@ -3,7 +3,8 @@
 - The order of rows is that of SHA-256(seed, question): it depends neither on the order in the file nor on
   the sizes asked for. Test is taken first, then calibration, validation and train, so the test rows stay
   the same whatever the training size, and a smaller training split is contained in a larger one.
-- A split with a file of its own is taken from that file; one without (in a folder) from the train file.
+- A split with a file of its own is taken from that file, whole unless its size is given; one without from the train
+  file, of which it gets a share where its size is not given.
 - Rows with the same question never sit in two splits, nor do rows of one file with the same unit; repeated rows are
   dropped, and their number logged.
 """
@@ -13,18 +14,24 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pipeline.config import DataConfig
 from pipeline.data.rows import Row
-from pipeline.data.sources import SPLITS, open_records, parse, sources_of
-from pipeline.data.template import check_template
+from pipeline.data.shapes.reading import read_sources
+from pipeline.data.sources import SPLITS, Source, head_rows, open_records, rows_of
 from pipeline.errors import DataError
 
 EVALUATED_SPLITS = SPLITS[1:]
 """All but train: those that members predict and a report reads."""
 TAKING_ORDER = ("test", "calibration", "validation", "train")
+SHARES = {"test": 2, "calibration": 1, "validation": 1, "train": 6}
+"""Tenths of the rows, where a split has neither a file nor a size of its own."""
+MOST_DRAWN = {"test": 400, "calibration": 200, "validation": 200}
+"""Rows beyond which a drawn split does not grow."""
+LEAST_DRAWN = 2
+"""Rows that a split must get by itself: neither a temperature nor a best step is told by one."""
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +61,15 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         DataError: a fault in the data, or too few rows for `data.*_rows`.
     """
-    files = {}
-    for source in sources_of(config):
-        check_template(source.template)
+    files: dict[str, list[Row]] = {}
+    sources = read_sources(config)
+    for source in sources:
         for split, records in open_records(source, config.streaming).items():
             first = head_rows(config) if config.streaming and split == "train" else None
-            files[split] = parse(records, source.template, f"{source.path} ({split})", first)[0]
+            files.setdefault(split, []).extend(rows_of(source, records, f"{source.path} ({split})", first)[0])
+    refuse_mixed(files)
     splits = divide(files, config.model_copy(update={"train_rows": None}) if config.streaming else config)
+    splits = weighted(splits, sources)
     if splits.repeated:
         log.warning("data: dropped %d repeated rows (same text; the first of each is kept)", splits.repeated)
     if splits.leaked:
@@ -68,10 +77,32 @@ def load_splits(config: DataConfig) -> Splits:
     return splits
 
 
-def head_rows(config: DataConfig) -> int:
-    """First rows of a stream that the other splits are drawn from."""
-    asked = [config.validation_rows or 0, config.calibration_rows or 0, config.test_rows or 0]
-    return max(2000, 4 * sum(asked))
+def refuse_mixed(files: Mapping[str, Sequence[Row]]) -> None:
+    """Refuse a split whose sources bring rows of different kinds. Raises `DataError`."""
+    for split, rows in files.items():
+        other = next((row for row in rows if row.kind != rows[0].kind), None)
+        if other is not None:
+            raise DataError(
+                "data.sources", None, f"bring {rows[0].kind} and {other.kind} rows (such as {other.id}) for {split}",
+                "Keep one kind, or give a source a template that makes it so.",
+            )
+
+
+def weighted(splits: Splits, sources: Sequence[Source]) -> Splits:
+    """The training rows as often as the weights of their sources say; a part of a time by the rows' names."""
+    weights = {source.prefix: source.weight for source in sources if source.field != "data.evaluation.path"}
+    if set(weights.values()) == {1.0}:
+        return splits
+    train: list[Row] = []
+    for row in splits.train:
+        weight = weights[row.id.partition("/")[0] + "/"]
+        chance = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8]) / 2**64
+        times = int(weight) + (chance < weight % 1.0)
+        train += [row if copy == 0 else replace(row, id=f"{row.id}#{copy + 1}") for copy in range(times)]
+    if not train:
+        raise DataError("data.sources", None, "leave no training row", "Raise a weight.")
+    parts = {split: getattr(splits, split) for split in SPLITS} | {"train": train}
+    return replace(splits, train=train, fingerprint=_fingerprint(parts))
 
 
 def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
@@ -87,18 +118,55 @@ def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
     sizes = {split: sum(map(len, pool)) for split, pool in pools.items()}
     questions = {split: len(pool) for split, pool in pools.items()}
     taken: dict[str, list[Row]] = {}
+    asked = _asked(files, sizes["train"], config)
     for split in TAKING_ORDER:
         source = split if split in pools else "train"
-        wanted = getattr(config, f"{split}_rows")
-        if wanted is None and split != "train" and source == "train":
-            raise DataError(
-                f"data.{split}_rows", None, "must be a number: it has no split of its own and is drawn from train",
-                f"Set data.{split}_rows, or name its split in data.splits.",
-            )
-        taken[split] = _take(pools[source], wanted)
-        if len(taken[split]) < (wanted or 1):
+        taken[split] = _take(pools[source], asked[split])
+        if len(taken[split]) < (asked[split] or 1):
             raise _too_few(split, source, sizes[source], questions[source], files, config)
     return Splits(**taken, fingerprint=_fingerprint(taken), repeated=repeated, leaked=leaked)
+
+
+def _asked(files: Mapping[str, Sequence[Row]], there: int, config: DataConfig) -> dict[str, int | None]:
+    """Split -> rows wanted; None: all that are there. `there` are the distinct rows of the train file.
+
+    Raises:
+        DataError: so few rows that a share of them would be none.
+    """
+    asked: dict[str, int | None] = {split: getattr(config, f"{split}_rows") for split in TAKING_ORDER}
+    drawn = [split for split in MOST_DRAWN if split not in files]
+    open_sizes = [split for split in drawn if asked[split] is None]
+    free = there - sum(asked[split] or 0 for split in (*drawn, "train"))
+    parts = _parts(open_sizes, asked)
+    for split in open_sizes:
+        asked[split] = min(MOST_DRAWN[split], free * SHARES[split] // parts)
+    if open_sizes and min(asked[split] or 0 for split in open_sizes) < LEAST_DRAWN:
+        raise _too_small(there, drawn, open_sizes, asked, config)
+    return asked
+
+
+def _parts(open_sizes: Sequence[str], asked: Mapping[str, int | None]) -> int:
+    """Of how many parts `SHARES` are: of all rows, or, where the training rows are counted, of what these leave."""
+    return sum(SHARES.values()) if asked["train"] is None else sum(SHARES[split] for split in open_sizes)
+
+
+def _too_small(
+    there: int, drawn: Sequence[str], open_sizes: Sequence[str], asked: Mapping[str, int | None], config: DataConfig
+) -> DataError:
+    parts = _parts(open_sizes, asked)
+    fixed = sum(asked[split] or 0 for split in (*drawn, "train") if split not in open_sizes)
+    least = fixed + -(-LEAST_DRAWN * parts // min(SHARES[split] for split in open_sizes))
+    by_hand = " ".join(f"data.{split}_rows=1" for split in open_sizes)
+    said = f", or say how few will do: {by_hand}" if there > fixed + len(open_sizes) else ""
+    return DataError(
+        "data.path", config.path, f"holds {there} distinct rows, too few to draw {_and(drawn)} from: each needs"
+        f" {LEAST_DRAWN} or more of its own, because one row tells nothing",
+        f"Give at least {least} rows, or a folder with a file for each split{said}.",
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _pools(files: Mapping[str, Sequence[Row]], seed: int) -> tuple[dict[str, list[list[Row]]], int, int]:

@@ -14,7 +14,8 @@ from pipeline.config import DataConfig
 from pipeline.data.encode import Encoded
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.sampler import permutation
-from pipeline.data.sources import open_records, sources_of
+from pipeline.data.shapes.reading import read_sources
+from pipeline.data.sources import open_records
 from pipeline.data.splits import Splits
 from pipeline.data.template import to_row
 from pipeline.errors import DataError
@@ -34,6 +35,7 @@ class RowStream:
             seed: `train.seed`.
         """
         self._config, self._owned, self._kind, self._seed = config, frozenset(owned), kind, seed
+        self._source = read_sources(config)[0]
 
     def from_position(self, position: int) -> Iterator[Row]:
         """The endless chain of epochs from its 0-based `position` on.
@@ -64,7 +66,7 @@ class RowStream:
         return islice(self._read(), self._config.train_rows)
 
     def _read(self) -> Iterator[Row]:
-        source = sources_of(self._config)[0]
+        source = self._source
         for where, values in open_records(source, streaming=True)["train"]:
             if isinstance(values, DataError):
                 raise values

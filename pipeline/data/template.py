@@ -3,9 +3,11 @@
     {prompt, choices, label}     label: index from 0, or the text of a choice
     {prompt, score}              score: the number to be predicted
     {prompt, completion}         references optional
-    {messages}                   [{role, content}, ...], the last from the assistant; references optional
+    {messages}                   [{role, content}, ...], the last from the assistant; references and tools optional
 
-Choice and regression rows may be pairs of texts: {prompt, second, ...}.
+Choice and regression rows may be pairs of texts: {prompt, second, ...}. Other forms of a chat (ShareGPT's, TRL's) are
+read as messages, see `pipeline.data.shapes.turns`. Which template fits columns of other names is found by
+`pipeline.data.shapes.reading`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from json import JSONDecodeError
+from functools import lru_cache
 from typing import Any
 
 from pipeline.config import TemplateConfig
-from pipeline.data.formats.json_text import LONGEST_NUMBER, JsonFault, decode_json
+from pipeline.data.formats.json_text import LONGEST_NUMBER
 from pipeline.data.formats.record import Unusable
 from pipeline.data.rows import Row, whole_text
+from pipeline.data.shapes.choices import find_named, texts_and_names
+from pipeline.data.shapes.jinja import MARKS, UnknownName, check_syntax, render
+from pipeline.data.shapes.turns import from_json, messages_of, tools_of, with_messages
 from pipeline.errors import DataError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}"
 
 LARGEST_SCORE = 1e15
@@ -44,6 +48,8 @@ def check_template(template: TemplateConfig | None) -> None:
     for name, given in template:
         for text in (given,) if isinstance(given, str) else given or ():
             whole_text(text, f"data.template.{name}")
+            if _may_be_jinja(text) and not _single_braces(text):  # else the columns tell which form it is
+                check_syntax(text, f"data.template.{name}")
     if template.completion is not None and (template.choices is not None or template.label is not None):
         raise DataError(
             "data.template", None, "has a completion beside choices or label",
@@ -59,7 +65,9 @@ def check_template(template: TemplateConfig | None) -> None:
             "data.template", None, "has a second text beside a completion",
             "Put both texts in data.template.prompt: pairs are for models with a head.",
         )
-    if template.choices is not None:
+    if isinstance(template.choices, str):
+        _list_column(template.choices)
+    elif template.choices is not None:
         _check_choices(template.choices, "data.template.choices")
 
 
@@ -75,15 +83,17 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         DataError: a missing column, an empty text, a missing or impossible label, broken messages.
     """
     label_column, score_column, columns = "label", "score", values
-    if template is not None:
+    if template is None or template == TemplateConfig():
+        values = with_messages(values, where)
+    else:
         label_column, score_column = template.label or label_column, template.score or score_column
         values = _apply(values, template, where)
     if values.get("messages") is not None:
-        messages = _messages(_get(values, "messages", where), where)
-        return Row("", messages=messages, references=_references(values, where))
+        messages = messages_of(_get(values, "messages", where), where)
+        return Row("", messages=messages, references=_references(values, where), tools=tools_of(values, where))
     if values.get("choices") is not None:
         choices = _choices(_get(values, "choices", where), where)
-        label = find_label_or_refuse(_get(values, label_column, where), choices, f"{where}: {label_column}")
+        label = _label(values, label_column, choices, where)
         prompt, second = _texts(values, where)
         return Row("", prompt, choices, label, second=second)
     if "completion" in values:
@@ -94,17 +104,28 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         score = _number(_get(values, score_column, where), f"{where}: {score_column}")
         return Row("", prompt, second=second, score=score)
     raise ColumnError(
-        where, None, f"does not have the columns {SHAPES}; its columns are {_listed(columns)}",
-        "Rename the columns, or map them with data.template.",
+        where, None, f"does not have the columns {SHAPES}, nor those of another form that is known; its columns are"
+        f" {_listed(columns)}",
+        "Map them with data.template (docs/data.md), or rename them; a table without a header line needs data.columns.",
     )
 
 
 def fill(text: str, values: Mapping[str, Any], where: str) -> str:
     """`text` with every `{column}` (or `{column[0]}`, of a list) replaced by its value; `{{`, `}}` stand for braces.
 
+    A text with `{{` or `{%` is Jinja, unless it names a column in single braces as well: the short form came first.
+
     Raises:
         DataError: no such column (those there are get listed), or a value that is no text or number.
     """
+    if _may_be_jinja(text) and not any(name in values for name in _single_braces(text)):
+        try:
+            return whole_text(render(text, values, where), where)
+        except UnknownName as error:
+            raise ColumnError(
+                where, text[:200], f"names what is no column ({error}); the columns are {_listed(values)}",
+                "Rename it, or write {% if column is defined %}…{% endif %} around what some rows lack.",
+            ) from error
 
     def replacement(match: re.Match[str]) -> str:
         if match.group(1) is None:
@@ -112,6 +133,28 @@ def fill(text: str, values: Mapping[str, Any], where: str) -> str:
         return _as_text(_value(values, match.group(1), where), f"{where}: {match.group(1)}")
 
     return _COLUMN.sub(replacement, text) if "{" in text or "}" in text else text
+
+
+def _may_be_jinja(text: str) -> bool:
+    return any(mark in text for mark in MARKS)
+
+
+@lru_cache(maxsize=256)
+def _single_braces(text: str) -> tuple[str, ...]:
+    """Columns that the short form would find in `text`, entries of lists by their column."""
+    names = [name for match in _COLUMN.finditer(text) if (name := match.group(1)) is not None and name[:1] != "%"]
+    return tuple(entry.group(1) if (entry := _ENTRY.fullmatch(name)) else name for name in names)
+
+
+def _list_column(pattern: str) -> tuple[str, str, str]:
+    """(text before, column, text behind) of choices that stand in a column, as ` {choices}`. Raises `DataError`."""
+    found = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", pattern)
+    if found is None:
+        raise DataError(
+            "data.template.choices", pattern, "must be a list of texts, or name one column that holds lists",
+            'Write choices: [" yes", " no"], or choices: " {column}".',
+        )
+    return found.group(1), found.group(2), found.group(3)
 
 
 def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> dict[str, Any]:
@@ -127,9 +170,19 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
         mapped.pop("completion", None)
     if template.completion is not None:
         mapped["completion"], mapped["choices"] = fill(template.completion, values, where), None
-    if template.choices is not None:
+    if isinstance(template.choices, str):
+        before, column, behind = _list_column(template.choices)
+        texts, names = texts_and_names(_get(values, column, where), f"{where}: {column}")
+        mapped["choices"] = [f"{before}{text}{behind}" for text in texts]
+        label = find_named(_get(values, template.label or "label", where), names)
+        if label is not None:
+            mapped[template.label or "label"] = label
+    elif template.choices is not None:
         mapped["choices"] = [fill(text, values, where) for text in template.choices]
-    if template.choices is not None or template.label is not None:
+    if template.label is not None and "{" in template.label:
+        if template.label not in values:  # else it stands for the answer of a row that has none yet
+            mapped[template.label] = fill(template.label, values, where)
+    elif template.choices is not None or template.label is not None:
         _get(values, template.label or "label", where)
     if template != TemplateConfig():
         mapped["messages"] = None
@@ -142,7 +195,7 @@ def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
     if name in values or entry is None:
         return _get(values, name, where)
     column, index = entry.group(1), int(entry.group(2))
-    entries = _from_json(_get(values, column, where), f"{where}: {column}")
+    entries = from_json(_get(values, column, where), f"{where}: {column}")
     if not isinstance(entries, list | tuple) or index >= len(entries):
         raise DataError(f"{where}: {name}", entries, "is no entry of a list", "Count from 0, or leave the row out.")
     return entries[index]
@@ -209,7 +262,7 @@ def _number(value: Any, field: str) -> float:
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:
     field = f"{where}: choices"
-    value = _from_json(value, field)
+    value = from_json(value, field)
     if not isinstance(value, list | tuple):
         raise DataError(field, value, "must be a list of texts", "Give the list, or set data.template.choices.")
     choices = tuple(_as_text(choice, field) for choice in value)
@@ -225,6 +278,10 @@ def _check_choices(choices: tuple[str, ...], field: str) -> None:
         raise DataError(field, shown, "holds an empty text", "Give every choice a text.")
     if len(set(choices)) < len(choices):
         raise DataError(field, shown, "holds the same text twice", "Give every choice a text of its own.")
+
+
+def _label(values: Mapping[str, Any], column: str, choices: tuple[str, ...], where: str) -> int:
+    return find_label_or_refuse(_get(values, column, where), choices, f"{where}: {column.strip('{}')}")
 
 
 def find_label_or_refuse(value: Any, choices: tuple[str, ...], field: str) -> int:
@@ -259,52 +316,14 @@ def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 19 and int(text) < len(choices) else None
 
 
-def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
-    field = f"{where}: messages"
-    value = _from_json(value, field)
-    if not isinstance(value, list | tuple) or not value:
-        raise DataError(field, value, "must be a list of {role, content}", "Give a user and an assistant turn.")
-    turns = tuple(_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value))
-    if turns[-1]["role"] != "assistant":
-        raise DataError(
-            field, turns[-1]["role"], "must end with an assistant turn, the one to be learnt", "Cut what follows it."
-        )
-    if turns[0]["role"] == "assistant":
-        raise DataError(field, "assistant", "must not begin with an assistant turn", "Add what it answers.")
-    return turns
-
-
-def _turn(turn: Any, field: str) -> dict[str, str]:
-    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(field, turn, "must be {role, content} with two texts", "Rename the keys.")
-    if role not in ROLES:
-        raise DataError(f"{field}.role", role, f"must be one of {', '.join(ROLES)}", "Rename the role.")
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{field}.content", content, "is empty", "Fill in the answer, or leave the row out.")
-    return {"role": role, "content": whole_text(content, f"{field}.content")}
-
-
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if values.get("references") is None:
         return ()
     field = f"{where}: references"
-    value = _from_json(_get(values, "references", where), field)
+    value = from_json(_get(values, "references", where), field)
     if value == "":
         return ()
     return tuple(_as_text(text, field) for text in (value if isinstance(value, list | tuple) else [value]))
-
-
-def _from_json(value: Any, field: str) -> Any:
-    """Lists in a CSV cell are written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return decode_json(value)
-        except JSONDecodeError:
-            return value
-        except JsonFault as error:
-            raise DataError(field, value, str(error), "Mend the value, or leave the row out.") from error
-    return value
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from pipeline.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, T
 from pipeline.data.check import at_hand
 from pipeline.data.encode import encode_training_rows
 from pipeline.data.splits import load_splits
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
+from pipeline.model.kind import local_kind
 from pipeline.model.load import load_tokenizer
 from pipeline.plan.memory import MIB, PAGES, SMALL, MemoryPlan, NoPlan, first_line, plan_memory
 from pipeline.plan.memory_trace import Batch
@@ -76,9 +77,13 @@ def expected_batch(data: DataConfig, model: ModelConfig, packing: bool) -> tuple
     longest = data.max_tokens
     if not at_hand(data):
         return Batch(longest, longest), "data.max_tokens, all supervised"
+    rows = load_splits(data).train[:SEEN_ROWS]
     try:
-        rows = load_splits(data).train[:SEEN_ROWS]
         encoded = encode_training_rows(rows, load_tokenizer(model), longest)
+    except DataError as error:
+        if local_kind(model) == "causal":
+            raise  # training would end with it: so does the dry run
+        raise NoPlan(first_line(error)) from error
     except UserError as error:
         raise NoPlan(first_line(error)) from error
     if packing:

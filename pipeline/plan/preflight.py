@@ -20,10 +20,14 @@ from pipeline.distributed.launcher import has_accelerator
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG
 from pipeline.run_folder.metrics import check_loggers
+from pipeline.terminal import say
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Model path, stored adapter, hostfile, loggers, DeepSpeed file, the first local data rows, how batches are formed.
+def check_inputs(config: RunConfig) -> RunConfig:
+    """Model path, stored adapter, hostfile, loggers, DeepSpeed file, all local data rows, how batches are formed.
+
+    Returns:
+        `config` with the template that local rows without one are read by, which is said.
 
     Raises:
         UserError: the first fault, with the way out.
@@ -51,15 +55,41 @@ def check_inputs(config: RunConfig) -> None:
             "adapter.kind", "adalora", f"cannot be trained under {config.train.deepspeed}, which is ZeRO-3: importance"
             " and orthogonality need whole matrices", "Set train.deepspeed to zero2, zero1 or zero0.",
         )
-    from pipeline.data.check import check_data
+    from pipeline.data.check import look_at
     from pipeline.model.kind import local_kind
 
     kind = local_kind(config.model)
-    rows = check_data(config.data, classifier=None if kind is None else kind == "classifier")
-    if rows:
+    found = look_at(config.data, classifier=None if kind is None else kind == "classifier")
+    if rows := found.rows:
         answered = "completion" if rows[0].kind == "chat" else rows[0].kind
         check_selection(config.select.by, answered, max(len(row.choices) for row in rows))
     _check_rows(config.data, config.train, classifier=kind == "classifier")
+    for line in found.lines:
+        say(line)
+    return config if found.config == config.data else config.model_copy(update={"data": found.config})
+
+
+def read_fetched(config: RunConfig) -> RunConfig:
+    """`config` with the templates of sources that lie elsewhere, which are fetched here where one is missing.
+
+    Raises:
+        DataError: they cannot be fetched, or have rows that cannot be trained on.
+    """
+    from pipeline.data.shapes.reading import read_sources, said_of, with_templates
+    from pipeline.data.sources import EMBEDDED, is_local, sources_of
+    from pipeline.model.kind import local_kind
+
+    away = {
+        source.path for source in sources_of(config.data)
+        if source.template is None and not is_local(source.path) and not source.path.startswith(EMBEDDED)
+    }
+    if not away:
+        return config
+    sources = read_sources(config.data, local_kind(config.model) == "classifier")
+    for source in sources:
+        if source.path in away:
+            say(said_of(source))
+    return config.model_copy(update={"data": with_templates(config.data, sources)})
 
 
 def _check_rows(data: DataConfig, train: TrainConfig, classifier: bool) -> None:

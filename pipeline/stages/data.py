@@ -22,7 +22,7 @@ from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import EXIT_OK
 from pipeline.model.kind import model_kind
 from pipeline.model.load import load_tokenizer
-from pipeline.plan.preflight import check_inputs
+from pipeline.plan.preflight import check_inputs, read_fetched
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import resolve_new, resolve_saved
 from pipeline.run_folder.paths import RunPaths
@@ -61,7 +61,7 @@ def show(request: Request) -> int:
     """
     saved = request.run_dir is not None and request.source is None and RunPaths(request.run).config.exists()
     config = resolve_saved(request, "data") if saved else resolve_new(request, "data")
-    check_inputs(config)
+    config = read_fetched(check_inputs(config))
     show_data(config, max(0, request.rows))
     return EXIT_OK
 

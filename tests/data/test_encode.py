@@ -25,6 +25,9 @@ from pipeline.support.tiny import CHATML, CORPUS, byte_level_tokenizer, word_tok
 
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'seen' }}")
+WITH_TOOLS = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}" + CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}</call>{% endif %}"
+)
 STRICT = "{% if messages|length > 2 %}{{ raise_exception('Only one exchange') }}{% endif %}" + CHATML
 
 
@@ -279,3 +282,31 @@ def test_texts_without_tokens_and_tokenizers_without_eos_are_refused(byte_level:
         encode_training(Row("r", "no", completion="yes"), tokenizer, 9)
     with pytest.raises(DataError, match="no eos token, so the choices of row r, of which one begins another.*Set eos"):
         encode_training(Row("r", "no", (" no", " no yes"), 0), tokenizer, 9)
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = (
+    {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "two"}, {"role": "assistant", "content": "Two"},
+)
+
+
+def test_tools_and_their_calls_are_rendered_by_the_chat_template_or_refused_by_name(
+    byte_level: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("r", messages=CALLING, tools=({"type": "function", "function": {"name": "add"}},))
+    with pytest.raises(DataError, match=r"row r: tools: is not rendered by the model's chat template.*knows tools"):
+        encode_training(row, byte_level, 512)
+    with pytest.raises(DataError, match=r"row r: messages\[1\].tool_calls: is not rendered"):
+        encode_training(Row("r", messages=CALLING), byte_level, 512)
+    monkeypatch.setattr(byte_level, "chat_template", WITH_TOOLS)
+    text = byte_level.decode(encode_training(row, byte_level, 1024).input_ids)
+    assert text.startswith("<tools>") and '<call>[{"type"' in text
+    learnt = supervised_text(encode_training(row, byte_level, 1024), byte_level)
+    assert len(learnt) == 2 and learnt[0].startswith("<call>") and learnt[1].startswith("Two")
+    mute = WITH_TOOLS.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else '' }}")
+    monkeypatch.setattr(byte_level, "chat_template", mute)
+    with pytest.raises(DataError, match=r"row r: messages\[2\] of the role tool: is not rendered"):
+        encode_training(row, byte_level, 1024)

@@ -124,13 +124,24 @@ def test_hub_and_embedded_names_are_not_opened() -> None:
     assert "is not embedded. There is embedded:movie-reviews." in refusal("embedded:movies")
 
 
-def test_up_to_five_faults_are_shown_with_their_lines(tmp_path: Path) -> None:
+def test_the_first_faults_of_each_kind_are_shown_with_their_lines(tmp_path: Path) -> None:
     rows = [choice(i, label=7) if i % 2 else choice(i) for i in range(30)]
+    rows[20]["prompt"], rows[24]["prompt"] = " ", None
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    path.write_text(path.read_text() + "{broken\n")
     with pytest.raises(ErrorList) as caught:
-        check_data(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", rows))))
+        check_data(DataConfig(path=str(path)))
     assert [error.field.rpartition("a.jsonl")[2] for error in caught.value.errors] == [
-        f":{line}: label" for line in (2, 4, 6, 8, 10)
+        ":2: label", ":4: label", ":6: label", "", ":21: prompt", ":25: prompt", ":31"
     ]
+    assert "a.jsonl: has 12 more rows with such a fault (label: must be N to N or" in str(caught.value)
+
+
+def test_faults_of_all_files_come_together(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [choice(i) for i in range(30)] + [choice(30, label="?")])
+    write_jsonl(tmp_path / "test.jsonl", [choice(40, prompt="")])
+    text = refusal(tmp_path)
+    assert "train.jsonl:31: label = '?'" in text and "test.jsonl:1: prompt = ''" in text
 
 
 def test_a_wrong_column_is_said_once(tmp_path: Path) -> None:
@@ -195,11 +206,12 @@ def test_hub_data_sets_come_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     splits = load_splits(DataConfig(path="owner/set:variant", **SMALL))
-    assert asked == [("owner/set", "variant", False)]
+    assert set(asked) == {("owner/set", "variant", False)}
+    asked.clear()
     assert {row.prompt for row in splits.validation} <= {f"Question {i}" for i in range(20, 25)}
     assert (len(splits.test), len(splits.calibration), len(splits.train)) == (2, 2, 16)
     streamed = DataConfig(path="owner/set:variant", **SMALL, streaming=True)
-    assert load_splits(streamed).validation == splits.validation and asked[1:] == [("owner/set", "variant", True)]
+    assert load_splits(streamed).validation == splits.validation and set(asked) == {("owner/set", "variant", True)}
     rows = open_stream(streamed, load_splits(streamed), seed=0).from_position(0)
     assert {row.prompt for row in islice(rows, 16)} == {row.prompt for row in splits.train}
 

@@ -86,7 +86,8 @@ def test_e2e_keeps_the_texts_of_one_meaning_together() -> None:
 
 def test_alpaca_instructions() -> None:
     template = TemplateConfig(prompt="{instruction}\n{input}\n", completion="{output}")
-    splits = load("alpaca_en_1k/alpaca_en_demo.json", template, test_rows=100)
+    sizes = {"validation_rows": 200, "calibration_rows": 200, "test_rows": 100}
+    splits = load("alpaca_en_1k/alpaca_en_demo.json", template, **sizes)
     assert len(splits.train) == 999 - splits.repeated - 500
     assert all(row.completion for row in splits.train)
 

@@ -62,8 +62,8 @@ def test_splits_are_taken_under_the_names_that_the_hub_has(monkeypatch: pytest.M
         load_splits(config.model_copy(update={"splits": None}))
     with pytest.raises(DataError, match="has no split dev, meant to be our test; its splits are train, validation_m"):
         load_splits(config.model_copy(update={"splits": {"train": "train", "test": "dev"}}))
-    with pytest.raises(DataError, match=r"data.validation_rows: must be a number: it has no split of its own"):
-        load_splits(config.model_copy(update={"validation_rows": None}))
+    drawn = load_splits(config.model_copy(update={"validation_rows": None}))
+    assert [len(drawn.validation), len(drawn.calibration), len(drawn.train)] == [3, 5, 32]
 
 
 def test_splits_of_a_folder_may_have_other_names(tmp_path: Path) -> None:

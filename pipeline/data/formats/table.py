@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,14 @@ from pipeline.errors import DataError
 from pipeline.files import LONGEST_LINE
 
 
-def read_csv(path: Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[Record]:
-    """Rows by the names of the header line; the first fault that hides where rows begin is the last record."""
+def read_csv(
+    path: Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL, columns: Sequence[str] | None = None
+) -> Iterator[Record]:
+    """Rows by the names of the header line; the first fault that hides where rows begin is the last record.
+
+    Args:
+        columns: names for a file without a header line.
+    """
     faults: list[DataError] = []
     start, taken = 1, 0
 
@@ -33,6 +39,9 @@ def read_csv(path: Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL)
     csv.field_size_limit(LONGEST_LINE)  # the module's own limit of 131,072 is shorter than some documents
     reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     header: list[str] | None = None
+    if columns is not None:
+        header = list(columns)
+        refuse_twice(header, "data.columns")
     try:
         for cells in reader:
             where, start, taken = f"{path}:{start}", reader.line_num + 1, 0
@@ -53,9 +62,9 @@ def read_csv(path: Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL)
         yield fault.field, fault
 
 
-def read_tsv(path: Path) -> Iterator[Record]:
+def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
     """The same for cells between tabs."""
-    return read_csv(path, "\t", csv.QUOTE_NONE)
+    return read_csv(path, "\t", csv.QUOTE_NONE, columns)
 
 
 def refuse_twice(names: list[str], where: str) -> None:
