@@ -111,6 +111,7 @@ def execute(stage: Stage, request: Request) -> int:
     from pipeline.config import dump_config
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
+    from pipeline.hub import check_model_at_hand
     from pipeline.plan.compute_dtype import with_compute_dtype
     from pipeline.plan.preflight import check_inputs
     from pipeline.plan.resolve import fit_micro_batch, resolve_epochs
@@ -122,6 +123,8 @@ def execute(stage: Stage, request: Request) -> int:
     folders = Folders(request.run)
     config = resolve(stage, request, folders)
     check_inputs(config)
+    if stage.settings == "new" or stage.loads_model:
+        check_model_at_hand(config.model.path, config.model.revision)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
     common = [other.name for other in OFFERED if other.processes == "all"]
