@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate, print the plan, stop")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="data: rows shown of each split (default 2)")
     parser.add_argument("--fast", action="store_true", help="test: only the fast tier")
+    parser.add_argument("--json", action="store_true", help="doctor: findings for programs")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
     return parser
 
@@ -96,7 +97,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
     stage, overrides = split_words(arguments.words)
     request = Request(
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
-        arguments.fast,
+        arguments.fast, arguments.json,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code

@@ -1,7 +1,7 @@
 """The Hugging Face hub: asked once whether it answers, and left alone where it does not.
 
-Its clients try every request of every file six times, which takes a minute where nobody answers. Here one request decides
-for a whole command: without an answer within `ANSWER_SECONDS` the libraries work from their caches.
+Its clients try every request of every file six times, which takes a minute where nobody answers. Here one request
+decides for a whole command: without an answer within `ANSWER_SECONDS` the libraries work from their caches.
 """
 
 from __future__ import annotations

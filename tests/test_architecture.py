@@ -30,6 +30,7 @@ MAY_SEE = {
     "export": GROUND | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "setup": {"errors"},
+    "doctor": GROUND | {"config", "data", "model", "run_folder", "distributed", "plan", "setup", "support"},
     "support": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed", "plan", "stages"},
 }
 """Rules 3 and 4: rooms beside the line -> all that they may import."""
@@ -60,7 +61,8 @@ NO_TORCH = (
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
-    "pipeline.stages.test",
+    "pipeline.stages.test", "pipeline.stages.doctor",
+    "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
     "tune.__main__", "tune.search", "tune.study",
 )
 """Rules 4 and 6: modules that import no torch, nor a module of ours that does, where the interpreter runs them."""

@@ -30,6 +30,8 @@ class Request:
     """Rows of each split that `data` shows."""
     fast: bool = False
     """`test`: without the slow tier."""
+    json: bool = False
+    """`doctor`: for programs instead of people."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where --config is empty."""

@@ -101,6 +101,8 @@ STAGES = {
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("verify", "what of a run, search, comparison or export is whole, damaged or foreign; nothing is written",
               "none", "own", "pipeline.stages.verify:verify"),
+        Stage("doctor", "what of this machine, its packages and a configuration is not fit to run, and what mends it",
+              "none", "own", "pipeline.stages.doctor:diagnose"),
         Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
               "pipeline.stages.test:run_tests"),
         Stage("pack", "", "one", "saved", "pipeline.stages.pack:pack_stage", loads_model=True),
