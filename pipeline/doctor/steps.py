@@ -51,7 +51,7 @@ def machine_steps() -> tuple[Step, ...]:
              pip_install("--force-reinstall", "--no-deps", "deepspeed")),
         Step("nccl", (*ours, "nccl"), "sums over the devices",
              "NCCL_DEBUG=INFO loradrop doctor says why; NCCL_P2P_DISABLE=1 or docker run --ipc=host often mends it"),
-        Step("ray", ("-m", "tune.probe"), "starts, runs a task and ends",
+        Step("ray", ("-m", "tune.cluster"), "starts, runs a task and ends",
              pip_install("--force-reinstall", "--no-deps", "ray")),
     )
 

@@ -121,6 +121,17 @@ STEPS: dict[str, Callable[[], Finding]] = {
 }
 
 
+def tried(what: str) -> Finding:
+    """A step's finding; of an exception what it was raised from, which names the fault."""
+    try:
+        return STEPS[what]()
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        return Finding(what, "FAIL", f"{type(first).__name__}: {first}"[:300])
+
+
 def main(words: list[str]) -> int:
     """Try what the first word names."""
     what, *rest, out = words
@@ -130,7 +141,7 @@ def main(words: list[str]) -> int:
         given = json.loads(rest[0])
         found = configuration_findings(Request(**{**given, "overrides": tuple(given["overrides"])}))
     else:
-        found = [STEPS[what]()]
+        found = [tried(what)]
     write_json(Path(out), [asdict(one) for one in found])
     return 0
 
