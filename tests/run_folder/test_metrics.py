@@ -17,7 +17,7 @@ from pipeline.distributed.devices import machine_memory, peak_flops, resident_hi
 from pipeline.errors import RunFolderError, SetupError
 from pipeline.files import LONGEST_LINE, read_json_lines, write_json
 from pipeline.report.inputs import read_training
-from pipeline.run_folder.metrics import Metrics, check_loggers, read_metrics
+from pipeline.run_folder.metrics import Metrics, Tracked, check_loggers, read_metrics
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.throughput import Meter, Work
 
@@ -90,13 +90,12 @@ def test_peaks_are_those_of_the_device_and_the_precision() -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[str]) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from pipeline.stages.train import train_run
     from pipeline.training.run import Stopped
 
-    settings = [*tiny_settings, "logging.tensorboard=true"]
-    if importlib.util.find_spec("wandb"):
-        settings.append("logging.wandb.mode=offline")
+    settings = [*tiny_settings, "logging.tensorboard=true", "logging.wandb.mode=offline"]
     run = tmp_path / "run"
 
     def stop(row: dict[str, float]) -> None:
@@ -105,9 +104,9 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
 
     with pytest.raises(Stopped):
         train_run(load_config(None, settings), run, stop)
-    identity = (run / "wandb.json").read_text() if "logging.wandb.mode=offline" in settings else None
+    identity = (run / "wandb.json").read_text()
     train_run(load_config(None, settings), run)
-    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     rows = [row for row in read_json_lines(RunPaths(run).metrics) if row["kind"] == "train"]
     for name in ("loss", "gradient_norm", "learning_rate", "padding_share", "memory_gib", "supervised_tokens"):
@@ -116,10 +115,38 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
         assert [event.value for event in curve] == pytest.approx([row[name] for row in rows], rel=1e-6)
     assert [event.step for event in events.Scalars("validation/nll")] == [3, 6]
     assert all(row["mfu"] is None and row["memory_gib"] > 0.1 for row in rows)
-    if identity is not None:
-        assert (run / "wandb.json").read_text() == identity
-        name = json.loads(identity)["id"]
-        assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+    assert (run / "wandb.json").read_text() == identity
+    name = json.loads(identity)["id"]
+    assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+
+
+class Tracker:
+    """Stands for one of accelerate's."""
+
+    main_process_only = True
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.calls.append((values, step))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+@pytest.mark.parametrize(
+    ("as_value", "written"), [(False, ({"train/loss": 2.0}, 3)), (True, ({"step": 3, "train/loss": 2.0}, None))]
+)
+def test_trackers_get_each_row_and_leave_accelerates_state_alone(as_value: bool, written: Any) -> None:
+    tracker = Tracker()
+    logger = Tracked(tracker, as_value)
+    logger.write("train", 3, {"loss": 2.0})
+    logger.close()
+    assert tracker.calls == ["start", written, "finish"] and tracker.main_process_only is False
 
 
 def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
