@@ -24,7 +24,7 @@ class LoggingConfig(Section):
     """metrics.jsonl is always written; the main process alone writes to what is switched on here."""
 
     tensorboard: bool = False
-    """Event files in the run folder's tensorboard/; `pip install tensorboard` shows them."""
+    """Event files in the run folder's tensorboard/. Needs `pip install tensorboard`."""
     wandb: WandbConfig | None = None
     """Weights & Biases, e.g. `logging.wandb.project=mine`. Needs `pip install wandb` and, online, `wandb login`."""
 

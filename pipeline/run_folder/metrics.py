@@ -32,13 +32,12 @@ class Logger(Protocol):
 
 def check_loggers(settings: LoggingConfig) -> None:
     """Raises `SetupError` where a package that the configuration asks for is not installed."""
-    asked = {"tensorboard": (settings.tensorboard, ("tensorboard", "tensorboardX")),  # Ray Tune brings the latter
-             "wandb": (settings.wandb is not None, ("wandb",))}
-    for name, (on, packages) in asked.items():
-        if on and not any(importlib.util.find_spec(package) for package in packages):
+    asked = {"tensorboard": settings.tensorboard, "wandb": settings.wandb is not None}
+    for package, on in asked.items():
+        if on and importlib.util.find_spec(package) is None:
             raise SetupError(
-                f"logging.{name}", None, f"needs the package {name}, which is not installed",
-                f"Run `pip install {name}` in the environment of this command, or switch it off.",
+                f"logging.{package}", None, f"needs the package {package}, which is not installed",
+                f"Run `pip install {package}` in the environment of this command, or switch it off.",
             )
 
 
@@ -51,56 +50,52 @@ def open_loggers(settings: LoggingConfig, config: Mapping[str, Any], run_dir: Pa
     check_loggers(settings)
     loggers: list[Logger] = []
     if settings.tensorboard:
-        loggers.append(tensorboard(run_dir, step))
+        loggers.append(TensorBoard(run_dir / "tensorboard", step))
     if settings.wandb is not None:
-        loggers.append(weights_and_biases(settings.wandb, config, run_dir))
+        loggers.append(WeightsAndBiases(settings.wandb, config, run_dir))
     return loggers
 
 
-class Tracked:
-    """One of accelerate's trackers as a logger."""
+class TensorBoard:
+    """Event files; those of steps that are done again are hidden by `purge_step`."""
 
-    def __init__(self, tracker: Any, step_is_a_value: bool = False) -> None:
-        tracker.main_process_only = False  # only the main process has one; to ask accelerate would start its own state
-        tracker.start()
-        self.tracker, self._step_is_a_value = tracker, step_is_a_value
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """A point of the curve of each value."""
-        named = {f"{kind}/{name}": value for name, value in values.items()}
-        if self._step_is_a_value:
-            self.tracker.log({"step": step, **named})
-        else:
-            self.tracker.log(named, step=step)
+        """One scalar per value."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and end."""
-        self.tracker.finish()
+        self._writer.close()
 
 
-def tensorboard(run_dir: Path, step: int) -> Tracked:
-    """Event files; those of steps that are done again are hidden by `purge_step`."""
-    from accelerate.tracking import TensorBoardTracker
-
-    return Tracked(TensorBoardTracker("tensorboard", run_dir, purge_step=step + 1 if step else None))
-
-
-def weights_and_biases(settings: WandbConfig, config: Mapping[str, Any], run_dir: Path) -> Tracked:
+class WeightsAndBiases:
     """One W&B run per run folder. `step` is a metric of its own, so that steps done again after a resume are taken."""
-    from accelerate.tracking import WandBTracker
 
-    identity = run_dir / WANDB_IDENTITY
-    if not identity.exists():
-        write_json(identity, {"id": secrets.token_hex(4)})
-    logger = Tracked(
-        WandBTracker(
-            settings.project, name=settings.name or run_dir.name, mode=settings.mode, dir=str(run_dir),
+    def __init__(self, settings: WandbConfig, config: Mapping[str, Any], run_dir: Path) -> None:
+        import wandb
+
+        identity = run_dir / WANDB_IDENTITY
+        if not identity.exists():
+            write_json(identity, {"id": secrets.token_hex(4)})
+        self._run: Any = wandb.init(
+            project=settings.project, name=settings.name or run_dir.name, mode=settings.mode, dir=str(run_dir),
             id=read_json(identity)["id"], resume="allow", config=dict(config),
-        ),
-        step_is_a_value=True,
-    )
-    logger.tracker.tracker.define_metric("*", step_metric="step")
-    return logger
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One history row."""
+        self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._run.finish()
 
 
 def read_metrics(path: Path, **numbers: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pipeline.distributed.devices import machine_memory, peak_flops, resident_hi
 from pipeline.errors import RunFolderError, SetupError
 from pipeline.files import LONGEST_LINE, read_json_lines, write_json
 from pipeline.report.inputs import read_training
-from pipeline.run_folder.metrics import Metrics, Tracked, check_loggers, read_metrics
+from pipeline.run_folder.metrics import Metrics, check_loggers, read_metrics
 from pipeline.run_folder.paths import RunPaths
 from pipeline.training.throughput import Meter, Work
 
@@ -118,35 +118,6 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
     assert (run / "wandb.json").read_text() == identity
     name = json.loads(identity)["id"]
     assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
-
-
-class Tracker:
-    """Stands for one of accelerate's."""
-
-    main_process_only = True
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def start(self) -> None:
-        self.calls.append("start")
-
-    def log(self, values: dict[str, float], step: int | None = None) -> None:
-        self.calls.append((values, step))
-
-    def finish(self) -> None:
-        self.calls.append("finish")
-
-
-@pytest.mark.parametrize(
-    ("as_value", "written"), [(False, ({"train/loss": 2.0}, 3)), (True, ({"step": 3, "train/loss": 2.0}, None))]
-)
-def test_trackers_get_each_row_and_leave_accelerates_state_alone(as_value: bool, written: Any) -> None:
-    tracker = Tracker()
-    logger = Tracked(tracker, as_value)
-    logger.write("train", 3, {"loss": 2.0})
-    logger.close()
-    assert tracker.calls == ["start", written, "finish"] and tracker.main_process_only is False
 
 
 def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
