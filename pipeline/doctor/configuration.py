@@ -32,7 +32,7 @@ LISTED = 8
 def configuration_findings(request: Request) -> list[Finding]:
     """Settings first: without them nothing else can be looked at; then model and rows, each by itself."""
     found: list[Finding] = []
-    config: RunConfig | None = tried(found, "configuration", lambda: resolved(request))
+    config = tried(found, "configuration", lambda: resolved(request))
     if config is None:
         return found
     found.append(Finding("configuration", "ok", f"{config.model.path} on {config.data.path}"))

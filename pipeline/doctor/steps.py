@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import pip_install
@@ -64,14 +67,19 @@ def configuration_step(request: Request) -> Step:
 
 
 def run_steps(steps: Sequence[Step]) -> Iterator[Finding]:
-    """Findings in the order of the steps, each as soon as those before it are there."""
+    """Findings in the order of the steps, each as soon as those before it are there. An interruption ends them all."""
+    ended = threading.Event()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for found in pool.map(run_step, steps):
-            yield from found
+        try:
+            for found in pool.map(lambda step: run_step(step, ended), steps):
+                yield from found
+        finally:
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_step(step: Step) -> list[Finding]:
-    """Try one step; never raises for what its process does."""
+def run_step(step: Step, ended: threading.Event) -> list[Finding]:
+    """Try one step, until it is over or nobody waits for it any more; never raises for what its process does."""
     with tempfile.TemporaryDirectory(prefix="loradrop-doctor-") as folder:
         out = Path(folder) / "findings.json"
         # What the user has put first stays first: it is what the other stages import, too.
@@ -82,16 +90,17 @@ def run_step(step: Step) -> list[Finding]:
                 [sys.executable, *step.program, str(out)], stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )
-            try:
-                code = process.wait(step.seconds)
-            except subprocess.TimeoutExpired:
-                return [Finding(step.name, "FAIL", f"has not ended after {step.seconds:g} s", step.remedy)]
-            finally:
-                end_tree(process)
+            code, deadline = None, time.monotonic() + step.seconds
+            while code is None and time.monotonic() < deadline and not ended.is_set():
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(0.2)
+            end_tree(process)
             output.seek(0)
             said = output.read().decode("utf-8", "replace")
         if code == 0:
             return findings_in(out, step)
+    if code is None:
+        return [Finding(step.name, "FAIL", f"has not ended after {step.seconds:g} s", step.remedy)]
     if code < 0:
         with suppress(ValueError):
             return [Finding(step.name, "FAIL", f"was ended by {signal.Signals(-code).name}", step.remedy)]
@@ -118,7 +127,7 @@ def last_words(output: str) -> str:
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
     """End what a step has started, also where it lives in sessions of its own, as Ray's processes do."""
-    descendants = []
+    descendants: list[Any] = []
     if process.poll() is None:
         with suppress(ImportError):
             import psutil

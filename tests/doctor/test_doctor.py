@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 from helpers import ROOT
@@ -36,7 +37,7 @@ def step(code: str, seconds: float = 30.0) -> Step:
     ],
 )
 def test_whatever_a_step_does_is_a_finding(code: str, state: str, detail: str) -> None:
-    (found,) = run_step(step(code))
+    (found,) = run_step(step(code), Event())
     assert (found.check, found.state, found.detail) == ("thing", state, detail)
     assert found.remedy == ("mend it" if state == "FAIL" else "")
 
@@ -44,18 +45,27 @@ def test_whatever_a_step_does_is_a_finding(code: str, state: str, detail: str) -
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     code = f"import subprocess, time; p = subprocess.Popen(['sleep', '600'], start_new_session=True); " \
            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
-    (found,) = run_step(step(code, seconds=0.5))
+    (found,) = run_step(step(code, seconds=0.5), Event())
     assert found.state == "FAIL" and "has not ended after 0.5 s" in found.detail and found.remedy == "mend it"
     if (tmp_path / "pid").exists():  # a slow machine may not have come so far
         left = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
         assert not left.exists() or left.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
+def test_an_interruption_ends_what_is_running_and_starts_nothing_more(tmp_path: Path) -> None:
+    waits, never = "import time; time.sleep(600)", f"open({str(tmp_path / 'never')!r}, 'w')"
+    running = steps.run_steps([step(""), step(waits, 600.0), step(waits, 600.0), *[step(never)] * 9])
+    assert next(running).state == "ok"
+    with pytest.raises(KeyboardInterrupt):
+        running.throw(KeyboardInterrupt)  # returns at once: a step that slept on would keep the pool
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_step_says_more_in_its_file(tmp_path: Path) -> None:
     entries = [vars(Finding("a", "FAIL", "b", "own")), vars(Finding("a", "FAIL", "c")), vars(Finding("a", "ok", "d"))]
     (tmp_path / "found").write_text(json.dumps(entries))
     code = f"import shutil, sys; shutil.copy({str(tmp_path / 'found')!r}, sys.argv[-1])"
-    assert [found.remedy for found in run_step(step(code))] == ["own", "mend it", ""]
+    assert [found.remedy for found in run_step(step(code), Event())] == ["own", "mend it", ""]
 
 
 def test_the_report_its_exit_code_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +177,7 @@ def test_a_broken_bitsandbytes_is_a_red_line(
     (tmp_path / "bitsandbytes" / "__init__.py").write_text(content)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     (asked,) = [one for one in machine_steps() if one.name == "bitsandbytes"]
-    (found,) = run_step(asked)
+    (found,) = run_step(asked, Event())
     assert found.state == "FAIL" and said in found.detail and "pip install" in found.remedy
     assert "Traceback" not in found.detail
 
