@@ -51,14 +51,14 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
         parser.add_argument(flag, help=argparse.SUPPRESS if hidden else shown, **more)
 
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
-    option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data"], metavar="FILE-or-NAME")
+    option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data", "doctor"], metavar="FILE-or-NAME")
     folder = "the run folder (default: runs/ + the recipe's name)"
-    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict"], metavar="DIR")
+    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict", "doctor"], metavar="DIR")
     option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
     option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
     option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
     option("--fast", "only the fast tier", ["test"], action="store_true")
-    option("--json", "print JSON", ["keys", "recipes"], action="store_true")
+    option("--json", "print JSON", ["doctor", "keys", "recipes"], action="store_true")
     option("--input", "rows as the run has them; -: JSON Lines on stdin", ["predict"], metavar="FILE")
     option("--output", "JSON Lines, continued where they end", ["predict"], metavar="FILE")
     option("--abstain", "share of answers that may be wrong", ["predict"], type=float, metavar="RISK")
@@ -111,6 +111,7 @@ def execute(stage: Stage, request: Request) -> int:
     """
     from pipeline.config.space import find_space, read_space
     from pipeline.distributed.nodes import check_nodes, owned_folders
+    from pipeline.hub import check_model_at_hand
     from pipeline.plan.compute_dtype import with_compute_dtype
     from pipeline.plan.layers import annotated, summary
     from pipeline.plan.preflight import check_inputs, read_fetched
@@ -123,6 +124,8 @@ def execute(stage: Stage, request: Request) -> int:
     folders = Folders(request.run)
     layers = resolve(stage, request, folders)
     config = check_inputs(layers.config)
+    if stage.settings == "new" or stage.loads_model:
+        check_model_at_hand(config.model.path, config.model.revision)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts
     common = [other.name for other in OFFERED if other.processes == "all"]

@@ -6,7 +6,6 @@ kept under `cache_folder()` and published by rename, one process at a time.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -61,21 +60,25 @@ def alone(target: Path) -> Iterator[None]:
     Raises:
         SetupError: the folder cannot be written.
     """
+    from filelock import FileLock, Timeout  # here: what looks whether packages are installed imports this module
+
+    lock = FileLock(target.parent / f".{target.name}-lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}-lock").open("w")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            report_progress(f"waiting for another process that makes {target.name}")
+            lock.acquire()
     except OSError as error:
         remedy = "Name a folder of your own: LORADROP_CACHE=/path."
         raise SetupError("cache folder", str(cache_folder()), f"cannot be written ({error})", remedy) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report_progress(f"waiting for another process that makes {target.name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         for leftover in target.parent.glob(f".{target.name}.*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
+    finally:
+        lock.release()
 
 
 def report_progress(text: str) -> None:

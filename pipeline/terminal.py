@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipeline.errors import one_line, printable
 
@@ -13,7 +13,7 @@ __all__ = ["Progress", "duration", "one_line", "printable", "say"]
 
 
 class Progress:
-    """One line that rewrites itself on a terminal; elsewhere a line every `every_seconds`."""
+    """A bar of tqdm's, as wide as the terminal; elsewhere a line every `every_seconds`, which tqdm does not have."""
 
     def __init__(
         self, total: int, done: int, enabled: bool, unit: str = "step", stream: TextIO | None = None,
@@ -24,26 +24,37 @@ class Progress:
         self._start = time.monotonic()
         self._last = 0.0
         self._every = every_seconds
+        self._bar: Any = None
+        if enabled and self._stream.isatty():
+            from tqdm import tqdm  # here: what is said before anything is installed is said by this module, too
+
+            self._bar = tqdm(
+                total=total, initial=done, desc=f"{unit} {done}/{total}", file=self._stream, dynamic_ncols=True,
+                bar_format="{desc}{bar}",
+            )
 
     def show(self, done: int, parts: Iterable[str]) -> None:
         """Print `done/total`, the parts and the time left."""
         if not self._enabled:
             return
         now = time.monotonic()
-        terminal = self._stream.isatty()
-        if not terminal and now - self._last < self._every and done < self.total:
+        if self._bar is None and now - self._last < self._every and done < self.total:
             return
         self._last = now
         rate = (now - self._start) / max(done - self._start_done, 1)
         left = duration(rate * (self.total - done))
         text = one_line(" · ".join([f"{self._unit} {done}/{self.total}", *parts, f"{left} left"]))
-        self._stream.write(f"\r\033[K{text}" if terminal else f"{text}\n")
-        self._stream.flush()
+        if self._bar is None:
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
+        else:
+            self._bar.n = done
+            self._bar.set_description_str(f"{text} ")
 
     def close(self) -> None:
         """End the line."""
-        if self._enabled and self._stream.isatty():
-            self._stream.write("\n")
+        if self._bar is not None:
+            self._bar.close()
 
 
 def say(text: str, enabled: bool = True, stream: TextIO | None = None) -> None:

@@ -17,11 +17,11 @@ from helpers import ROOT
 from pipeline.run_folder import predictions
 
 LINE = (
-    {"errors"}, {"files", "randomness", "terminal"}, {"fetch"}, {"config"}, {"data", "model", "adapters"}, {"loss"},
-    {"prediction"}, {"training"}, {"stages"}, {"cli"}, {"interface"},
+    {"errors"}, {"files", "randomness", "terminal"}, {"fetch", "hub"}, {"config"}, {"data", "model", "adapters"},
+    {"loss"}, {"prediction"}, {"training"}, {"stages"}, {"cli"}, {"interface"},
 )
 """Rule 1: imports point left only. The rooms beside the line have rules of their own."""
-GROUND = {"errors", "files", "randomness", "terminal", "fetch"}
+GROUND = {"errors", "files", "randomness", "terminal", "fetch", "hub"}
 MAY_SEE = {
     "scores": {"errors"},
     "run_folder": GROUND | {"config", "scores"},
@@ -33,6 +33,7 @@ MAY_SEE = {
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "setup": {"errors"},
+    "doctor": GROUND | {"config", "data", "model", "run_folder", "distributed", "plan", "setup", "support"},
     "support": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed", "plan", "stages"},
 }
 """Rules 3 and 4: rooms beside the line -> all that they may import."""
@@ -65,6 +66,8 @@ NO_TORCH = (
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
     "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows",
     "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
+    "pipeline.stages.doctor",
+    "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
     "tune.__main__", "tune.search", "tune.study",
 )
 """Rules 4 and 6: modules that import no torch, nor a module of ours that does, where the interpreter runs them."""

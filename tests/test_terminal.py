@@ -36,6 +36,32 @@ def test_without_a_terminal_progress_has_a_first_and_a_last_line() -> None:
     assert lines[-1].endswith("0 s left")
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_one_line_rewrites_itself_within_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (40, 24))
+    stream = Terminal()
+    progress = Progress(20, 2, enabled=True, stream=stream, unit="row")
+    for done in (3, 12):
+        progress.show(done, [f"loss {done}.5", "a note that is longer than the terminal is wide"])
+    progress.close()
+    shown = [part for part in re.split(r"[\r\n]|\x1b\[A", stream.getvalue()) if part.strip()]
+    assert any(part.startswith("row 3/20 ") and "loss 3.5" in part for part in shown)
+    assert any(part.startswith("row 12/20 ") and "loss 12.5" in part for part in shown)
+    assert max(map(len, shown)) <= 40 and stream.getvalue().count("\n") == 1
+
+
+def test_where_nothing_is_to_be_shown_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    progress = Progress(2, 0, enabled=False, stream=stream)
+    progress.show(1, ["loss"])
+    progress.close()
+    assert stream.getvalue() == ""
+
+
 HOSTILE = "a\x1b[2Jb\x07\x9b1m\r\u202egnp.exe\u2066\ud83d\x7f\u2028é中👍🏽"
 SHOWN = r"a\x1b[2Jb\x07\x9b1m\x0d\u202egnp.exe\u2066\ud83d\x7f\u2028" + "é中👍🏽"
 
@@ -52,6 +78,9 @@ def test_nothing_that_is_said_or_shown_as_progress_reaches_the_terminal_raw() ->
     Progress(1, 0, enabled=True, stream=stream).show(1, [f"{HOSTILE}\nforged"])
     said, progress = stream.getvalue().splitlines()
     assert said == SHOWN and rf"{SHOWN}\nforged" in progress
+    terminal = Terminal()
+    Progress(1, 0, enabled=True, stream=terminal).show(1, [f"{HOSTILE}\nforged"])
+    assert "\x1b[2J" not in terminal.getvalue() and "\nforged" not in terminal.getvalue()
 
 
 def test_errors_show_control_characters_of_names_values_and_texts() -> None:

@@ -27,6 +27,8 @@ SCRATCH = "scratch"
 MADE_FOR = "made_for"
 """In a scratch folder: which search it is of. Nothing else is removed, whatever a note names."""
 NOISE = "ray.log"
+PROBE_SECONDS = 120.0
+"""For one task: its process imports Ray."""
 START_ERRORS = (ConnectionError, OSError, ValueError, RuntimeError)
 
 QUIET = {
@@ -238,3 +240,21 @@ def _make_scratch(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(f"{scratch}\n", encoding="utf-8")
     return scratch
+
+
+def probe() -> None:
+    """`python -m tune.cluster`, for `loradrop doctor`: start Ray as a search does, have it run a task, end it.
+
+    Raises:
+        StageFailed: it does not start, or its task comes to nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="loradrop-") as folder, cluster(Path(folder) / ".ray", Stopping()):
+        import ray
+
+        doubled = ray.remote(num_cpus=CONTROLLER_CPUS)(lambda number: 2 * number)
+        if ray.get(doubled.remote(21), timeout=PROBE_SECONDS) != 42:
+            raise StageFailed("Ray starts, and its task gives another answer than it should")
+
+
+if __name__ == "__main__":
+    probe()

@@ -25,6 +25,7 @@ from pipeline.data.rows import IdRegister, Row
 from pipeline.data.shapes.table import Shape
 from pipeline.data.template import ColumnError, to_row
 from pipeline.errors import DataError
+from pipeline.hub import out_of_reach, tell_of_cache, unreachable
 
 SPLITS = ("train", "validation", "calibration", "test")
 EMBEDDED = "embedded:"
@@ -274,16 +275,21 @@ def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]
 
     path = source.path
     name, _, variant = path.partition(":")
+    missing = unreachable()
     try:
         if _PROTOCOL.match(path):
             found = datasets.load_dataset(_builder(source), data_files={"train": path}, streaming=streaming)
         else:
             found = datasets.load_dataset(name, variant or None, streaming=streaming)
     except Exception as error:  # the client raises many types: no network, no such name, a needed configuration
+        if missing:
+            raise out_of_reach(source.field, path) from error
         raise DataError(
             source.field, path, f"is no local path and cannot be loaded from the hub ({' '.join(str(error).split())})",
             "Check the name (OWNER/NAME or OWNER/NAME:CONFIG) and the network, or give a local file.",
         ) from error
+    if missing:
+        tell_of_cache()
     there = {split: name for split, name in source.splits.items() if name in found}
     for split, name in _missing(source, there):
         raise DataError(

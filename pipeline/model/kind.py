@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.files import MOST_JSON_BYTES, read_bytes
+from pipeline.hub import check_model_at_hand
 from pipeline.model.embedded import EMBEDDED_MODELS, check_embedded_name, embedded_folder, is_embedded
 
 Kind = Literal["causal", "classifier"]
@@ -115,6 +116,7 @@ def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:
 def _hub_description(config: ModelConfig) -> dict[str, Any]:
     from transformers import AutoConfig
 
+    check_model_at_hand(config.path, config.revision)
     try:
         found = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code

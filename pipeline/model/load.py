@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.hub import check_model_at_hand
 from pipeline.model.classifier import UNQUANTIZED, Heads, find_heads
 from pipeline.model.embedded import is_embedded, prepare_embedded_model
 from pipeline.model.held import held_bytes, hold_dequantized, is_held_dequantized, local_processes
@@ -65,9 +66,11 @@ def resolve_model_path(config: ModelConfig) -> str:
 
     Raises:
         ConfigError: a path that looks local and is not there.
+        SetupError: a hub name that the cache does not hold while the hub is out of reach.
     """
     if is_embedded(config.path):
         return str(prepare_embedded_model(config.path))
+    check_model_at_hand(config.path, config.revision)
     return config.path
 
 

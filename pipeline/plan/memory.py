@@ -18,7 +18,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig, ModelConfig, TrainConfig
 from pipeline.config.deepspeed import read_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory, machine_memory
-from pipeline.errors import ConfigError, LoradropError
+from pipeline.errors import LoradropError, UserError
 from pipeline.model.embedded import is_embedded
 from pipeline.model.held import is_held_dequantized
 from pipeline.model.kind import MODEL_FAULTS
@@ -203,7 +203,7 @@ def base_description(model: ModelConfig) -> tuple[Path | None, Any]:
             raise NoPlan("only causal models are planned")
         settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         return folder, AutoConfig.from_pretrained(str(folder or model.path), **settings)
-    except (ConfigError, *MODEL_FAULTS) as error:
+    except (UserError, *MODEL_FAULTS) as error:
         raise NoPlan(f"the configuration of {model.path} cannot be read ({first_line(error)})") from error
 
 

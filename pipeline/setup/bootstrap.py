@@ -24,7 +24,8 @@ EXIT_INTERRUPTED = 130
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Prepare `.venv` where needed, then replace this process by the command. Returns (an exit code) only on failure.
 
-    Questions about the command itself (--help, --version) are answered by the interpreter at hand.
+    Questions about the command itself (--help, --version) are answered by the interpreter at hand, and so is `doctor`
+    where `.venv` cannot be made. `test` alone needs the test tools.
     """
     if sys.version_info < MINIMUM_PYTHON:
         print(f"loradrop: Python = {sys.version.split()[0]}: at least 3.11 is needed.", file=sys.stderr)
@@ -32,13 +33,16 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     environment = Environment(root)
     if {"-h", "--help", "--version"} & set(arguments):
         run_command(sys.executable, arguments, root)
-    if not environment.is_ready():
+    test_tools = "test" in arguments  # elsewhere than as the stage, too: a few packages more do no harm
+    if not environment.is_ready(test_tools):
         from pipeline.setup.install import prepare
 
         try:
-            prepare(environment)
+            prepare(environment, test_tools)
         except LoradropError as error:
             print(f"loradrop: {error}", file=sys.stderr)
+            if "doctor" in arguments:  # what is wrong beside that can be seen without an environment
+                run_command(sys.executable, arguments, root)
             return error.exit_code
         except KeyboardInterrupt:
             print("\nloradrop: interrupted; the same command starts the set-up again.", file=sys.stderr)

@@ -36,8 +36,11 @@ PIP_STEPS = ("Collecting", "Downloading", "Building", "Installing")
 DEBIAN_PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def prepare(environment: Environment) -> None:
+def prepare(environment: Environment, test_tools: bool = False) -> None:
     """Make the environment, or bring it up to date; alone among concurrent launches.
+
+    Args:
+        test_tools: add what only the project's own tests need. Once there, it is kept up to date with the rest.
 
     Raises:
         SetupError: the machine lacks something (an `ErrorList` where several things are missing).
@@ -46,13 +49,13 @@ def prepare(environment: Environment) -> None:
     """
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with installation_lock(environment) as lock:
-        if not environment.is_ready():  # another launch may have finished while this one waited
+        if not environment.is_ready(test_tools):  # another launch may have finished while this one waited
             same_place = environment.recorded().get("place") == environment.fingerprint()["place"]
             if not (same_place and environment.python.exists()):
                 _refuse_anothers(environment)
                 _empty(environment.folder)  # before looking for free space, which this may give
             check_machine(environment)
-            _install(environment, lock)
+            _install(environment, lock, test_tools)
     signal.signal(signal.SIGTERM, previous)
 
 
@@ -127,10 +130,14 @@ def installation_lock(environment: Environment) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _install(environment: Environment, lock: IO[bytes]) -> None:
+def _install(environment: Environment, lock: IO[bytes], test_tools: bool) -> None:
     folder, progress = environment.folder, Elapsed()
+    adding = test_tools and environment.is_ready()
+    test_tools = test_tools or environment.has_test_tools()
     environment.marker.unlink(missing_ok=True)  # from here to the end, it is incomplete
-    if environment.python.exists():
+    if adding:
+        print("loradrop: adding the test tools to .venv, once (about 150 MB).", file=sys.stderr)
+    elif environment.python.exists():
         print("loradrop: pyproject.toml or constraints.txt changed; bringing .venv up to date.", file=sys.stderr)
     else:
         print("loradrop: making .venv, once (2.4 GB with torch's CPU build, about 8 GB with CUDA).", file=sys.stderr)
@@ -140,9 +147,10 @@ def _install(environment: Environment, lock: IO[bytes]) -> None:
         run_step([python, "-I", "-m", "venv", str(folder)], folder, lock, progress)
     progress.say(f"packages pinned in constraints.txt (log: {_log(folder)})")
     pip = [str(environment.python), "-I", "-m", "pip", "--no-input", "--disable-pip-version-check", "install"]
-    run_step([*pip, "--progress-bar", "off", "-c", "constraints.txt", "-e", ".[test]"], folder, lock, progress)
+    project = ".[test]" if test_tools else "."
+    run_step([*pip, "--progress-bar", "off", "-c", "constraints.txt", "-e", project], folder, lock, progress)
     shutil.rmtree(folder / "tmp")
-    environment.mark_complete()
+    environment.mark_complete(test_tools)
     progress.say("ready")
 
 

@@ -36,12 +36,18 @@ class Environment:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def is_ready(self) -> bool:
-        """True where the environment is complete and made from today's files."""
-        return self.recorded() == self.fingerprint() and self.python.exists()
+    def has_test_tools(self) -> bool:
+        """Whether the last completed installation brought what only the project's own tests need."""
+        return self.recorded().get("test_tools") is True
 
-    def mark_complete(self) -> None:
+    def is_ready(self, test_tools: bool = False) -> bool:
+        """True where the environment is complete, made from today's files, and has what is asked of it."""
+        made_from = {key: value for key, value in self.recorded().items() if key != "test_tools"}
+        enough = self.has_test_tools() or not test_tools
+        return enough and made_from == self.fingerprint() and self.python.exists()
+
+    def mark_complete(self, test_tools: bool = False) -> None:
         """Write the marker aside and rename it."""
         aside = self.marker.with_suffix(".new")
-        aside.write_text(json.dumps(self.fingerprint()) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps({**self.fingerprint(), "test_tools": test_tools}) + "\n", encoding="utf-8")
         os.replace(aside, self.marker)

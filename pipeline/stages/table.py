@@ -103,6 +103,8 @@ STAGES = {
               unread=dict.fromkeys(("adapter.method", "adapter.rate=", "adapter.rates"), _METHODS)),
         Stage("verify", "what of a run, search, comparison or export is whole, damaged or foreign; nothing is written",
               "none", "own", "pipeline.stages.verify:verify"),
+        Stage("doctor", "what of this machine, its packages and a configuration is not fit to run, and what mends it",
+              "none", "own", "pipeline.stages.doctor:diagnose"),
         Stage("keys", "every configuration key: meaning, type, range, default", "none", "own",
               "pipeline.stages.reference.keys:show_keys"),
         Stage("schema", "the JSON Schema of a configuration file, for editors", "none", "own",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, SetupError
@@ -28,10 +29,13 @@ def run_tests(request: Request) -> int:
     """Run every step, also after a failure; returns the exit code.
 
     Raises:
-        SetupError: this is an installed package without its tests.
+        SetupError: this is an installed package without its tests, or an environment without test tools.
     """
     if not (ROOT / "tests").is_dir():
         raise SetupError("test", str(ROOT), "holds no tests", "Run it in a checkout of the repository.")
+    if find_spec("pytest") is None:
+        remedy = f"Run bash {ROOT / 'launch.sh'} test, which adds them."
+        raise SetupError("test", sys.prefix, "has no test tools", remedy)
     outcome: dict[str, tuple[bool, float]] = {}
     for name, command in STEPS.items():
         if request.fast and name == "slow tests":

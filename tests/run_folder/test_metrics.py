@@ -90,13 +90,12 @@ def test_peaks_are_those_of_the_device_and_the_precision() -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[str]) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from pipeline.stages.train import train_run
     from pipeline.training.run import Stopped
 
-    settings = [*tiny_settings, "logging.tensorboard=true"]
-    if importlib.util.find_spec("wandb"):
-        settings.append("logging.wandb.mode=offline")
+    settings = [*tiny_settings, "logging.tensorboard=true", "logging.wandb.mode=offline"]
     run = tmp_path / "run"
 
     def stop(row: dict[str, float]) -> None:
@@ -105,9 +104,9 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
 
     with pytest.raises(Stopped):
         train_run(load_config(None, settings), run, stop)
-    identity = (run / "wandb.json").read_text() if "logging.wandb.mode=offline" in settings else None
+    identity = (run / "wandb.json").read_text()
     train_run(load_config(None, settings), run)
-    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     rows = [row for row in read_json_lines(RunPaths(run).metrics) if row["kind"] == "train"]
     for name in ("loss", "gradient_norm", "learning_rate", "padding_share", "memory_gib", "supervised_tokens"):
@@ -116,10 +115,9 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, tiny_settings: list[
         assert [event.value for event in curve] == pytest.approx([row[name] for row in rows], rel=1e-6)
     assert [event.step for event in events.Scalars("validation/nll")] == [3, 6]
     assert all(row["mfu"] is None and row["memory_gib"] > 0.1 for row in rows)
-    if identity is not None:
-        assert (run / "wandb.json").read_text() == identity
-        name = json.loads(identity)["id"]
-        assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+    assert (run / "wandb.json").read_text() == identity
+    name = json.loads(identity)["id"]
+    assert len(list((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
 
 
 def test_rows_are_not_written_through_a_link(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from packaging.requirements import Requirement
 
 from pipeline.errors import EXIT_USER, ErrorList, SetupError
 from pipeline.setup import install
@@ -31,15 +32,17 @@ FAKE_PYTHON = """#!/bin/bash
 case "$*" in
     "-m pipeline.cli"*) echo "command ${*:3}" ;;
     *"-m venv"*) echo venv >> "$EVENTS"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
-    *"-m pip"*) echo "pip $$" >> "$EVENTS"; echo "Collecting something"; eval "$FAKE_PIP"; code=$?
+    *"-m pip"*) echo "pip $$" >> "$EVENTS"; echo "${@: -1}" >> "$EVENTS.asked"
+                echo "Collecting something"; eval "$FAKE_PIP"; code=$?
                 echo "pip end" >> "$EVENTS"; exit $code ;;
 esac
 """
 
 START = (
     "import sys; sys._base_executable = {fake!r}; from pathlib import Path; from pipeline.setup.bootstrap import main; "
-    "sys.exit(main(['train', 'a=1'], Path({root!r})))"
+    "sys.exit(main({words!r}, Path({root!r})))"
 )
+TRAIN = ("train", "a=1")
 
 
 @pytest.fixture
@@ -64,21 +67,25 @@ class Launches:
         self.fake.write_text(FAKE_PYTHON)
         self.fake.chmod(0o755)
 
-    def start(self, pip: str = "true") -> subprocess.Popen[str]:
-        code = START.format(fake=str(self.fake), root=str(self.root))
+    def start(self, pip: str = "true", words: tuple[str, ...] = TRAIN) -> subprocess.Popen[str]:
+        code = START.format(fake=str(self.fake), root=str(self.root), words=list(words))
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "EVENTS": str(self.events_file), "FAKE_PIP": pip}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # As from a terminal: a shell that runs the tests in the background has them ignore SIGINT.
         listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen([sys.executable, "-c", code], env=variables, text=True, preexec_fn=listen, **pipes)
 
-    def run(self, pip: str = "true") -> tuple[int, str, str]:
-        process = self.start(pip)
+    def run(self, pip: str = "true", words: tuple[str, ...] = TRAIN) -> tuple[int, str, str]:
+        process = self.start(pip, words)
         out, err = process.communicate(timeout=30)
         return process.returncode, out, err
 
     def events(self) -> list[str]:
         return self.events_file.read_text().splitlines() if self.events_file.exists() else []
+
+    def asked(self) -> list[str]:
+        """What each pip was to install."""
+        return Path(f"{self.events_file}.asked").read_text().splitlines()
 
     def wait_for_pip(self) -> int:
         """The process id of a running pip."""
@@ -253,6 +260,35 @@ def test_first_launch_installs_then_runs_the_command(launches: Launches) -> None
     assert not (launches.root / ".venv" / "tmp").exists()
 
 
+def test_users_get_no_test_tools_and_test_adds_them_once(launches: Launches) -> None:
+    assert launches.run()[:2] == (0, "command train a=1\n")
+    code, out, err = launches.run(words=("test", "--fast"))
+    assert (code, out) == (0, "command test --fast\n") and "adding the test tools" in err
+    assert launches.asked() == [".", ".[test]"] and launches.events().count("venv") == 1
+    assert launches.run(words=("test",))[2] == "" and launches.run()[2] == ""
+    with (launches.root / "constraints.txt").open("a") as file:
+        file.write("one-more==1\n")
+    launches.run()
+    assert launches.asked() == [".", ".[test]", ".[test]"], "they are kept up to date with the rest"
+    assert launches.run(words=("test",))[2] == ""
+
+
+def test_an_environment_of_before_is_brought_up_to_date(launches: Launches) -> None:
+    launches.run()
+    marker = Environment(launches.root).marker
+    recorded = json.loads(marker.read_text())
+    marker.write_text(json.dumps({key: recorded[key] for key in ("packages", "place")}))  # as earlier versions wrote it
+    assert launches.run()[2] == "" and launches.asked() == ["."]
+    assert launches.run(words=("test",))[0] == 0 and launches.asked() == [".", ".[test]"]
+
+
+def test_the_doctor_works_where_the_environment_cannot_be_made(launches: Launches) -> None:
+    code, out, err = launches.run("false", words=("doctor", "--json"))
+    said = json.loads(out)
+    assert code == 0 and said["arguments"] == ["doctor", "--json"] and said["python"] == sys.executable
+    assert "the set-up failed" in err and not Environment(launches.root).is_ready()
+
+
 def test_changed_pins_update_in_place(launches: Launches) -> None:
     launches.run()
     with (launches.root / "constraints.txt").open("a") as file:
@@ -375,9 +411,16 @@ def test_constraints_pin_every_package_and_no_place_or_build() -> None:
         assert separator and name and version and not set("@+/ ") & set(line), line
     pins = dict(line.lower().split("==") for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    names = [requirement.partition(">=")[0].partition("[")[0].lower() for requirement in wanted]
-    assert [name for name in names if name not in pins] == []
+    wanted = [Requirement(line) for extra in project["optional-dependencies"].values() for line in extra]
+    wanted += map(Requirement, project["dependencies"])
+    assert [one.name for one in wanted if one.name.lower() not in pins] == []
+    assert [str(one) for one in wanted if not one.specifier.contains(pins[one.name.lower()])] == []
+
+
+def test_packages_whose_inner_parts_are_used_have_an_upper_bound() -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounded = {one.name for one in map(Requirement, lines) if any(part.operator == "<" for part in one.specifier)}
+    assert {"deepspeed", "transformers", "ray"} <= bounded
 
 
 @pytest.mark.slow

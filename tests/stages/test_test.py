@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.errors import SetupError
 from pipeline.plan.request import Request
 from pipeline.stages import test as stage
 
@@ -25,3 +26,9 @@ def test_arithmetic_runs_once_more_on_other_kernels(monkeypatch: pytest.MonkeyPa
     assert stage.run_tests(Request(fast=True)) == 0
     narrow = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     assert ran == [("ruff", {}), ("mypy", {}), ("pytest", {}), ("pytest", narrow)]
+
+
+def test_an_environment_without_test_tools_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match=r"has no test tools.*launch\.sh test"):
+        stage.run_tests(Request())

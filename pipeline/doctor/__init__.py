@@ -1,0 +1,1 @@
+"""Whether this machine, its packages and a configuration are fit to run."""
