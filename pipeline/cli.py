@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.plan.layers import Layers
     from pipeline.run_folder.paths import Folders
 
+
 class Parser(argparse.ArgumentParser):
     """Its errors are ours: one sentence, and what it quotes is shown as every error shows it."""
 

@@ -62,8 +62,7 @@ def resolved(request: Request) -> RunConfig:
     """The configuration that a training, or a run folder's later stages, would have. Raises `UserError`."""
     saved = request.run_dir is not None and request.source is None and RunPaths(request.run).config.exists()
     config = resolve_saved(request, "doctor") if saved else resolve_new(request, "doctor")
-    config = check_inputs(config)
-    return config
+    return check_inputs(config)
 
 
 def look_at_model(config: RunConfig, found: list[Finding]) -> Any:

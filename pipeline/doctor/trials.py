@@ -76,7 +76,7 @@ def deepspeed_step() -> Finding:
     torch.manual_seed(0)
     layer = nn.Linear(8, 8).to(device())
     before = layer.weight.detach().clone()
-    engine = zero.build_engine(layer, [{"params": list(layer.parameters()), "lr": 0.1}], filled, 0.0)
+    engine = zero.build_engine(layer, torch.optim.AdamW(layer.parameters(), lr=0.1), filled)
     engine.backward(engine(torch.ones(2, 8, device=device())).square().mean())
     engine.step()
     moved = float((zero.full_fp32(layer.weight) - before.cpu()).abs().max())
