@@ -125,7 +125,7 @@ def execute(stage: Stage, request: Request) -> int:
     folders = Folders(request.run)
     layers = resolve(stage, request, folders)
     config = check_inputs(layers.config)
-    if stage.settings == "new" or stage.loads_model:
+    if (stage.settings == "new" or stage.loads_model) and not request.dry_run:  # which works without a network
         check_model_at_hand(config.model.path, config.model.revision)
     if "search" in (stage.plan or (stage.name,)):
         read_space(find_space(config.search.space))  # how it fits the method is tried when the search starts

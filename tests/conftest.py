@@ -29,6 +29,14 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.plan.compute_dtype.measured_seconds", lambda shapes, threads: None)
 
 
+@pytest.fixture(autouse=True)
+def answering_hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the hub, or depends on whether it answers: it does, but where `endpoint` closes it."""
+    if "endpoint" not in request.fixturenames:
+        monkeypatch.setattr("pipeline.hub.unreachable", str)
+        monkeypatch.setattr("pipeline.data.sources.unreachable", str)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model/` and `rows.jsonl`."""

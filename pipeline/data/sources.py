@@ -274,13 +274,14 @@ def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]
     import datasets
 
     path = source.path
+    protocol = _PROTOCOL.match(path)
     name, _, variant = path.partition(":")
-    missing = unreachable()
+    wanted, files = (name, variant or None), {}
+    if protocol:
+        wanted, files = (_builder(source),), {"data_files": {"train": path}}
+    missing = "" if protocol and not path.startswith("hf:") else unreachable()
     try:
-        if _PROTOCOL.match(path):
-            found = datasets.load_dataset(_builder(source), data_files={"train": path}, streaming=streaming)
-        else:
-            found = datasets.load_dataset(name, variant or None, streaming=streaming)
+        found = datasets.load_dataset(*wanted, **files, streaming=streaming)
     except Exception as error:  # the client raises many types: no network, no such name, a needed configuration
         if missing:
             raise out_of_reach(source.field, path) from error

@@ -114,9 +114,9 @@ def test_the_printed_configuration_is_the_configuration(tmp_path: Path, rows: Pa
     at = lines.index("template:")
     assert lines[at + 1] == "# command line" and lines[at + 2].startswith("prompt: ")
     assert {"rank: 4 # command line", "alpha: 32.0 # recipe default", "micro_batch: 4 # derived", "seed: 0",
-            f"path: {rows} # command line", "max_steps: 30 # derived"} <= set(lines)
+            f"path: {rows} # command line", "max_steps: 108 # derived"} <= set(lines)
     said = "\n".join(summary(layers, config))
-    assert "recipe default: adapter.alpha=32.0\n" in said and "derived: train.max_steps=30 train.micro_batch=4" in said
+    assert "recipe default: adapter.alpha=32.0\n" in said and "derived: train.max_steps=108 train.micro_batch=4" in said
     assert "model.quantization" not in said and len(said.splitlines()) < 10  # what is as it is without them is left out
 
 
@@ -147,9 +147,9 @@ def test_a_long_training_in_epochs_validates_twenty_times(rows: Path) -> None:
         train = resolve_epochs(resolve_new(Request(overrides=(f"data.path={rows}", *words)), "train")).train
         return train.max_steps, train.validate_every_steps
 
-    assert steps() == (30, 20)
-    assert steps("train.epochs=100") == (1000, 50) and steps("train.epochs=100.1") == (1001, 51)
-    assert steps("train.epochs=100", "train.validate_every_steps=20") == (1000, 20)
+    assert steps() == (108, 20)
+    assert steps("train.epochs=100") == (3600, 180) and steps("train.epochs=100.1") == (3604, 181)
+    assert steps("train.epochs=100", "train.validate_every_steps=20") == (3600, 20)
     assert steps("train.max_steps=1000") == (1000, 20)
 
 

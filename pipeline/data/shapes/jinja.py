@@ -24,13 +24,12 @@ class UnknownName(Exception):
 
 def check_syntax(text: str, field: str) -> None:
     """Refuse a text that Jinja cannot read. Raises `DataError` naming `field`."""
-    from jinja2 import TemplateError
-
     try:
         _compiled(text)
-    except TemplateError as error:
+    except Exception as error:  # Jinja's TemplateError, and what Python's compiler says of the code that Jinja writes
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            field, text, f"is not valid Jinja ({error})", "Mend it; {column} in single braces is the short form."
+            field, text[:200], f"is not valid Jinja ({what})", "Mend it; {column} in single braces is the short form."
         ) from error
 
 
@@ -79,9 +78,17 @@ def _shown(value: Any) -> Any:
 @lru_cache(maxsize=256)
 def _compiled(text: str) -> Template:
     from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_shown
-    )
+    class Bounded(ImmutableSandboxedEnvironment):
+        """Without the operators that make something huge of something small: 9 ** 9 ** 9, "x" * 10 ** 9."""
+
+        intercepted_binops = frozenset(("**", "*", "%"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if isinstance(left, int) and isinstance(right, int) and operator != "**":
+                return super().call_binop(context, operator, left, right)
+            raise SecurityError(f"{operator} is for whole numbers, and ** for none")
+
+    environment = Bounded(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_shown)
     return environment.from_string(text)
