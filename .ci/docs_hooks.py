@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -23,7 +22,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 def reference_pages() -> dict[str, str]:
     """Every key of the configuration, by section."""
-    return {"reference/keys.md": "# Every key\n"}
+    sys.path.insert(0, str(ROOT))  # here: mkdocs puts the path back after it has loaded its hooks
+    from pipeline.config.names.reference import all_keys, default_text
+
+    lines = ["# Every key", "", "Made from the code, as `loradrop keys` prints it."]
+    for key in all_keys():
+        if "." not in key.key:
+            lines += ["", f"## {key.key}", "", key.meaning]
+        if key.type == "section":
+            continue
+        limits = ", ".join(part for part in (f"`{key.type}`", key.range and f"`{key.range}`") if part)
+        lines += ["", f"**`{key.key}`** · {limits} · default `{default_text(key.default)}`", "", key.meaning]
+    return {"reference/keys.md": "\n".join(lines) + "\n"}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

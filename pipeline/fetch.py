@@ -68,7 +68,7 @@ def alone(target: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            report_progress(f"waiting for another process that makes {target.name}")
+            report_progress(f"waiting for another process, which makes {target.parent.name}/{target.name}")
             lock.acquire()
     except OSError as error:
         remedy = "Name a folder of your own: LORADROP_CACHE=/path."
