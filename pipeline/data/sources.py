@@ -276,7 +276,8 @@ def _hub_records(source: Source, streaming: bool) -> dict[str, Iterable[Record]]
     path = source.path
     protocol = _PROTOCOL.match(path)
     name, _, variant = path.partition(":")
-    wanted, files = (name, variant or None), {}
+    wanted: tuple[str | None, ...] = (name, variant or None)
+    files: dict[str, Any] = {}
     if protocol:
         wanted, files = (_builder(source),), {"data_files": {"train": path}}
     missing = "" if protocol and not path.startswith("hf:") else unreachable()
