@@ -23,6 +23,20 @@ settings.load_profile("shared-machine")
 torch.set_num_threads(1)
 
 
+LONGEST = (
+    "interface/test_notebook", "stages/test_line", "tune/test_listeners", "training/test_faults", "tune/test_search",
+    "training/test_training", "stages/test_encoder_line", "benchmarks/test_cases", "adapters/sites/test_site_models",
+)
+"""Modules that take minutes begin first: at the end of a run nobody waits for one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first, in this order; all others stay as they are."""
+    here = Path(__file__).parent
+    place = {str(here / f"{name}.py"): number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No processor is timed for `model.compute_dtype: auto`, and no test depends on which: float32."""

@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb from top to bottom: on a tiny model, and as it stands on the embedded one."""
+"""docs/quickstart.ipynb from top to bottom, as it stands: on the embedded model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,11 @@ def test_it_is_kept_without_what_a_run_of_it_printed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["tiny", "embedded"])
-def test_it_runs(base: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for number, cell in enumerate(CODE):
         exec(compile(cell, f"cell {number + 1}", "exec"), names)
-        if number == 0 and base == "tiny":  # the cell of parameters
-            paths = {"model.path": tiny_folder / "model", "data.path": tiny_folder / "rows.jsonl"}
-            names["settings"] += [f"{key}={path}" for key, path in paths.items()] + ["adapter.rank=4"]
     assert sorted(names["losses"].by_step) == list(range(1, 7)) and sorted(names["losses"].validations) == [3, 6]
     assert len(names["answers"]) == 2 and names["answers"][0].probabilities[0] > 0
     assert Path("runs/notebook/report.html").is_file() and names["exported"].readout.temperature > 0

@@ -140,7 +140,8 @@ def client_of(driver: int) -> int:
 
 
 def test_a_packed_trial_is_stopped_early(tmp_path: Path) -> None:
-    write_config(tmp_path, "adapter.rate: {grid: [0.3, 0.59, 0.6]}", trials=3, adapters=1, pack="auto")
+    """Two at a time: the last and worst one comes when the others have been there."""
+    write_config(tmp_path, "adapter.rate: {grid: [0.3, 0.59, 0.6]}", trials=3, adapters=1, pack=2)
     code, output = run(tmp_path, STUB_SECONDS="0.5")
     assert code == EXIT_OK, output
     trials = result_of(tmp_path)["trials"]
