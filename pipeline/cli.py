@@ -32,7 +32,11 @@ class Parser(argparse.ArgumentParser):
         remedy, (what, _, given) = "See loradrop --help.", message.partition(": ")
         if what == "unrecognized arguments" and (name := given.split()[0].partition("=")[0].strip("-")):
             word = name.replace("-", "_")
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(f"--{name}", flags, 1, 0.8)
             remedy = f"Keys are set as key.path=value, without dashes: see loradrop keys {word}, or loradrop --help."
+            if near and given.startswith("-"):
+                remedy = f"Did you mean {near[0]}?"
         raise UserError("command line", None, message, remedy)
 
 

@@ -104,6 +104,8 @@ def test_an_unknown_stage_suggests_the_right_one(capsys: pytest.CaptureFixture[s
 def test_a_key_given_as_an_option_is_told_how_keys_are_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--lora-r", "8"]) == 2
     assert "Keys are set as key.path=value, without dashes: see loradrop keys lora_r," in capsys.readouterr().err
+    assert main(["train", "--dryrun"]) == 2
+    assert "Did you mean --dry-run?" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

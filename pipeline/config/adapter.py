@@ -165,7 +165,8 @@ class AdapterConfig(Section):
     method: str | tuple[Site, ...] | Method = "lora_dropout"
     """A preset, a sum of presets, a list of sites, or sites with a consistency term."""
     rate: Rate | None = None
-    """Dropping rate of a preset with one rate (both sides of LoRA Dropout)."""
+    """Dropping rate of a preset with one rate (both sides of LoRA Dropout); null = the preset's own, of LoRA Dropout
+    0.5."""
     rates: RatesConfig = RatesConfig()
     """Rates of single sites of whatever method, on top of its own."""
     rescale: Literal["inverse", "none"] = "inverse"

@@ -161,9 +161,9 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     """The record in one of the four shapes. Columns that the template leaves open must be there."""
     mapped = dict(values)
     if template.prompt is not None:
-        mapped["prompt"] = fill(template.prompt, values, where)
+        mapped["prompt"] = _with_content(template.prompt, values, where)
     if template.second is not None:
-        mapped["second"] = fill(template.second, values, where)
+        mapped["second"] = _with_content(template.second, values, where)
     if template.score is not None:
         _get(values, template.score, where)
         mapped["choices"] = None
@@ -187,6 +187,15 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     if template != TemplateConfig():
         mapped["messages"] = None
     return mapped
+
+
+def _with_content(text: str, values: Mapping[str, Any], where: str) -> str:
+    """`fill`, where not all columns that `text` names in single braces are blank: that is a row without a question."""
+    filled, names = fill(text, values, where), [name for name in _single_braces(text) if name in values]
+    if names and all(isinstance(values[name], str) and not values[name].strip() for name in names):
+        remedy = "Fill in the text, or leave the row out."
+        raise DataError(f"{where}: {' and '.join(names)}", values[names[0]], "is empty", remedy)
+    return filled
 
 
 def _value(values: Mapping[str, Any], name: str, where: str) -> Any:

@@ -22,7 +22,7 @@ from pipeline.distributed.world import World, lone_world
 from pipeline.ensemble.exported import open_export
 from pipeline.ensemble.readout import EvaluatedRun, Readout, top_probability
 from pipeline.ensemble.rows import RowForm, checked
-from pipeline.errors import RunFolderError
+from pipeline.errors import DataError, RunFolderError
 from pipeline.files import MANIFEST
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.task import OnChunk, Task, open_task
@@ -40,7 +40,7 @@ class Answer:
 
     id: str
     choice: str
-    """The text of the most probable choice."""
+    """The text of the most probable choice, without the blanks around it."""
     index: int
     """Its number, from 0."""
     probabilities: tuple[float, ...]
@@ -125,7 +125,7 @@ class Ensemble:
             DataError: faults of the rows; ConfigError: a risk that cannot be promised.
         """
         threshold = None if abstain is None else self.threshold(abstain)
-        records = ((f"row {number}", dict(row)) for number, row in enumerate(rows, start=1))
+        records = [(f"row {number}", row_of(row, number)) for number, row in enumerate(rows, start=1)]
         return self.answers(list(checked(self.form.read(records), "rows")), threshold)
 
     def threshold(self, risk: float) -> Threshold:
@@ -150,6 +150,14 @@ class Ensemble:
         return _choices(predictions.outputs, rows, self.readout, threshold)
 
 
+def row_of(given: object, number: int) -> dict[str, Any]:
+    """A row as it was given. Raises `DataError` where it has no columns."""
+    if not isinstance(given, Mapping):
+        remedy = 'Give the columns that the data of the run has, such as {"text": "…"}.'
+        raise DataError(f"row {number}", given, "is no mapping of columns to values", remedy)
+    return dict(given)
+
+
 def _choices(
     outputs: Floats, rows: Sequence[Row], readout: Readout, threshold: Threshold | None
 ) -> list[Answer | NumberAnswer]:
@@ -163,9 +171,10 @@ def _choices(
     answers: list[Answer | NumberAnswer] = []
     for n, row in enumerate(rows):
         count, best = len(row.choices), int(found[n].argmax())
+        probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
+        choice = row.choices[best].strip()
         answers.append(Answer(
-            row.id, row.choices[best], best, tuple(found[n, :count].tolist()), float(unsure[n]), float(apart[n]),
-            tuple(between[n, :count].tolist()), answered[n],
+            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, answered[n]
         ))
     return answers
 

@@ -127,7 +127,7 @@ def saved_layers(request: Request, stage: str) -> Layers:
         key = word.partition("=")[0]
         owner = next((name for name, keys in TAKEN.items() if word.startswith(keys)), None)
         if owner is None or paths.comparison.exists():
-            remedy = f"Change it in {os.path.relpath(saved)}, or give the key to train."
+            remedy = "It decides what is trained, so it wants a training of its own: train in another --run-dir."
         else:
             remedy = f"Give it to {owner}: loradrop {owner} --run-dir {os.path.relpath(request.run)} {key}=…"
         raise ConfigError(word, None, f"is not read by {stage}, which takes the run's config.yaml", remedy)

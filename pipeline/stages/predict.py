@@ -100,13 +100,13 @@ def predict_rows(run_dir: Path, trusted: bool = False) -> None:
     if world.is_main:
         update_status(paths, ROWS, "running")
     progress = Progress(plan["rows"], done, world.is_main, unit="row")
-    shown = [f"{len(ensemble.members)} members", f"{world.world_size} processes"]
+    shown = [f"{len(ensemble.members)} member{'s' * (len(ensemble.members) > 1)}", f"{world.world_size} processes"]
     try:
         for chunk in chunks(rows, CHUNK_ROWS):
             answers = ensemble.answers(chunk, threshold, stop_asked=lambda: stop_asked(paths))
             lines = [
-                {**as_dict(answer), "made_from": made_from(identity, row)}
-                for answer, row in zip(answers, chunk, strict=True)
+                {"row": number, **as_dict(answer), "made_from": made_from(identity, row)}
+                for number, (answer, row) in enumerate(zip(answers, chunk, strict=True), start=done + 1)
             ]
             main_writes(world, partial(_append, output, lines))
             done += len(chunk)

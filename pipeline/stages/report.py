@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json, sha256_file, write_json, write_text
+from pipeline.files import MANIFEST, read_json, sha256_file, write_json, write_text
 from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
@@ -45,3 +45,6 @@ def print_report(run_dir: Path) -> None:
     result = read_json(paths.result)
     print(format_comparison(result) if paths.comparison.exists() else format_table(result))
     print(f"\n  report   {one_line(os.path.relpath(paths.report))}")
+    manifest = paths.export / MANIFEST
+    if manifest.exists() and read_json(manifest).get("result_sha256") != sha256_file(paths.result):
+        print("  export   is of an earlier report: export again")

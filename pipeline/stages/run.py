@@ -107,6 +107,12 @@ def refuse_trained(folders: Folders) -> None:
         raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
 
 
+def print_trained(run_dir: Path) -> None:
+    """Where the adapter of a training by itself lies, and what comes next."""
+    folder = one_line(os.path.relpath(run_dir))
+    print(f"\n  adapter  {folder}/adapter\n  next     evaluate, report and export, each with --run-dir {folder}")
+
+
 def print_outcome(folders: Folders, seconds: float) -> None:
     """The short table and the three paths that matter."""
     from pipeline.report.tables import format_table

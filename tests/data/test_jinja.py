@@ -91,3 +91,10 @@ def test_nothing_huge_is_made_of_something_small(text: str) -> None:
     with pytest.raises(DataError, match="whole numbers"):
         render(text, {}, "data.template")
     assert render("{{ 3 * n }}", {"n": 4}, "data.template") == "12"
+
+
+def test_a_row_whose_columns_are_all_blank_is_a_fault() -> None:
+    template = TemplateConfig(prompt="{title}\n{text}\nLabel:", choices=(" a", " b"), label="label")
+    assert to_row({"title": "", "text": "t", "label": 0}, template, "f:1").prompt == "\nt\nLabel:"
+    with pytest.raises(DataError, match="f:2: title and text = '': is empty. Fill in the text, or leave the row out."):
+        to_row({"title": "", "text": " ", "label": 0}, template, "f:2")

@@ -137,7 +137,7 @@ def test_rows_are_predicted_once(
     assert [one["id"] for one in answers] == [one["id"] for one in rows]
     asked = Ensemble.load(run).predict(rows)
     for answer, other in zip(answers, asked, strict=True):
-        assert answer["choice"] == other.choice in WORDS and "answered" not in answer
+        assert answer["choice"] == other.choice in {word.strip() for word in WORDS} and "answered" not in answer
         assert answer["probabilities"] == pytest.approx(other.probabilities, abs=1e-6)
         assert sum(answer["probabilities"]) == pytest.approx(1.0, abs=1e-9)
 
