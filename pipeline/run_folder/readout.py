@@ -11,13 +11,15 @@ from pipeline.run_folder.members import read_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import read_predictions
 from pipeline.scores import temperature
+from pipeline.scores.choices import ChoiceScore
 from pipeline.scores.ensemble import Space, average
 
 ACTS_ON = "log-probabilities normalised over the choices of a row: members averaged, divided by it, normalised again"
 
 
 def exported_readout(
-    paths: RunPaths, rows: Iterable[Any], configured: Space, draws: Sequence[int | None], adapter_sha256: str
+    paths: RunPaths, rows: Iterable[Any], configured: Space, draws: Sequence[int | None], adapter_sha256: str,
+    rule: ChoiceScore = "sum",
 ) -> dict[str, Any]:
     """`average`, the space in which these members can be averaged, and `temperature` with its 95 % interval.
 
@@ -28,9 +30,10 @@ def exported_readout(
         configured: `ensemble.average`.
         draws: the exported members of the run's own adapter; None is the mean-field one.
         adapter_sha256: of the weights that are exported.
+        rule: `data.choice_score`, by which choices are scored.
     """
     try:
-        predictions = read_predictions(paths.predictions, "calibration")
+        predictions = read_predictions(paths.predictions, "calibration").scored_by(rule)
         split = join_labels(predictions, rows, f"{paths.predictions}: calibration")
         members = read_members(paths.predictions)
     except RunFolderError as error:

@@ -66,7 +66,8 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
 
     def readout(draws: Sequence[int | None]) -> dict[str, Any]:
-        return exported_readout(paths, splits.calibration, config.ensemble.average, draws, stored.sha256)
+        space, rule = config.ensemble.average, config.data.choice_score
+        return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule)
 
     def fill(folder: Path) -> None:
         plain = as_plain_lora(stored)

@@ -14,6 +14,7 @@ from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import ChoicePredictions, CompletionPredictions, write_predictions
 from pipeline.run_folder.readout import exported_readout
+from pipeline.scores.choices import ChoiceLikelihoods
 from pipeline.scores.ensemble import average
 from pipeline.scores.temperature import fit_temperature
 
@@ -76,3 +77,19 @@ def test_completions_are_averaged_as_probabilities_whatever_was_configured(paths
 def test_without_predictions_the_reason_is_said(paths: RunPaths) -> None:
     found = exported_readout(paths, [], "logit", [0], "own")
     assert found["temperature"] is None and found["reason"].startswith("no calibration predictions")
+
+
+def test_the_temperature_is_of_choices_scored_as_the_run_says_now(paths: RunPaths) -> None:
+    """The predictions were written under `sum`; `data.choice_score` may change after training."""
+    random = np.random.default_rng(2)
+    likelihoods = ChoiceLikelihoods(
+        random.normal(size=(6, 60, 2)) * 3.0 - 6.0, random.integers(1, 6, (60, 2)), random.integers(1, 20, (60, 2))
+    )
+    write_predictions(paths.predictions, "calibration", ChoicePredictions.of_texts(IDS, likelihoods, "sum"))
+    labels = random.integers(0, 2, 60)
+    rows = [Row(i, choices=("x", "y"), label=int(y)) for i, y in zip(IDS, labels, strict=True)]
+    found = {rule: exported_readout(paths, rows, "logit", [None], "own", rule)["temperature"]["value"]
+             for rule in ("sum", "per_token")}
+    for rule, value in found.items():
+        assert value == pytest.approx(fit_temperature(likelihoods.log_probs(rule)[1], labels), rel=1e-5)
+    assert found["sum"] != pytest.approx(found["per_token"], rel=0.05)
