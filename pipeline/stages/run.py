@@ -18,7 +18,7 @@ from pipeline.run_folder.paths import Folders, RunPaths, load_saved
 from pipeline.run_folder.related import SEARCH, write_related
 from pipeline.stages.processes import headline, start
 from pipeline.stages.search import run_search
-from pipeline.terminal import duration, one_line
+from pipeline.terminal import duration, one_line, say
 
 
 def run_line(config: RunConfig, folders: Folders) -> int:
@@ -107,10 +107,11 @@ def refuse_trained(folders: Folders) -> None:
         raise RunFolderError("--run-dir", str(folders.run), "holds what `train` made, with settings of its own", remedy)
 
 
-def print_trained(run_dir: Path) -> None:
-    """Where the adapter of a training by itself lies, and what comes next."""
+def say_trained(run_dir: Path) -> None:
+    """Where the adapter of a training by itself lies, and what comes next: no result, so not on stdout."""
     folder = one_line(os.path.relpath(run_dir))
-    print(f"\n  adapter  {folder}/adapter\n  next     evaluate, report and export, each with --run-dir {folder}")
+    say(f"adapter      {folder}/adapter")
+    say(f"next         evaluate, report and export, each with --run-dir {folder}")
 
 
 def print_outcome(folders: Folders, seconds: float) -> None:

@@ -86,7 +86,7 @@ STAGES = {
               "pipeline.stages.search:run_search", writes=("search",)),
         Stage("train", "one adapter, DeepSpeed-launched", "all", "new", "pipeline.stages.train:train_stage",
               writes=("run",), loads_model=True, trains=True, plan=("train", "memory"),
-              outcome="pipeline.stages.run:print_trained"),
+              outcome="pipeline.stages.run:say_trained"),
         Stage("evaluate", "predictions of every ensemble member, cached", "all", "saved",
               "pipeline.stages.evaluate:evaluate_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("report", "scores, calibration, cost: result.json and report.html", "one", "saved",
