@@ -38,10 +38,10 @@ def reference_pages() -> dict[str, str]:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """A file outside docs/ is named instead of linked; one that is not there is left for the check."""
-    here = ROOT if page.file.src_uri == "index.md" else ROOT / "docs" / page.file.src_uri
+    source = "README.md" if page.file.src_uri == "index.md" else f"docs/{page.file.src_uri}"
 
     def named(match: re.Match[str]) -> str:
-        place = ((here if here.is_dir() else here.parent) / match[2]).resolve()
+        place = ((ROOT / source).parent / match[2]).resolve()
         outside = place.is_relative_to(ROOT) and not place.is_relative_to(ROOT / "docs")
         return f"{match[1]} (`{place.relative_to(ROOT)}`)" if outside and place.exists() else match[0]
 

@@ -28,8 +28,8 @@ _MODULES = {
         "RunFolderError", "SetupError", "StageFailed", "UserError",
     ),
     "files": (
-        "ADAPTER_WEIGHTS", "manifest_faults", "open_append", "publish_folder", "read_bytes", "read_json",
-        "read_json_lines", "sha256_file", "write_json", "write_text",
+        "ADAPTER_WEIGHTS", "cut_torn_line", "manifest_faults", "open_append", "publish_folder", "read_bytes",
+        "read_json", "read_json_lines", "sha256_file", "write_json", "write_text",
     ),
     "plan.pack": ("runs_that_fit",),
     "run_folder.chain": ("is_validated",),

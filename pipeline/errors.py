@@ -101,6 +101,11 @@ class ErrorList(UserError):
         Exception.__init__(self, "\n".join(str(error) for error in errors))
 
 
+def joined(errors: list[UserError]) -> UserError:
+    """One error as it is, several as an `ErrorList`."""
+    return errors[0] if len(errors) == 1 else ErrorList(errors)
+
+
 class Stopped(LoradropError):
     """A stop was requested; everything is saved and the same command continues."""
 

@@ -132,6 +132,24 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def cut_torn_line(path: Path) -> int:
+    """Cut what a crash left behind the last whole line of a file: what is appended next must not be glued to it.
+
+    Returns:
+        Whole lines; 0 where there is no file.
+    """
+    if not path.exists():
+        return 0
+    count = size = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(size)
+                break
+            count, size = count + 1, size + len(line)
+    return count
+
+
 def _damaged_line(path: Path, number: int, why: str) -> RunFolderError:
     return RunFolderError(f"{path}:{number}", None, f"is damaged ({why})", "Remove that line, or restore the file.")
 

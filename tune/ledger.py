@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import ConfigError, RunFolderError, open_append, read_json_lines
+from pipeline import ConfigError, RunFolderError, cut_torn_line, open_append, read_json_lines
 from tune.dimensions import Values
 from tune.sampling import Observation
 from tune.space import Arm, ArmName
@@ -81,7 +81,7 @@ class Ledger:
         self.trials: dict[str, TrialRecord] = {}
         with open_append(path) as file:  # first: a link is refused, not followed
             self._descriptor = os.dup(file.fileno())  # plain, because Ray pickles what its callbacks hold
-        self._cut_torn_line()
+        cut_torn_line(self.path)
         try:
             for event in read_json_lines(path):
                 self._apply(event)
@@ -136,13 +136,6 @@ class Ledger:
         elif kind == "end":
             for key, value in event.items():
                 setattr(self.trials[name], key, value)
-
-    def _cut_torn_line(self) -> None:
-        """A crash can leave half a line; what is appended next must not be glued to it."""
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self.path, whole)
 
 
 def pending(ledger: Ledger, arms: Sequence[Arm]) -> list[tuple[Arm, int]]:

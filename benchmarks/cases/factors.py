@@ -33,7 +33,8 @@ def rows(setting: Setting) -> Iterator[Row]:
     seconds: dict[str, list[float]] = {way: [] for way in ("sequential", *WAYS)}
     for number in range(setting.long):
         for way in seconds:
-            folder = setting.folder / f"{way.replace(chr(32), chr(45))}-{number}"
+            name = way.replace(" ", "-")
+            folder = setting.folder / f"{name}-{number}"
             started = time.monotonic()
             setting.here.run("search", folder / "run", settings_of(setting, *WAYS.get(way, (False, False))))
             seconds[way].append(time.monotonic() - started)

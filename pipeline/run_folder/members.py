@@ -56,6 +56,12 @@ def read_members(folder: Path) -> list[PredictedMember]:
     return members
 
 
+def places_of_draws(members: list[PredictedMember], adapter_sha256: str) -> dict[int | None, int]:
+    """Mask draw of the run's own adapter (None: without masks) -> its place among the members."""
+    own = ("mean_field", "mask_draw")
+    return {m.draw: n for n, m in enumerate(members) if m.group in own and m.adapter_sha256 == adapter_sha256}
+
+
 def _to_member(entry: dict[str, Any]) -> PredictedMember:
     known = {f.name for f in fields(PredictedMember)} - {"extra"}
     member = PredictedMember(

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import RunFolderError
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
-from pipeline.run_folder.members import read_members
+from pipeline.run_folder.members import places_of_draws, read_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import read_predictions
 from pipeline.scores import temperature
@@ -38,8 +38,7 @@ def exported_readout(
         members = read_members(paths.predictions)
     except RunFolderError as error:
         return {"average": configured, "temperature": None, "reason": f"no calibration predictions: {error}"}
-    places = {m.draw: n for n, m in enumerate(members)
-              if m.group in ("mean_field", "mask_draw") and m.adapter_sha256 == adapter_sha256}
+    places = places_of_draws(members, adapter_sha256)
     space = split.averaging_space(configured)
     if split.kind != "choice":
         return {"average": space, "temperature": None, "reason": f"{split.kind} rows have no choices to scale over"}

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import ErrorList, SetupError, StageFailed, UserError, one_line
+from pipeline.errors import SetupError, StageFailed, UserError, joined, one_line
 from pipeline.setup.venv import Environment
 
 GIGABYTE = 10**9
@@ -68,7 +68,7 @@ def check_machine(environment: Environment) -> None:
         found.append(disk_fault(environment.folder if environment.folder.exists() else environment.root))
     faults: list[UserError] = [fault for fault in found if fault]
     if faults:
-        raise faults[0] if len(faults) == 1 else ErrorList(faults)
+        raise joined(faults)
 
 
 def venv_fault() -> SetupError | None:

@@ -15,10 +15,10 @@ import torch
 
 from pipeline.adapters.build import attach_stored
 from pipeline.adapters.peft_adalora import shown_rank
-from pipeline.adapters.peft_format import as_plain_lora, read_adapter
-from pipeline.config import ModelConfig
+from pipeline.adapters.peft_format import StoredAdapter, as_plain_lora, read_adapter
+from pipeline.config import ModelConfig, RunConfig
 from pipeline.config.load import with_values
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import Splits, load_splits
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.ensemble.exported import reading_entry
 from pipeline.ensemble.readout import read_result
@@ -49,12 +49,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
-    require_adapter(paths, Origin(origin.config_sha256))
-    require_unseen([paths.adapter], config.data, splits)
-    stored = read_adapter(paths.adapter)
-    result = read_result(paths, origin, stored.sha256, config.reading_sha256())
-    if (paths.predictions / MEMBERS).exists():
-        require_members(paths, read_members(paths.predictions), config.ensemble)
+    stored, result = adapter_and_result(paths, config, splits, origin)
     update_status(paths, "export", "running")
     world = start_world()
     trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
@@ -100,6 +95,23 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     publish_folder(paths.export, fill)
     leave_world()
     say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
+
+
+def adapter_and_result(
+    paths: RunPaths, config: RunConfig, splits: Splits, origin: Origin
+) -> tuple[StoredAdapter, dict[str, Any]]:
+    """The adapter to be exported, and what the report found for it ({} without one).
+
+    Raises:
+        RunFolderError: one of them is missing, damaged, or made from something else than the configuration says.
+    """
+    require_adapter(paths, Origin(origin.config_sha256))
+    require_unseen([paths.adapter], config.data, splits)
+    stored = read_adapter(paths.adapter)
+    result = read_result(paths, origin, stored.sha256, config.reading_sha256())
+    if (paths.predictions / MEMBERS).exists():
+        require_members(paths, read_members(paths.predictions), config.ensemble)
+    return stored, result
 
 
 def precisions(model: ModelConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

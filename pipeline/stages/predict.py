@@ -25,7 +25,7 @@ from pipeline.distributed.nodes import check_nodes, owned_folders
 from pipeline.ensemble.readout import EvaluatedRun
 from pipeline.ensemble.rows import RowForm, checked, chunks
 from pipeline.errors import EXIT_OK, ConfigError, RunFolderError, Stopped
-from pipeline.files import full_disk_named, open_append, read_json, read_json_lines, write_json
+from pipeline.files import cut_torn_line, full_disk_named, open_append, read_json, read_json_lines, write_json
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import resolve_saved
 from pipeline.run_folder.mark import require_mark
@@ -93,7 +93,7 @@ def predict_rows(run_dir: Path, trusted: bool = False) -> None:
     ensemble = Ensemble.load(run_dir, trust_remote_code=trusted, world=world)
     threshold = None if risk is None else ensemble.threshold(risk)
     identity = f"{ensemble.identity} {risk}"
-    done: int = gather_objects(_repair(output) if world.is_main else None)[0]
+    done: int = gather_objects(cut_torn_line(output) if world.is_main else None)[0]
     rows = checked(ensemble.form.read(read_file(Path(plan["input"]))), plan["input"])
     next(islice(rows, done, done), None)  # passes over them
     work_begins()
@@ -195,20 +195,6 @@ def _compare(rows: Iterator[Row], output: Path, identity: str) -> tuple[int, int
 def _another(output: Path, number: int) -> RunFolderError:
     what = "was made from other rows, another run, or under another --abstain"
     return RunFolderError(f"{output}:{number}", None, what, "Give another --output, or remove the file.")
-
-
-def _repair(output: Path) -> int:
-    """Whole lines of the output; what follows the last one, which a crash left, is cut off."""
-    if not output.exists():
-        return 0
-    count = size = 0
-    with output.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                file.truncate(size)
-                break
-            count, size = count + 1, size + len(line)
-    return count
 
 
 def _append(output: Path, lines: list[dict[str, Any]]) -> None:

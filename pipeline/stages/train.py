@@ -81,8 +81,7 @@ def train_run(
     engine = build_engine(config.train, adapters, objective, micro_steps, task.base.compute_dtype)
     slot = DeepSpeedSlot(engine, trained)
     run = Run(
-        config, origin, paths, world, task, adapters, examples, splits.validation, on_validation, slot,
-        callbacks=callbacks,
+        config, origin, paths, world, task, adapters, examples, splits.validation, on_validation, slot, callbacks
     )
     if world.is_main:
         identity = task.base.identity.as_dict()

@@ -58,10 +58,10 @@ class Run:
     on_validation: OnValidation | None
     slot: Slot
     """Its parameters in the engine."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """The last validation."""
     callbacks: Sequence[Callback] = ()
     """Told by the main process."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """The last validation."""
 
     def __post_init__(self) -> None:
         origin = self.origin.as_dict()

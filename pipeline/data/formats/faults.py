@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.errors import DataError, ErrorList, UserError
+from pipeline.errors import DataError, UserError, joined
 
 SHOWN = 3
 """Faults of a kind that are written out."""
@@ -42,13 +42,8 @@ class Faults:
 
     def refuse(self) -> None:
         """Raises `DataError` (an `ErrorList` where several), if there are any."""
-        raise_all(self.errors())
-
-
-def raise_all(errors: list[UserError]) -> None:
-    """One error as it is, several as an `ErrorList`, none not at all."""
-    if errors:
-        raise errors[0] if len(errors) == 1 else ErrorList(errors)
+        if errors := self.errors():
+            raise joined(errors)
 
 
 def _kind(error: DataError) -> str:
