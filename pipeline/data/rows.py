@@ -48,6 +48,8 @@ class Row:
     unit: str | None = None
     """What the row is one of several observations of (a document, a subject), for intervals: rows that share it are not
     independent. None: its question."""
+    label_counts: tuple[float, ...] = ()
+    """How many of the people asked chose each choice; empty where nobody counted. No model reads it."""
 
     @property
     def kind(self) -> Literal["choice", "regression", "completion", "chat"]:
@@ -72,8 +74,8 @@ class Row:
 
     @property
     def content(self) -> str:
-        """Canonical JSON of all that a model may read: everything but the id and the unit."""
-        left_out = ("id", "unit") if self.tools else ("id", "unit", "tools")  # so rows without tools keep their ids
+        """Canonical JSON of all that a model may read: everything but the id, the unit and the counts of labels."""
+        left_out = ["id", "unit", "label_counts", *([] if self.tools else ["tools"])]  # without tools: ids stay
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 

@@ -31,6 +31,7 @@ SNIPPETS = (
     "5\t-3.1\ta DELIGHT -- & a joy!\r\n"
     "6\t0.49999\tNot clear"
 )
+RATERS = "".join(f"{number}\t0\t1.0\t[3, {number}, 0, -1]\r\n" for number in range(1, 7))
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -46,7 +47,8 @@ def tar(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A source distribution laid out like the real one; returns the list of calls that asked for it."""
-    inner = tar({"h/other_GroundTruth.txt": b"9\t1\tno", f"h/{data.RATINGS_FILE}": SNIPPETS.encode()})
+    files = {"other_GroundTruth.txt": "9\t1\tno", data.RATINGS_FILE: SNIPPETS, data.RATERS_FILE: RATERS}
+    inner = tar({f"h/{name}": text.encode() for name, text in files.items()})
     sdist = tmp_path / "sdist.tar.gz"
     sdist.write_bytes(tar({"v-1/README": b"", f"v-1/{data.INNER_ARCHIVE}": inner}))
     calls: list[int] = []
@@ -66,8 +68,8 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_raw_reviews(small_source: list[int]) -> None:
     rows = data.read_movie_reviews()
-    assert rows[0] == {"id": "1", "text": "A delight & a joy.", "rating": 2.5}
-    assert rows[3] == {"id": "4", "text": "Touché it says", "rating": -0.5}
+    assert rows[0] == {"id": "1", "text": "A delight & a joy.", "rating": 2.5, "signs": [1, 2]}
+    assert rows[3] == {"id": "4", "text": "Touché it says", "rating": -0.5, "signs": [1, 2]}
     assert [row["id"] for row in rows] == list("123456")
 
 
@@ -80,7 +82,7 @@ def test_rows_are_clear_signs_without_duplicates(small_source: list[int]) -> Non
     ]
     assert rows[0]["prompt"] == "Review: A delight & a joy.\nSentiment:"
     assert rows[0]["choices"][rows[0]["label"]] == " positive"
-    assert set(rows[0]) == {"id", "prompt", "choices", "label"}
+    assert set(rows[0]) == {"id", "prompt", "choices", "label", "label_counts"} and rows[0]["label_counts"] == [1, 2]
 
 
 def test_parsed_once(small_source: list[int]) -> None:
@@ -105,6 +107,7 @@ def test_the_real_reviews() -> None:
     assert (min(r["rating"] for r in reviews), max(r["rating"] for r in reviews)) == (-3.875, 3.94117647059)
     rows = data.embedded_rows(EMBEDDED_DATA)
     assert Counter(row["label"] for row in rows) == {0: 5075, 1: 4995}
+    assert sum((row["label_counts"][1] > row["label_counts"][0]) == row["label"] for row in rows) == 10_069
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 10_070
     assert not any("&amp;" in row["prompt"] or "  " in row["prompt"] for row in rows)
 
