@@ -24,6 +24,11 @@ _SCORES = {
     "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
 }
+UNCERTAINTY_NOTE = (
+    "uncertainty: before scaling; entropy and mutual information (MI) in nats; AURC:",
+    "mean error rate of the surest rows, over how many they are; AUROC: the chance",
+    "that a wrong answer is less confident than a right one (0.5 tells nothing).",
+)
 _WIDTH = 80
 """Columns of the terminal, which the tables of uncertainty keep to."""
 _UNSCALED = ("accuracy", "matthews", "f1")
@@ -206,11 +211,10 @@ def _footnote(result: dict[str, Any]) -> list[str]:
     return [
         f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
         "bound, where the estimate is 0);",
-        "uncertainty, before scaling: entropy and what members say apart (MI) in nats; AURC: mean error rate of the surest"
-        " rows; AUROC: whether confidence tells wrong answers from right ones (0.5: not at all);",
         f"T: temperature, fitted on {result['rows']['calibration']} calibration rows and shrunk towards 1 (~: those "
         "rows do not carry it);",
         cost,
+        *UNCERTAINTY_NOTE,
     ]
 
 
@@ -271,6 +275,7 @@ def _plain_value(entry: Mapping[str, float] | None) -> str:
 
 
 def shortened(text: str, length: int) -> str:
+    """At most so many characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

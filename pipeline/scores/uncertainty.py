@@ -1,8 +1,8 @@
 """Whether uncertainty finds errors and foreign rows: AUROC, and risk by coverage with the area under it. Pure numpy.
 
-`doubt` (..., N) is any number per row, the higher the less sure: minus the confidence, an entropy, a mutual information;
-it may be infinite, not NaN. Rows that doubt cannot tell apart stand in every order: what is given is the mean over
-these orders, so that neither the order of a file nor a sort decides.
+`doubt` (..., N) is any number per row, the higher the less sure: minus the confidence, an entropy, a mutual
+information; it may be infinite, not NaN. Rows that doubt cannot tell apart stand in every order: what is given is the
+mean over these orders, so that neither the order of a file nor a sort decides.
 """
 
 from __future__ import annotations
