@@ -79,7 +79,10 @@ def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
         log_probs = log_softmax(np.stack([np.zeros_like(logits), logits], axis=-1)).astype(np.float32)
         write_predicted(root, split, ChoicePredictions(tuple(ids), log_probs, seconds=12.5))
         answers = ("bad", "good")
-        splits[split] = [Row(id=i, choices=answers, label=int(y)) for i, y in zip(ids, labels, strict=True)][::-1]
+        splits[split] = [
+            Row(i, f"<script>{i}</script> &\nGood?", answers, int(y), label_counts=(3.0 - y, 1.0 + 2 * y))
+            for i, y in zip(ids, labels, strict=True)
+        ][::-1]
     write_training(paths, 0.5)
     write_training(RunPaths(root.parent / "plain"), 0.9)
     write_links(root)
@@ -280,7 +283,10 @@ def test_terminal_table_has_a_line_per_system(finished):
     assert not any("\\n" in line for line in lines), "line breaks of our own are line breaks"
     assert lines[0] == "smoke run: no result"
     assert all(any(line.startswith(s["name"]) for line in lines) for s in result["systems"])
-    table = lines[1 : lines.index(next(line for line in lines if line.startswith("200 test rows")))]
+    start = lines.index(next(line for line in lines if line.startswith("uncertainty ")))
+    own = [line for line in lines[start:] if not line.startswith(("200", "T:", "train s", "Chance", "! ", "Next"))]
+    assert max(len(line) for line in own) <= 80 and sum(s["name"][:30] in "".join(own) for s in result["systems"]) == 8
+    table = lines[1:start]
     assert max(len(line) for line in table) <= 130
     assert all(re.search(r"\[.*\].*\[.*\]", line) for line in table if line.startswith(("LoRA", "Plain", "Base")))
 
