@@ -42,7 +42,7 @@ def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSyste
     """Score every system: the content of result.json, and what plots need besides."""
     scored = [score_system(inputs, system) for system in build_systems(inputs)]
     singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
-    own = {"ensemble": ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
+    own = {"ensemble": ensemble_entry(inputs, scored), "left_out": left_out(inputs)}
     result = {**score_entries(inputs, scored, singles), **own}
     result |= {"remarks": remarks(inputs, result)}
     reading = [*write_reading(result), tuning_line(inputs.search)]
@@ -185,7 +185,7 @@ def _comparison(
     }  # fmt: skip
 
 
-def _left_out(inputs: ReportInputs) -> list[str]:
+def left_out(inputs: ReportInputs) -> list[str]:
     """What this report cannot show, and why, in sentences."""
     groups = {member.group for member in inputs.members}
     reasons = {

@@ -256,6 +256,31 @@ def test_page_shows_label_configuration_and_environment_escaped(finished):
     assert "tuned as those of the method were: 6 settings each" in page
 
 
+def test_page_has_the_texts_of_rows_escaped_and_the_result_their_ids(finished):
+    page, result = finished.paths.report.read_text(), finished.result
+    for name in ("disagreement", "confidently_wrong"):
+        assert len(result["rows_to_see"][name]) == 10
+        for one in result["rows_to_see"][name]:
+            assert f"<blockquote>&lt;script&gt;{one['id']}&lt;/script&gt; &amp;\nGood?</blockquote>" in page
+    assert "Good?" not in finished.paths.result.read_text() and re.search(r"Members: [1-8] × (good|bad)", page)
+    curve = result["risk_coverage"]["masks_8"]
+    wrong = 1.0 - system(result, "masks_8")["test"]["before"]["accuracy"]["value"]
+    assert curve["coverage"][-1] == 1.0 and curve["risk"][-1] == pytest.approx(wrong) and "plot-risk-coverage" in page
+
+
+def test_agreement_with_raters_is_scored_before_and_after_scaling(finished):
+    result, people = finished.result, finished.result["raters"]["entropy"]
+    assert "Agreement with human raters" in finished.paths.report.read_text()
+    assert f"The raters' own entropy is {people:.3f} nats" in format_table(result)
+    probabilities, labels = direct_predictions(finished, "test", range(3, 11))
+    shares = np.stack([3.0 - labels, 1.0 + 2 * labels], axis=1) / (4.0 + labels)[:, None]
+    scores = system(result, "masks_8")["test"]
+    expected = -(shares * np.log(probabilities)).sum(axis=1).mean()
+    assert scores["before"]["rater_cross_entropy"]["value"] == pytest.approx(expected) and expected > people
+    assert people == pytest.approx(-(shares * np.log(shares)).sum(axis=1).mean())
+    assert scores["after"]["rater_divergence"]["value"] != scores["before"]["rater_divergence"]["value"]
+
+
 def test_reading_says_what_the_intervals_say(finished):
     result = finished.result
     text = " ".join(result["reading"])

@@ -1,8 +1,7 @@
-"""The report's section of uncertainty on a synthetic run: its numbers, its rows and their texts, what is not defined."""
+"""The report on uncertainty, of a synthetic run: its numbers, its rows and their texts, what is not defined."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.data.rows import Row
 from pipeline.report.inputs import read_inputs
-from pipeline.report.result import build_result
+from pipeline.report.result import left_out
 from pipeline.report.scoring import score_system
 from pipeline.report.systems import System
-from pipeline.report.tables import format_table
 from pipeline.report.uncertainty.scores import rows_entry, uncertainty_entries
 from pipeline.report.uncertainty.tables import row_lists, uncertainty_table
 from pipeline.run_folder.predictions import read_predictions
@@ -117,34 +115,12 @@ def test_seeds_are_runs_of_one_system(report: Any) -> None:
     assert found is not None and found["aurc"]["value"] == pytest.approx(np.mean(values))
 
 
-def test_page_has_texts_escaped_and_result_has_ids_alone(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.stages.report import write_report
-
-    splits = SimpleNamespace(
-        validation=[], calibration=[], test=report.inputs.test_rows, fingerprint="rows")
-    for name, rows in {"validation": 120, "calibration": 150}.items():
-        answers = ("bad", "good")
-        setattr(splits, name, [Row(f"{name}-{n}", "", answers, n % 2) for n in range(rows)])
-    monkeypatch.setattr("pipeline.report.inputs.load_splits", lambda _: splits)
-    result, page = write_report(report.root), (report.root / "report.html").read_text()
-    for name in ("disagreement", "confidently_wrong"):
-        for one in result["rows_to_see"][name]:
-            assert f"<blockquote>&lt;script&gt;{one['id']}&lt;/script&gt; &amp;\nGood?</blockquote>" in page
-    assert "<script" not in page and "plot-risk-coverage" in page and "Agreement with human raters" in page
-    assert "Good?" not in (report.root / "result.json").read_text()
-    assert re.search(r"Members: [1-8] × (good|bad)", page)
-    curve = result["risk_coverage"]["masks_8"]
-    wrong = 1.0 - next(s for s in result["systems"] if s["key"] == "masks_8")["test"]["before"]["accuracy"]["value"]
-    assert curve["coverage"][-1] == 1.0 and curve["risk"][-1] == pytest.approx(wrong)
-    assert f"The raters' own entropy is {result['raters']['entropy']:.3f} nats" in format_table(result)
-    scores = result["systems"][0]["test"]
-    assert scores["before"]["rater_entropy"]["value"] == pytest.approx(0.0, abs=1e-9), "people are always as divided"
-    assert scores["before"]["rater_cross_entropy"]["value"] > result["raters"]["entropy"]
-    some = [replace(row, label_counts=()) if n == 3 else row for n, row in enumerate(splits.test)]
-    splits.test = some
-    fewer = build_result(read_inputs(report.root))[0]
-    assert fewer["raters"] is None and "rater_entropy" not in fewer["systems"][0]["test"]["before"]
-    assert any("agreement with raters is left out" in one for one in fewer["left_out"])
+def test_agreement_with_raters_is_left_out_in_words_where_some_rows_lack_it(report: Any) -> None:
+    said = "Not every test row says how people rated it"
+    assert report.inputs.splits["test"].raters is not None
+    assert not any(one.startswith(said) for one in left_out(report.inputs))
+    test = replace(report.inputs.splits["test"], raters=None)
+    assert any(one.startswith(said) for one in left_out(replace(report.inputs, splits={"test": test})))
 
 
 def test_long_texts_and_many_choices_are_shortened() -> None:
