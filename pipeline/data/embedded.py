@@ -54,8 +54,8 @@ def embedded_rows(path: str) -> list[dict[str, Any]]:
 
 
 def read_movie_reviews() -> list[dict[str, Any]]:
-    """The raw snippets `{id: str, text: str, rating: float, signs: [int, int]}`: rating in [-4, 4], how many people rated
-    below and above 0; parsed once, then from the cache.
+    """The raw snippets `{id: str, text: str, rating: float, signs: [int, int]}`: rating in [-4, 4], how many people
+    rated below and above 0; parsed once, then from the cache.
 
     Raises:
         SetupError: the package cannot be fetched.

@@ -24,7 +24,9 @@ def test_counts_are_read_and_change_no_id(given: Any, counts: tuple[float, ...])
     assert named.label_counts == counts
 
 
-@pytest.mark.parametrize("given", [[3], [1, 2, 3], [-1, 2], [0, 0], ["a", 1], 7, {"no": 1, "yes": 2}, [float("nan"), 1]])
+@pytest.mark.parametrize(
+    "given", [[3], [1, 2, 3], [-1, 2], [0, 0], ["a", 1], 7, {"no": 1, "yes": 2}, [float("nan"), 1]]
+)
 def test_counts_that_say_nothing_of_the_choices_are_refused(given: Any) -> None:
     with pytest.raises(DataError, match="file:1: label_counts"):
         to_row({**ROW, "label_counts": given}, None, "file:1")
