@@ -40,7 +40,7 @@ def predicted(report: Any, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(members' probabilities (M, N, C), labels) by nothing of ours but the reader."""
     predictions = read_predictions(report.inputs.paths.predictions, "test")
     by_id = {row.id: row.label for row in report.inputs.test_rows}
-    outputs = np.exp(predictions.log_probs[CHOSEN[key]].astype(np.float64))
+    outputs = np.exp(predictions.outputs[CHOSEN[key]].astype(np.float64))
     return outputs, np.array([by_id[row_id] for row_id in predictions.row_ids])
 
 
