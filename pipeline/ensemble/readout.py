@@ -121,7 +121,7 @@ class EvaluatedRun:
         if split.kind == "completion":
             raise free_text(self.paths.root)
         space, margin = split.averaging_space(self.config.ensemble.average), None
-        if self.config.ensemble.adaptive is not None:
+        if self.config.ensemble.adaptive is not None and weights is None:
             margin = _margin(self.config.ensemble.adaptive, split, outputs)
         readout = Readout(members, space, None, split.kind, weights, margin)
         if split.kind != "choice":
