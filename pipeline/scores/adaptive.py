@@ -1,12 +1,12 @@
 """Members until a row's answer is settled: as many passes as the row needs. Pure numpy.
 
-Of M members n have predicted. S_n is the sum of the most probable choice's probabilities over these n, less that of the
-runner-up. The answer is settled where S_n > (M - n) h: it stands even if the members that are left spoke against it by h
-on average. With h = 1, the most that a member can say, the answers are those of all members for certain. A smaller h,
-the margin, saves passes and may change answers; which h do so in at most a share d of rows, rows without labels tell:
-the h are tested from 1 downwards, each by Clopper and Pearson's bound of how often the answer changes, until one fails
-(fixed-sequence testing, as in `pipeline.scores.abstention`). So P(more than d of rows change) <= 5 %, for rows like
-those of the test, which are independent and have decided neither members nor their order.
+Of M members n have predicted. S_n is the sum of the most probable choice's probabilities over these n, less that of
+the runner-up. The answer is settled where S_n > (M - n) h: it stands even if the members that are left spoke against
+it by h on average. With h = 1, the most that a member can say, the answers are those of all members for certain. A
+smaller h, the margin, saves passes and may change answers; which h do so in at most a share d of rows, rows without
+labels tell: the h are tested from 1 downwards, each by Clopper and Pearson's bound of how often the answer changes,
+until one fails (fixed-sequence testing, as in `pipeline.scores.abstention`). So P(more than d of rows change) <= 5 %,
+for rows like those of the test, which are independent and have decided neither members nor their order.
 """
 
 from __future__ import annotations

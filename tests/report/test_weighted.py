@@ -89,6 +89,8 @@ def test_searched_adapters_are_offered_to_a_selection_of_its_own() -> None:
     assert 9 in systems["greedy_searched"].used and max(systems["greedy"].used) < 9
     entry = ensemble_entry(inputs, [score_system(inputs, one) for one in [*build_systems(inputs), *systems.values()]])
     assert entry is not None and "greedy_searched" not in [one["key"] for one in entry["candidates"]]
+    useless = weighted_systems(inputs_of([*OWN, *SEARCHED], [1.0] * 9 + [9.0, 9.0]))
+    assert [one.key for one in useless] == ["greedy", "fitted"], "it would be the same selection once more"
     alone = {one.key: one for one in weighted_systems(inputs_of([OWN[0], *SEARCHED], [0.8, 0.8, 4.0]))}
     assert set(alone) == {"greedy_searched"} and alone["greedy_searched"].used == [0, 1]
 
