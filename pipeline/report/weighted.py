@@ -64,7 +64,7 @@ def adaptive_systems(inputs: ReportInputs, sizes: Sequence[int]) -> list[System]
     systems = []
     for size in (size for size in sizes if size > ROUND):
         own = draws[:size]
-        margin = choose_margin(rows.outputs[own][:, rows.first_of_units], share).value
+        margin = choose_margin(rows.outputs[own][:, rows.first_of_units], share)
         passes = float(passes_needed(test[own], margin).mean())
         short_name = f"up to {size} masks, as a row needs"
         systems.append(System(
