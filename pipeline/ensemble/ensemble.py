@@ -54,6 +54,8 @@ class Answer:
     """Standard deviation over members of each choice's probability, before scaling."""
     answered: bool | None = None
     """Whether the row is one of those to answer; None where nothing was asked about risk."""
+    members: tuple[tuple[float, ...], ...] = ()
+    """Each member's probabilities, before scaling."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def _choices(
         probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
         choice = row.choices[best].strip()
         answers.append(Answer(
-            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, answered[n]
+            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, answered[n],
+            tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist())),
         ))
     return answers
 
@@ -186,5 +189,5 @@ def _numbers(outputs: Floats, rows: Sequence[Row]) -> list[Answer | NumberAnswer
 
 
 def as_dict(answer: Answer | NumberAnswer) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return {name: value for name, value in asdict(answer).items() if value is not None}
+    """Plain values for JSON; of the members, what they are together."""
+    return {name: value for name, value in asdict(answer).items() if value is not None and name != "members"}
