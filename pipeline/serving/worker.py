@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +32,8 @@ class Channel:
 
     def put(self, found: Any) -> None:
         """Called by the thread: a part of the answer, or the exception that takes its place."""
-        self._loop.call_soon_threadsafe(self._found.put_nowait, found)
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits
+            self._loop.call_soon_threadsafe(self._found.put_nowait, found)
 
     async def get(self) -> Any:
         """The next part. Raises the exception that was put in its place."""

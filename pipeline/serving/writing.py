@@ -120,10 +120,11 @@ class SequenceWriter:
         return Chosen(self._piece(token), float(log_probs[token]), top)
 
     def _piece(self, token: int) -> str:
-        """The text of one token by itself; of a mark, its name."""
-        if token in self.tokenizer.all_special_ids:
+        """The text of one token by itself; of a mark, or a part of a character, its name in the vocabulary."""
+        text = self._decode([*self._before, token])[self._skip :]
+        if BROKEN in text or token in self.tokenizer.all_special_ids:
             return str(self.tokenizer.convert_ids_to_tokens(token))
-        return self._decode([*self._before, token])[self._skip :]
+        return text
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
