@@ -211,7 +211,7 @@ class Service:
             what = f"max_tokens = {asked} is more than the {self.limits.new_tokens} that this server writes"
             raise Refused(400, what, "max_tokens", "too_many_tokens")
         if asked > room:
-            what = f"a prompt of {prompt} tokens and max_tokens = {asked} are more than the model's {positions} positions"
+            what = f"a prompt of {prompt} tokens and max_tokens = {asked} are more than the {positions} of the model"
             raise Refused(400, what, "max_tokens", "context_length_exceeded")
         return asked
 
@@ -223,7 +223,7 @@ class Service:
 
     def _require_tokens(self, tokens: int, field: str) -> None:
         if tokens > self.limits.tokens:
-            what = f"{field}: {tokens} tokens, with those to be written, are more than the {self.limits.tokens} of a request"
+            what = f"{field}: {tokens} tokens, with those to be written; a request may have {self.limits.tokens}"
             raise Refused(400, what, field, "too_many_tokens")
 
     def _submit(self, jobs: Sequence[Job]) -> None:

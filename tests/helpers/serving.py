@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import torch
-from helpers.families import LORA_DROPOUT, trained_start
 
+from helpers.families import LORA_DROPOUT, trained_start
 from pipeline.adapters.attach import attach
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec

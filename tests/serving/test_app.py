@@ -46,7 +46,7 @@ def test_rows_are_answered_as_predict_answers_them(ensemble: Ensemble, server: S
     for answer, expected in zip(said["answers"], ensemble.predict(ROWS), strict=True):
         assert isinstance(expected, Answer)
         plain = json.loads(json.dumps(as_dict(expected)))
-        assert {name: answer[name] for name in ("id", "choice", "index")} == {n: plain[n] for n in ("id", "choice", "index")}
+        assert [answer[name] for name in ("id", "choice", "index")] == [plain[n] for n in ("id", "choice", "index")]
         for name in ("probabilities", "entropy", "mutual_information", "spread"):
             np.testing.assert_allclose(answer[name], plain[name], rtol=0, atol=1e-6)
         assert np.shape(answer["members"]) == (3, 2)
@@ -83,7 +83,8 @@ def test_rows_are_answered_as_predict_answers_them(ensemble: Ensemble, server: S
         ("/v1/chat/completions", {"messages": []}, 400, "invalid_value", "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": []}, 400,
          "unsupported_parameter", "tools"),
-        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "unsupported_value", "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "unsupported_value",
+         "messages"),
         ("/v1/nothing", {}, 404, None, None),
     ],
 )
@@ -157,10 +158,10 @@ def test_a_full_queue_a_late_answer_and_a_client_that_leaves(ensemble: Ensemble)
 
     async def leaves(client: httpx.AsyncClient) -> int:
         """A client whose connection ends while it waits: its job is never begun."""
-        events = [{"type": "http.request", "body": b'{"text": "gone"}', "more_body": False}, {"type": "http.disconnect"}]
+        told = [{"type": "http.request", "body": b'{"text": "gone"}', "more_body": False}, {"type": "http.disconnect"}]
 
         async def receive() -> dict[str, Any]:
-            return events.pop(0)
+            return told.pop(0)
 
         async def send(event: Any) -> None:
             sent.append(event)
@@ -194,7 +195,8 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(ensemble: Ensemble) -
     assert decode is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "step", broken)
-        assert error_of(server.post("/v1/completions", {"prompt": "a", "temperature": 0}), 500)["type"] == "server_error"
+        failed = server.post("/v1/completions", {"prompt": "a", "temperature": 0})
+        assert error_of(failed, 500)["type"] == "server_error"
     assert server.post("/v1/completions", {"prompt": "a"}).status_code == 200
     server.service.close()
 
@@ -246,15 +248,16 @@ def test_completions_follow_the_members_average(ensemble: Ensemble, server: Serv
             expected = next_token(ensemble, ids)
             best = int(expected.argmax())
             assert log_prob == pytest.approx(float(expected[best].log()), abs=1e-4)
-            top = expected.topk(3)
-            assert sorted(logs["top_logprobs"][place].values()) == pytest.approx(sorted(top.values.log().tolist()), abs=1e-4)
+            top = sorted(expected.topk(3).values.log().tolist())
+            assert sorted(logs["top_logprobs"][place].values()) == pytest.approx(top, abs=1e-4)
             ids.append(best)
             assert token in (tokenizer.decode([best]), tokenizer.convert_ids_to_tokens(best))
         assert choice["text"] == tokenizer.decode(ids[len(tokenizer(prompt)["input_ids"]) :])
         assert choice["finish_reason"] == "length" and len(logs["tokens"]) == 6
         written += 6
     assert said["usage"]["completion_tokens"] == written
-    by_ids = server.post("/v1/completions", {**asked, "prompt": [tokenizer(one)["input_ids"] for one in prompts]}).json()
+    asked["prompt"] = [tokenizer(one)["input_ids"] for one in prompts]
+    by_ids = server.post("/v1/completions", asked).json()
     assert [one["text"] for one in by_ids["choices"]] == [one["text"] for one in said["choices"]]
 
 
@@ -285,8 +288,10 @@ def test_a_seed_decides_stop_texts_cut_and_a_stream_says_the_same(server: Server
 
 
 def test_chats_are_rendered_by_the_models_template(ensemble: Ensemble, server: Server) -> None:
-    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
-    asked = {"messages": messages, "max_completion_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    parts_of_text = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": parts_of_text}]
+    asked: dict[str, Any] = {"messages": messages, "max_completion_tokens": 5, "temperature": 0, "logprobs": True}
+    asked["top_logprobs"] = 2
     said = server.post("/v1/chat/completions", asked).json()
     choice, tokenizer = said["choices"][0], ensemble.task.base.tokenizer
     plain = [messages[0], {"role": "user", "content": "hello"}]
