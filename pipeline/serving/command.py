@@ -20,6 +20,8 @@ from pipeline.terminal import say
 if TYPE_CHECKING:
     from pipeline.serving.service import Service
 
+EXPORT = "export"
+"""The folder that `export` makes in that of a run, whose name says more."""
 KEEP_ALIVE = 30
 """Seconds for which a connection may be idle."""
 
@@ -77,7 +79,8 @@ def _loaded(request: Request, settings: ServeSettings) -> Service:
     ensemble = Ensemble.load(request.run, trust_remote_code=settings.trusted)
     threshold = None if request.abstain is None else ensemble.threshold(request.abstain)
     ensemble.adapters.model.eval()  # once, instead of before and after every pass
-    return Service(ensemble, request.run.name, settings.limits, threshold)
+    name = request.run.parent.name if request.run.name == EXPORT else request.run.name
+    return Service(ensemble, name, settings.limits, threshold)
 
 
 def _run(service: Service, settings: ServeSettings, listener: socket.socket) -> None:
