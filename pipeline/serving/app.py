@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from pipeline import __version__
 from pipeline.serving.guard import Guard
 from pipeline.serving.metrics import CONTENT_TYPE
-from pipeline.serving.openai import ChatBody, CompletionBody, Refused, WritingBody, refusal
+from pipeline.serving.openai import ChatBody, CompletionBody, Refused, refusal
 from pipeline.serving.rows import ClassifyBody
 from pipeline.serving.service import Service
 from pipeline.serving.settings import ServeSettings
@@ -129,7 +129,7 @@ def _add_errors(app: FastAPI) -> None:
         return await refused(request, Refused(500, "the server has failed; its log says how", None, "failed"))
 
 
-async def _written(service: Service, body: WritingBody, request: Request) -> Response:
+async def _written(service: Service, body: CompletionBody | ChatBody, request: Request) -> Response:
     if not body.stream:
         return await _while_wanted(request, service.write(body))
     parts = await service.stream(body)

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from pipeline.data.tokens import prompt_ids
 from pipeline.ensemble.ensemble import Answer, Ensemble, as_dict
 from pipeline.errors import UserError
-from pipeline.prediction.decode import Decoder
+from pipeline.prediction.decode import Decoder, TokenSpace
 from pipeline.prediction.task import CausalLMTask, Task
 from pipeline.scores.abstention import Threshold
 from pipeline.serving.decoding import SharedDecode
@@ -50,7 +50,7 @@ class Service:
         passes = ensemble.task.passes
         members, decode = ensemble.members, None
         if isinstance(ensemble.task, CausalLMTask):
-            space = "logit" if ensemble.readout.space == "logit" else "probability"
+            space: TokenSpace = "logit" if ensemble.readout.space == "logit" else "probability"
             decode = SharedDecode(Decoder(ensemble.adapters, members, passes.key, passes.pad_id, space))
         self.worker = Worker(
             lambda rows: ensemble.answers(rows, threshold), decode, max(1, passes.budget_tokens // len(members)),
@@ -106,7 +106,7 @@ class Service:
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 
-    async def write(self, body: WritingBody) -> dict[str, Any]:
+    async def write(self, body: CompletionBody | ChatBody) -> dict[str, Any]:
         """The whole answer to a request for text. Raises `Refused`."""
         answering, jobs, deadline = self._begun(body)
         self._submit(jobs)
@@ -117,7 +117,7 @@ class Service:
             self.worker.cancel(jobs)
         return answering.whole(body.top)
 
-    async def stream(self, body: WritingBody) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, body: CompletionBody | ChatBody) -> AsyncIterator[dict[str, Any]]:
         """The parts of an answer; the jobs are queued when this returns. Raises `Refused`."""
         answering, jobs, deadline = self._begun(body)
         self._submit(jobs)  # here: what is too much is refused before an answer has begun
@@ -148,13 +148,12 @@ class Service:
         """Finish what is queued; nothing more is taken."""
         self.worker.close()
 
-    def _begun(self, body: WritingBody) -> tuple[Answering, list[Writing], float]:
+    def _begun(self, body: CompletionBody | ChatBody) -> tuple[Answering, list[Writing], float]:
         """The answer, the jobs that it waits for, and until when."""
         self.require_model(body.model)
         if not self.writes:
             raise Refused(404, "this model has a head that classifies; it writes no text", None, "not_available")
-        chat = isinstance(body, ChatBody)
-        field = "messages" if chat else "prompt"
+        field = "messages" if isinstance(body, ChatBody) else "prompt"
         prompts = [self._chat_prompt(body)] if isinstance(body, ChatBody) else self._prompts(body)
         if len(prompts) > self.limits.sequences:
             what = f"holds {len(prompts)} prompts, more than {self.limits.sequences}"
@@ -173,7 +172,7 @@ class Service:
             name = hashlib.sha256(repr(prompt).encode()).hexdigest()[:16]
             jobs.append(Writing(channel, name, prompt, place, writer))
         fingerprint = self.ensemble.identity[:16]
-        counted = sum(map(len, prompts))
+        chat, counted = isinstance(body, ChatBody), sum(map(len, prompts))
         return Answering(chat, self.name, fingerprint, counted, len(prompts)), jobs, self._deadline()
 
     def _prompts(self, body: CompletionBody) -> list[tuple[int, ...]]:

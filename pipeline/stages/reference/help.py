@@ -114,7 +114,7 @@ TEXTS = {
         " clients have to show comes from --api-key-file or LORADROP_API_KEY; without one it listens at this machine"
         " alone. SIGTERM ends it when what was accepted is answered. Limits are given as key=value (docs/serving.md):"
         " waiting, gather_ms, body_bytes, body_seconds, seconds, rows, tokens, new_tokens, sequences.",
-        (), ("serve --run-dir runs/mine", "serve --run-dir runs/mine/export --port 9000 seconds=20"),
+        (), ("serve --run-dir runs/mine", "serve --run-dir runs/mine/export --port 9000"),
     ),
     "data": Text(
         "Shows rows as the model will see them, supervised tokens coloured, and the lengths of all. Loads a tokenizer"
