@@ -153,7 +153,11 @@ def measure(run: Path, clients: int, seconds: float, words: list[str]) -> int:
             if not line:
                 sys.exit(said)
             said += line
-        seen = asyncio.run(load(process, at.group(1), asked, clients, seconds))
+        try:
+            seen = asyncio.run(load(process, at.group(1), asked, clients, seconds))
+        except BaseException:
+            process.kill()
+            raise
         closing = process.stderr.read()
         code = process.wait()
     accepted = re.search(r"(\d+) requests were accepted", closing)

@@ -93,6 +93,7 @@ def _run(service: Service, settings: ServeSettings, listener: socket.socket) -> 
         build_app(service, settings), log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE,
         server_header=False, proxy_headers=False, lifespan="on",
     )
+    listener.listen()  # before it is said, so that nobody who reads it comes too early
     host, port = listener.getsockname()[:2]
     members = len(service.ensemble.members)
     say(
