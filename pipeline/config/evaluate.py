@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.section import Fraction, NonNegative, Positive, Section
 from pipeline.errors import ConfigError
 
 
@@ -22,6 +22,19 @@ class EnsembleConfig(Section):
     stop_when_flat: bool = False
     """Draw in rounds of 4, `size` draws at most, and stop after a round whose gain in validation NLL is within one
     paired standard error. The draws made then predict the other splits. A comparison makes all of its draws."""
+    adaptive: Fraction | None = None
+    """The draws of the chosen ensemble predict two at a time, until a row's answer is settled: this share of rows, at
+    most, may get another answer than from all of them, with 95 % confidence by the calibration rows (0: none, for
+    certain). None = every draw predicts every row. Weighted members are not chosen then."""
+
+    @model_validator(mode="after")
+    def _check_adaptive(self) -> EnsembleConfig:
+        if self.adaptive is not None and self.average != "probability":
+            raise ConfigError(
+                "ensemble.adaptive", self.adaptive, f"cannot be promised where ensemble.average is {self.average}",
+                "Average probabilities, or leave it out.",
+            )
+        return self
 
 
 class SelectConfig(Section):

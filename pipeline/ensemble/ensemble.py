@@ -6,7 +6,7 @@ Passes are those of evaluation (`pipeline.prediction`), and so are averaging and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from pipeline.prediction.task import OnChunk, Task, open_task
 from pipeline.run_folder.mark import require_mark
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.scores.abstention import Threshold
+from pipeline.scores.adaptive import ROUND, settled
 from pipeline.scores.bootstrap import Floats
 from pipeline.scores.disagreement import entropy, mutual_information, spread
-from pipeline.scores.ensemble import average
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Answer:
     about; 0 for a single member."""
     spread: tuple[float, ...]
     """Standard deviation over members of each choice's probability, before scaling."""
+    passes: int = 1
+    """Members that have predicted the row."""
     answered: bool | None = None
     """Whether the row is one of those to answer; None where nothing was asked about risk."""
     members: tuple[tuple[float, ...], ...] = ()
@@ -146,10 +148,15 @@ class Ensemble:
         Raises:
             Stopped: `stop_asked` said so on any process.
         """
-        predictions = predict_shared(self.task, self.adapters, rows, self.members, self.world, on_chunk, stop_asked)
+        def predict(some: Sequence[Row], members: Sequence[Member]) -> Floats:
+            found = predict_shared(self.task, self.adapters, some, members, self.world, on_chunk, stop_asked)
+            return found.outputs
+
         if self.readout.kind == "regression":
-            return _numbers(predictions.outputs, rows)
-        return _choices(predictions.outputs, rows, self.readout, threshold)
+            return _numbers(predict(rows, self.members), rows, self.readout)
+        if self.readout.margin is None:
+            return _choices(predict(rows, self.members), rows, self.readout, threshold)
+        return _settled_choices(predict, self.members, rows, self.readout, threshold)
 
 
 def row_of(given: object, number: int) -> dict[str, Any]:
@@ -160,31 +167,50 @@ def row_of(given: object, number: int) -> dict[str, Any]:
     return dict(given)
 
 
+def _settled_choices(
+    predict: Callable[[Sequence[Row], Sequence[Member]], Floats], members: Sequence[Member], rows: Sequence[Row],
+    readout: Readout, threshold: Threshold | None,
+) -> list[Answer | NumberAnswer]:
+    """Members predict `ROUND` at a time; rows that are settled by the read-out's margin are answered and leave."""
+    assert readout.margin is not None
+    of_all, answers = replace(readout, margin=None), dict[int, Answer | NumberAnswer]()
+    left, outputs = np.arange(len(rows)), np.empty((0, len(rows), 0))
+    while len(left):
+        made = min(len(outputs) + ROUND, len(members))
+        found = predict([rows[n] for n in left], members[len(outputs) : made])
+        outputs = np.concatenate([outputs[..., : found.shape[-1]], found]) if len(outputs) else found
+        done = settled(outputs, len(members) - made, readout.margin)
+        own = [rows[n] for n in left[done]]
+        answers |= zip(left[done].tolist(), _choices(outputs[:, done], own, of_all, threshold), strict=True)
+        left, outputs = left[~done], outputs[:, ~done]
+    return [answers[n] for n in range(len(rows))]
+
+
 def _choices(
     outputs: Floats, rows: Sequence[Row], readout: Readout, threshold: Threshold | None
 ) -> list[Answer | NumberAnswer]:
     """Of log-probabilities (M, N, C)."""
     scaled = readout.of(outputs)
-    found, between = np.exp(scaled), spread(np.exp(outputs))
-    unsure, apart = entropy(scaled), mutual_information(outputs)
+    found, between = np.exp(scaled), spread(np.exp(outputs), readout.weights)
+    unsure, apart = entropy(scaled), mutual_information(outputs, readout.weights)
     answered: list[bool | None] = [None] * len(rows)
     if threshold is not None:
-        answered = (top_probability(average(outputs, readout.space)) >= threshold.confidence).tolist()
+        answered = (top_probability(readout.averaged(outputs)) >= threshold.confidence).tolist()
     answers: list[Answer | NumberAnswer] = []
     for n, row in enumerate(rows):
         count, best = len(row.choices), int(found[n].argmax())
         probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
         choice = row.choices[best].strip()
         answers.append(Answer(
-            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, answered[n],
+            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, len(outputs), answered[n],
             tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist())),
         ))
     return answers
 
 
-def _numbers(outputs: Floats, rows: Sequence[Row]) -> list[Answer | NumberAnswer]:
+def _numbers(outputs: Floats, rows: Sequence[Row], readout: Readout) -> list[Answer | NumberAnswer]:
     """Of values (M, N, 1)."""
-    mean, between = average(outputs, "value")[:, 0], spread(outputs)[:, 0]
+    mean, between = readout.averaged(outputs)[:, 0], spread(outputs, readout.weights)[:, 0]
     return [NumberAnswer(row.id, float(mean[n]), float(between[n])) for n, row in enumerate(rows)]
 
 

@@ -63,9 +63,14 @@ def open_export(folder: Path, draws: int | None, trusted: bool) -> OpenedExport:
         what = "holds no adapter without masks" if missing[0] is None else f"holds {len(there)} mask draws"
         raise RunFolderError(str(folder), draws, what, "Export more (export.draws), or give the run folder.")
     said = _entry(folder, manifest, "adapter" if wanted == [None] else "ensemble")
-    if wanted != [None] and len(wanted) < len(there):
-        what = f"has a temperature for its {len(there)} draws together alone"
-        raise RunFolderError(str(folder), draws, what, "Ask for all of them, or give the run folder.")
+    weights = None
+    if wanted != [None]:
+        of_folder = {one["folder"]: one["draw"] for one in exports}
+        together = [of_folder[name] for name in said["members"]]
+        if draws is not None and wanted != together:
+            what = f"has a temperature for its {len(together)} members together alone"
+            raise RunFolderError(str(folder), draws, what, "Ask for all of them, or give the run folder.")
+        wanted, weights = together, None if len(set(said["weights"])) == 1 else tuple(said["weights"])
     scale = said.get("temperature")
     if kind == "choice" and scale is None:
         reason = said.get("reason", "it does not say why")
@@ -81,7 +86,7 @@ def open_export(folder: Path, draws: int | None, trusted: bool) -> OpenedExport:
         "data": {"max_tokens": reading["max_tokens"], "choice_score": reading["choice_score"]},
     }).trusting(trusted)
     stored = [read_adapter(exported[draw]) for draw in wanted]
-    readout = Readout(tuple(wanted), said["average"], None if scale is None else float(scale["value"]), kind)
+    readout = Readout(tuple(wanted), said["average"], None if scale is None else float(scale["value"]), kind, weights)
     members = [Member(k) for k in range(len(stored))]
     return OpenedExport(config, Splits([form.example()], [], [], [], ""), stored, members, readout, form)
 

@@ -12,7 +12,7 @@ from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
 from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
-from pipeline.ensemble.readout import chosen_size
+from pipeline.ensemble.readout import chosen_members
 from pipeline.errors import RunFolderError
 from pipeline.terminal import say
 
@@ -57,12 +57,12 @@ def planned_exports(
         return exported
     if not active:
         return exported
-    size = asked.draws
-    if size is None:
-        size = chosen_size(result) if result else cached
-        if result and not size:
+    draws: Sequence[int] = range(cached if asked.draws is None else asked.draws)
+    if asked.draws is None and result:
+        draws = [draw for draw in chosen_members(result)[0] if draw is not None]
+        if not draws:
             say("no draws are exported: validation chose the adapter without masks; export.draws=N exports N draws")
-    return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
+    return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in draws]
 
 
 def write_exports(
@@ -87,10 +87,22 @@ def write_exports(
 
 
 def ensemble_entry(
-    exported: Sequence[Exported], readout: Callable[[Sequence[int]], dict[str, Any]]
+    exported: Sequence[Exported], readout: Callable[[Sequence[int | None], Sequence[float] | None], dict[str, Any]],
+    asked: ExportConfig, result: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """The exported draws as an ensemble: their weights, and what `readout` says of these draws; None without any."""
-    draws = {e.member.draw: e.folder for e in exported if e.member.draw is not None}
-    if not draws:
+    """The exported draws, or the members that validation chose where they do not count alike, as an ensemble: what
+    `readout` says of them, their weights among it; None without draws.
+
+    Raises:
+        RunFolderError: validation chose the adapter without masks among them, and it is not exported.
+    """
+    folders = {e.member.draw: e.folder for e in exported}
+    chosen, weights = chosen_members(result)
+    if weights is None or asked.draws is not None:
+        chosen, weights = tuple(draw for draw in folders if draw is not None), None
+    if not [draw for draw in folders if draw is not None]:
         return None
-    return {"members": list(draws.values()), "weights": [1.0 / len(draws)] * len(draws), **readout(list(draws))}
+    if None in chosen and None not in folders:
+        what = "leaves out the adapter without masks, which validation chose as a member of the ensemble"
+        raise RunFolderError("export.forms", list(asked.forms), what, "Add adapter, or set export.draws.")
+    return {"members": [folders[draw] for draw in chosen], **readout(chosen, weights)}

@@ -22,7 +22,7 @@ from pipeline.terminal import say
 
 ALWAYS = ("launch.", "model.trust_remote_code=")
 """Beginnings of the overrides that a stage of a run folder takes for itself: they are not written there."""
-_READ = ("evaluate.", "select.", "ensemble.average=", "data.choice_score=", "label=")
+_READ = ("evaluate.", "select.", "ensemble.average=", "ensemble.adaptive=", "data.choice_score=", "label=")
 TAKEN: dict[str, tuple[str, ...]] = {
     "evaluate": ("ensemble.", "data.evaluation", *_READ),
     "report": _READ,

@@ -13,7 +13,8 @@ from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance, remarks
 from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, resample, score_system
 from pipeline.report.sentences import REFERENCES, tuning_line, write_reading
-from pipeline.report.systems import build_systems, ensemble_space, method_name
+from pipeline.report.systems import build_systems, ensemble_space, indices, method_name
+from pipeline.report.weighted import adaptive_systems, weighted_systems
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import LEVEL
 from pipeline.scores.calibration import PLUGIN_BINS, bin_count, sampling_interval
@@ -33,7 +34,9 @@ _BOUNDS = {
 
 def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
     """Score every system: the content of result.json, and what plots need besides."""
-    scored = [score_system(inputs, system) for system in build_systems(inputs)]
+    all_draws = len(indices(inputs.members, "mask_draw"))
+    systems = [*build_systems(inputs), *weighted_systems(inputs), *adaptive_systems(inputs, [all_draws])]
+    scored = [score_system(inputs, system) for system in systems]
     singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
     own = {"ensemble": ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
     result = {**score_entries(inputs, scored, singles), **own}
@@ -73,19 +76,20 @@ def score_entries(
 
 
 def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: dict[str, Resamples]) -> dict[str, Any]:
-    used = sorted({index for candidate in one.system.candidates for index in candidate})
-    trained = "mean_field" if one.system.key.startswith("masks_") else one.system.curve  # draws of the same training
-    curve = inputs.curves.get(trained or "")
+    used, passes = one.system.used, one.system.passes if one.system.mean_passes is None else one.system.mean_passes
+    own = {inputs.members[index].group for index in used} <= {"mean_field", "mask_draw"}  # of the same training
+    curve = inputs.curves.get("mean_field" if own else one.system.curve or "")
     return {
         "key": one.system.key,
         "name": one.system.name,
         "short_name": one.system.short_name,
-        "passes": one.system.passes,
+        "passes": passes if isinstance(passes, int) else round(passes, 1),
         "subsets": len(one.system.candidates),
         "train_seeds": list(one.system.seeds),
         "members": [inputs.members[index].name for index in used],
+        "weights": None if one.system.weights is None else [share for share in one.system.weights if share > 0.0],
         "train_seconds": None if curve is None else curve.seconds,
-        "evaluate_seconds": inputs.splits["test"].seconds * one.system.passes / len(inputs.members),
+        "evaluate_seconds": inputs.splits["test"].seconds * passes / len(inputs.members),
         "temperature": _temperature_entry(one),
         "top_choices": _top_choices(inputs, one),
         **{

@@ -60,9 +60,9 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     if not exported:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
 
-    def readout(draws: Sequence[int | None]) -> dict[str, Any]:
+    def readout(draws: Sequence[int | None], weights: Sequence[float] | None = None) -> dict[str, Any]:
         space, rule = config.ensemble.average, config.data.choice_score
-        return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule)
+        return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule, weights)
 
     def fill(folder: Path) -> None:
         plain = as_plain_lora(stored)
@@ -85,7 +85,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
             "exports": [
                 {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
             ],
-            "ensemble": ensemble_entry(exported, readout),
+            "ensemble": ensemble_entry(exported, readout, config.export, result),
             "tolerance": TOLERANCE,
             "compared_in": compared_in,
             "note": "scores and temperatures hold for the base named here, quantized as stated",

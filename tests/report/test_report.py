@@ -207,7 +207,8 @@ def test_ensemble_curve_is_measured_on_every_cached_size(finished):
     result = finished.result
     curve = result["ensemble"]
     assert curve["sizes"] == list(range(1, 9))
-    assert [one["key"] for one in curve["candidates"]] == ["mean_field", *(f"masks_{size}" for size in (1, 2, 4, 8))]
+    offered = ["mean_field", *(f"masks_{size}" for size in (1, 2, 4, 8)), "greedy", "fitted"]
+    assert [one["key"] for one in curve["candidates"]] == offered
     assert curve["chosen"] in {one["key"] for one in curve["candidates"]}
     singles = [log_loss(labels, p) for p, labels in (direct_predictions(finished, "test", [i]) for i in range(3, 11))]
     assert curve["test"]["before"]["nll"][0] == pytest.approx(np.mean(singles))

@@ -97,7 +97,7 @@ TEXTS = {
     ),
     "report": Text(
         f"Scores the predictions, fits temperatures, chooses by validation; writes result.json and report.html."
-        f" {FROM_RUN} select, evaluate and ensemble.average, may be given anew.",
+        f" {FROM_RUN} select, evaluate, ensemble.average and ensemble.adaptive, may be given anew.",
         ("ensemble", "select", "evaluate"), ("report --run-dir runs/mine",),
     ),
     "export": Text(
