@@ -33,8 +33,8 @@ class Writing:
     """Of a causal model."""
     adapters: Adapters
     settings: GenerateConfig
-    space: TokenSpace
     world: World
+    space: TokenSpace = "probability"
     on_chunk: OnChunk | None = None
     """Told (prompts done, prompts in all) of this process."""
     stop_asked: Callable[[], bool] = lambda: False
