@@ -39,7 +39,9 @@ class Writing:
     """Told (prompts done, prompts in all) of this process."""
     stop_asked: Callable[[], bool] = lambda: False
 
-    def write(self, rows: Sequence[Row], systems: Mapping[str, Sequence[Member]]) -> tuple[list[Text], dict[str, float]]:
+    def write(
+        self, rows: Sequence[Row], systems: Mapping[str, Sequence[Member]]
+    ) -> tuple[list[Text], dict[str, float]]:
         """A text of every system for every row, and how long each system took; every process returns the whole.
 
         Args:

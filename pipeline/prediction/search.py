@@ -1,7 +1,7 @@
 """Which tokens a decode goes on with: greedy, or beam search, as `generate` of transformers has them.
 
-Lengths and n-grams are those of the generated text alone: it may repeat what stands in its prompt, as in the code of the
-papers (microsoft/LoRA, gpt2_beam.py).
+Lengths and n-grams are those of the generated text alone: it may repeat what stands in its prompt, as in the code of
+the papers (microsoft/LoRA, gpt2_beam.py).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Finished:
         self.texts = sorted(self.texts, key=lambda one: -one[0])[: settings.beams]
 
     def can_improve(self, running: float, made: int, settings: SearchSettings) -> bool:
-        """Whether a text that runs, with the log-probability `running` after `made` tokens, may become one of the best."""
+        """Whether a text that has the log-probability `running` after `made` tokens may become one of the best."""
         if len(self.texts) < settings.beams:
             return running > _NEVER
         if settings.early_stopping is True:

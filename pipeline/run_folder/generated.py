@@ -1,7 +1,7 @@
 """The texts that a run wrote: predictions/generated_SPLIT.jsonl, which `evaluate` writes and `report` reads.
 
-The first line says what they were made from, by whom and in what time; each other line is a text. No right answer stands
-in it.
+The first line says what they were made from, by whom and in what time; each other line is a text. No right answer
+stands in it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RunConfig
 from pipeline.config.evaluate import GenerateConfig
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json_lines, write_text
+from pipeline.run_folder.labelled import independent_units
 from pipeline.run_folder.members import PredictedMember
-from pipeline.run_folder.predictions import REMEDY
+from pipeline.run_folder.predictions import EVALUATE_AGAIN, REMEDY
+from pipeline.scores.bootstrap import Ints
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,60 @@ def is_written(folder: Path, split: str, made_from: Mapping[str, Any]) -> bool:
 def texts_path(folder: Path, split: str) -> Path:
     """folder/generated_SPLIT.jsonl."""
     return folder / f"generated_{split}.jsonl"
+
+
+@dataclass(frozen=True)
+class JoinedTexts:
+    """What systems wrote, with the references: N prompts, in the order of the test rows."""
+
+    prompts: Sequence[str]
+    references: Sequence[Sequence[str]]
+    units: Ints | None
+    """(N,) as `LabelledSplit.units`."""
+    texts: Mapping[str, Sequence[Text]]
+    """Key of a system -> its text for each prompt."""
+    generated: GeneratedTexts
+
+
+def read_joined(
+    folder: Path, config: RunConfig, rows: Sequence[Any], made_from: Mapping[str, Any],
+    members: Sequence[PredictedMember],
+) -> JoinedTexts | None:
+    """The texts of the test rows with their references; None where none are asked for.
+
+    Args:
+        folder: predictions/ of the run.
+        made_from: of the predictions of the same members (`chain.predictions_from`).
+
+    Raises:
+        RunFolderError: they are missing, damaged, made under other settings, by other members or for other rows.
+    """
+    settings = config.evaluate.generate
+    if settings is None or not writers_of(members):
+        return None
+    generated = read_texts(folder, "test")
+    groups = {group[0].id: group for group in distinct_prompts(rows, settings.rows)}
+    texts: dict[str, dict[str, Text]] = {key: {} for key in generated.writers}
+    for text in generated.texts:
+        texts[text.system][text.id] = text
+    wanted = texts_from(made_from, settings, config.ensemble.average)
+    if generated.made_from != wanted or any(found.keys() != groups.keys() for found in texts.values()):
+        where = str(texts_path(folder, "test"))
+        raise RunFolderError(where, None, "was made under other settings, by other members or for other rows",
+                             EVALUATE_AGAIN)
+    references = {key: [one for row in group for one in references_of(row)] for key, group in groups.items()}
+    kept = [key for key in groups if references[key]]  # an answer that only calls a tool has no text
+    if not kept:
+        raise RunFolderError("evaluate.generate", None, "wrote texts for rows none of which has a text as its answer",
+                             "Set it to null.")
+    first = [groups[key][0] for key in kept]
+    return JoinedTexts(
+        [_shown_prompt(row) for row in first], [references[key] for key in kept],
+        independent_units([row.unit or row.id for row in first]),
+        {key: [found[one] for one in kept] for key, found in texts.items()}, generated,
+    )
+
+
+def _shown_prompt(row: Any) -> str:
+    """Of a chat, what was said last before the answer."""
+    return row.prompt if not row.messages else str(row.messages[-2]["content"] if len(row.messages) > 1 else "")

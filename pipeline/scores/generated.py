@@ -1,8 +1,8 @@
 """Scores of generated texts against their references, in percent: of N prompts, each with one reference or more.
 
-BLEU and chrF are sacrebleu's scores of the whole corpus, from the counts that each prompt adds to it: a resample of prompts
-is scored by the sum of theirs. ROUGE-L (F1, as torchmetrics computes it, without stemming), exact match and the number of
-an arithmetic answer are means over prompts; each prompt counts with its best reference.
+BLEU and chrF are sacrebleu's scores of the whole corpus, from the counts that each prompt adds to it: a resample of
+prompts is scored by the sum of theirs. ROUGE-L (F1, as torchmetrics computes it, without stemming), exact match and the
+number of an arithmetic answer are means over prompts; each prompt counts with its best reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Greedy and beam search token by token as transformers' `generate`; of several members, as a search without a cache."""
+"""Greedy and beam search token by token as transformers' `generate`; of several members, as without a cache."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_one_member_is_transformers_token_by_token(settings: SearchSettings) -> 
     for family, seed in itertools.product(("llama", "gpt2"), (0, 1)):
         model = lively(family, seed)
         wanted = [stock(model, prompt, settings) for prompt in PROMPTS]
-        decoder = Decoder(attach(model, [AdapterSpec(rank=2, alpha=4.0)], "all-linear", seed=0), [Member(None)], KEY, PAD)
-        found = search(decoder, encoded(), settings)
+        adapters = attach(model, [AdapterSpec(rank=2, alpha=4.0)], "all-linear", seed=0)
+        found = search(Decoder(adapters, [Member(None)], KEY, PAD), encoded(), settings)
         assert [list(one.tokens) for one in found] == wanted
         ended += [one.ended for one in found]
         assert all(one.ended == (one.tokens[-1] in settings.ends) for one in found)
@@ -86,7 +86,7 @@ MEMBERS = [Member(0, 0), Member(1), Member(0, 1), Member(None)]
 
 
 def dense(adapters: Adapters, prompt: Sequence[int], settings: SearchSettings) -> tuple[list[int], float]:
-    """Greedy, or exhaustive beams kept as plain lists: every member run by itself over whole sequences, then averaged."""
+    """Beams as plain lists: every member is run by itself over whole sequences, and their probabilities averaged."""
 
     def expected(text: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([[*prompt, *text]])

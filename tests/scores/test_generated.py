@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from pipeline.scores.bootstrap import bootstrap_interval
 from pipeline.scores.generated import is_arithmetic, last_number, normalized, text_scores
 
-WORDS = ["The", "Alimentum", "is", "a", "pub", "near", "Burger King,", "city centre.", "£20-25", "not", "family-friendly"]
+WORDS = ["The", "Alimentum", "is", "a", "pub", "near", "Burger King,", "city centre.", "£20-25", "family-friendly"]
 
 
 def corpus(seed: int, prompts: int = 12) -> tuple[list[str], list[list[str]]]:
