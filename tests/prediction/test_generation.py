@@ -35,7 +35,7 @@ SETTINGS = GenerateConfig(max_tokens=6)
 def writing() -> Writing:
     spec = AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT)
     adapters = trained_start(attach(tiny_llama(), [spec], "all-linear", seed=0), size=0.5)
-    passes = PassSettings(2, 100, MaskKey(4, "test"))  # three passes or more
+    passes = PassSettings(2, 30, MaskKey(4, "test"))  # three passes or more
     task: Any = SimpleNamespace(base=SimpleNamespace(tokenizer=tiny_tokenizer()), max_tokens=64, passes=passes)
     return Writing(task, adapters, SETTINGS, lone_world())
 
@@ -102,6 +102,6 @@ def test_a_stop_ends_it_on_every_process(writing: Writing, monkeypatch: pytest.M
 
 
 def test_a_prompt_that_leaves_no_positions_for_the_text_is_refused(writing: Writing) -> None:
-    with pytest.raises(ConfigError, match=r"has 128 positions\. Set it to 121 or less"):
+    with pytest.raises(ConfigError, match=r"has 128 positions\. Set it to 120 or less"):
         replace(writing, settings=GenerateConfig(max_tokens=200)).write(ROWS, SYSTEMS)
     assert torch.is_grad_enabled()
