@@ -1,4 +1,4 @@
-"""One decode of several members: all read the same tokens, and the average of what they expect next is one distribution.
+"""One decode of several members: all read the same tokens, and the mean of what they expect next is one distribution.
 
     decoder = Decoder(adapters, members, key, pad_id)
     state = decoder.prefill(prompts)                  # state.log_probs: (B, V), of the token behind each prompt

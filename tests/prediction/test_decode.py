@@ -28,9 +28,14 @@ CHOSEN = [[20, 3], [6, 40], [9, 9]]
 """Tokens that each row goes on with."""
 
 
+SINGLE = ("gemma2", "mixtral")
+"""Families that transformers does not run in float64: padding becomes NaN, or there is no kernel."""
+
+
 def adapted(family: str = "llama", specs: tuple[AdapterSpec, ...] = SPECS) -> Adapters:
     targets = "all-linear" if family != "mixtral" else ["q_proj", "v_proj"]
-    return trained_start(attach(tiny_decoder(family).double(), list(specs), targets, seed=0))
+    model = tiny_decoder(family)
+    return trained_start(attach(model if family in SINGLE else model.double(), list(specs), targets, seed=0))
 
 
 def prompts(ids: Sequence[Sequence[int]] = PROMPTS) -> list[Encoded]:
@@ -70,7 +75,8 @@ def test_steps_are_the_average_of_members_run_one_by_one(
             state.step(torch.tensor([one[taken - 1] for one in CHOSEN]))
         for row, (prompt, more) in enumerate(zip(PROMPTS, CHOSEN, strict=True)):
             wanted = one_by_one(adapters, row, [*prompt, *more[:taken]], space)
-            torch.testing.assert_close(state.log_probs[row], wanted, rtol=0, atol=1e-10)
+            tolerance = 2e-5 if family in SINGLE else 1e-10
+            torch.testing.assert_close(state.log_probs[row], wanted, rtol=0, atol=tolerance)
     assert not adapters.model.training
 
 
