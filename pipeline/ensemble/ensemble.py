@@ -20,7 +20,7 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.distributed.world import World, lone_world
 from pipeline.ensemble.exported import open_export
-from pipeline.ensemble.readout import EvaluatedRun, Readout, top_probability
+from pipeline.ensemble.readout import EvaluatedRun, Readout, free_text, top_probability
 from pipeline.ensemble.rows import RowForm, checked
 from pipeline.errors import DataError, RunFolderError
 from pipeline.files import MANIFEST
@@ -146,8 +146,12 @@ class Ensemble:
         """Answers to rows, on every process of the world, which share the work.
 
         Raises:
+            RunFolderError: rows of which nothing but the probability of a reference is predicted.
             Stopped: `stop_asked` said so on any process.
         """
+        if self.readout.kind == "completion":
+            raise free_text("the ensemble")
+
         def predict(some: Sequence[Row], members: Sequence[Member]) -> Floats:
             found = predict_shared(self.task, self.adapters, some, members, self.world, on_chunk, stop_asked)
             return found.outputs
@@ -200,10 +204,10 @@ def _choices(
     for n, row in enumerate(rows):
         count, best = len(row.choices), int(found[n].argmax())
         probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
-        choice = row.choices[best].strip()
+        choice, members = row.choices[best].strip(), tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist()))
         answers.append(Answer(
-            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, len(outputs), answered[n],
-            tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist())),
+            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, len(outputs),
+            answered[n], members,
         ))
     return answers
 

@@ -51,7 +51,9 @@ class Service:
         members, decode = ensemble.members, None
         if isinstance(ensemble.task, CausalLMTask):
             space: TokenSpace = "logit" if ensemble.readout.space == "logit" else "probability"
-            decode = SharedDecode(Decoder(ensemble.adapters, members, passes.key, passes.pad_id, space))
+            decode = SharedDecode(Decoder(
+                ensemble.adapters, members, passes.key, passes.pad_id, space, ensemble.readout.weights
+            ))
         self.worker = Worker(
             lambda rows: ensemble.answers(rows, threshold), decode, max(1, passes.budget_tokens // len(members)),
             limits.waiting, limits.gather_ms / 1000.0, limits.sequences,
@@ -78,6 +80,9 @@ class Service:
     async def classify(self, body: ClassifyBody) -> dict[str, Any]:
         """Answers to rows. Raises `Refused`."""
         self.require_model(body.model)
+        if self.ensemble.readout.kind == "completion":
+            what = "this model was trained on free text: it has completions, and no choices"
+            raise Refused(404, what, None, "not_available")
         try:
             rows = read_rows(self.ensemble.form, body.records(self.column))
             if len(rows) > self.limits.rows:

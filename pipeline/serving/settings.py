@@ -45,7 +45,7 @@ class Limits(Section):
     """Of a request, without counting members: of all its rows, or of its prompts with what is to be written."""
     new_tokens: Positive = 1024
     """That a completion may have; `max_tokens` of a request says how many."""
-    sequences: Positive = 16
+    sequences: Positive = 32
     """Written at once, each under every member."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,10 @@ import pytest
 import torch
 from helpers.serving import MEMBERS, Server, Slow, tiny_ensemble
 
+from pipeline.data.rows import Row
 from pipeline.ensemble.ensemble import Answer, Ensemble, as_dict
+from pipeline.ensemble.readout import Readout
+from pipeline.errors import RunFolderError
 
 KEY = "0123456789abcdef-secret"
 ROWS = [
@@ -136,6 +140,19 @@ def test_nobody_is_let_in_without_the_key(ensemble: Ensemble) -> None:
     server.service.close()
     assert server.get("/readyz").status_code == 503
     assert error_of(server.post("/v1/classify", {"text": "one"}, headers=shown), 503)["code"] == "overloaded"
+
+
+def test_a_run_on_free_text_writes_and_does_not_choose(ensemble: Ensemble) -> None:
+    form = replace(ensemble.form, kind="chat", choices=None)
+    free = replace(ensemble, form=form, readout=Readout((0, 3, None), "probability", None, "completion"))
+    server = Server(free)
+    assert error_of(server.post("/v1/classify", {"text": "a"}), 404)["code"] == "not_available"
+    said = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3})
+    assert said.status_code == 200 and said.json()["usage"]["completion_tokens"] <= 3
+    assert server.get("/v1/about").json()["kind"] == "chat"
+    with pytest.raises(RunFolderError, match="answers in free text"):
+        free.answers([Row("a", "text", (" yes", " no"))])
+    server.service.close()
 
 
 def test_a_full_queue_a_late_answer_and_a_client_that_leaves(ensemble: Ensemble) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,8 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
 from pipeline.ensemble.ensemble import Ensemble
-from pipeline.prediction.decode import Decoder
+from pipeline.prediction.decode import Decoder, TokenSpace
+from pipeline.scores.ensemble import average
 from pipeline.serving.decoding import SharedDecode
 from pipeline.serving.writing import BROKEN, Sampling, SequenceWriter, choose
 
@@ -72,6 +74,15 @@ def test_keys_of_a_sliding_window_are_read_again(monkeypatch: pytest.MonkeyPatch
     found = shared.step([6, 40, 9])
     for row, (name, ids) in zip(found, [("a", (5, 9, 3, 8, 20, 6)), ("b", (11, 4, 3, 40))], strict=False):
         torch.testing.assert_close(row, alone(decoder, name, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("space", ["probability", "logit"])
+@pytest.mark.parametrize("weights", [None, (0.5, 0.3, 0.2), (0.0, 0.25, 0.75)])
+def test_members_count_as_the_read_out_says(space: TokenSpace, weights: tuple[float, ...] | None) -> None:
+    decoder = replace(decoder_of(tiny_ensemble()), space=space, weights=weights)
+    each = [alone(replace(decoder, members=[member], weights=None), *PROMPTS[0]).numpy() for member in MEMBERS]
+    wanted = average(np.stack(each)[:, None], space, weights)[0]
+    np.testing.assert_allclose(alone(decoder, *PROMPTS[0]).numpy(), wanted, rtol=0, atol=1e-5)
 
 
 def test_tokens_are_drawn_by_their_tempered_probability_within_top_p() -> None:
