@@ -53,7 +53,8 @@ def _require_packages() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         what = "is not installed, and the server is made of it"
-        raise SetupError(str(error.name), None, what, 'Install the extra: pip install "loradrop[serve]".') from error
+        remedy = 'Install the extra: pip install "loradrop[serve]" (in a checkout: -c constraints.txt -e ".[serve]").'
+        raise SetupError(str(error.name), None, what, remedy) from error
 
 
 def _bound(settings: ServeSettings) -> socket.socket:
