@@ -178,14 +178,15 @@ def _settled_choices(
     """Members predict `ROUND` at a time; rows that are settled by the read-out's margin are answered and leave."""
     assert readout.margin is not None
     of_all, answers = replace(readout, margin=None), dict[int, Answer | NumberAnswer]()
-    left, outputs = np.arange(len(rows)), np.empty((0, len(rows), 0))
+    left = np.arange(len(rows))
+    outputs: Floats = np.empty((0, len(rows), 0))
     while len(left):
         made = min(len(outputs) + ROUND, len(members))
-        found = predict([rows[n] for n in left], members[len(outputs) : made])
+        found = predict([rows[n] for n in left.tolist()], members[len(outputs) : made])
         outputs = np.concatenate([outputs[..., : found.shape[-1]], found]) if len(outputs) else found
         done = settled(outputs, len(members) - made, readout.margin)
-        own = [rows[n] for n in left[done]]
-        answers |= zip(left[done].tolist(), _choices(outputs[:, done], own, of_all, threshold), strict=True)
+        own = left[done].tolist()
+        answers |= zip(own, _choices(outputs[:, done], [rows[n] for n in own], of_all, threshold), strict=True)
         left, outputs = left[~done], outputs[:, ~done]
     return [answers[n] for n in range(len(rows))]
 

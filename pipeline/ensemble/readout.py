@@ -205,7 +205,7 @@ def _margin(share: float, split: LabelledSplit, outputs: Floats) -> float | None
     """
     if split.kind != "choice":
         raise ConfigError("ensemble.adaptive", share, "is for rows with choices: no number is settled", "Leave it out.")
-    return choose_margin(outputs[:, split.first_of_units], share).value if len(outputs) > ROUND else None
+    return choose_margin(outputs[:, split.first_of_units], share) if len(outputs) > ROUND else None
 
 
 def read_result(

@@ -34,9 +34,9 @@ RULE = "cheapest read-out whose validation {} is within one paired standard erro
 def ensemble_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict[str, Any] | None:
     """NLL (or squared error) by number of mask draws, and the read-out that validation chooses; None without draws.
 
-    Candidates are the mean-field adapter, ensembles of 1, 2, 4, … draws and, where all members are to predict every row,
-    weighted members, judged by weights that have not seen the row. Their cost is their passes; of equally many, weights
-    are the dearer.
+    Candidates are the mean-field adapter, ensembles of 1, 2, 4, … draws and, where all members are to predict every
+    row, weighted members, judged by weights that have not seen the row. Their cost is their passes; of equally many,
+    weights are the dearer.
     """
     draws = indices(inputs.members, "mask_draw")
     if not draws:

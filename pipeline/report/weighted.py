@@ -27,7 +27,8 @@ Learn = Callable[[Floats, NDArray[Any]], Floats]
 
 
 def weighted_systems(inputs: ReportInputs) -> list[System]:
-    """Weights of the run's own adapter and its draws, and of these with the searched adapters; none without several.
+    """Weights of the run's own adapter and its draws, and of these with the searched adapters, where some of them are
+    taken; none without several members.
 
     Greedy selection takes as many members as all draws are, at most, and so few as `choose_cheapest` finds enough.
     """
@@ -42,10 +43,11 @@ def weighted_systems(inputs: ReportInputs) -> list[System]:
             fitted = System("fitted", f"{name}, fitted weights", "{} member{} under fitted weights", (tuple(own),))
             systems.append(_weighted(fitted, inputs.splits["validation"], _fitted))
     if searched and len(own) + len(searched) > 1:
-        pool = (tuple([*own, *searched]),)
+        pool = ((*own, *searched),)
         short_name = "a greedy selection of {} member{}, searched adapters among those offered"
         greedy = System("greedy_searched", "Greedy selection, with searched", short_name, pool)
-        systems.append(_cheapest_greedy(inputs, greedy, len(draws) or len(pool[0])))
+        found = _cheapest_greedy(inputs, greedy, len(draws) or len(pool[0]))
+        systems += [found] if {*found.used} & {*searched} else []
     return [replace(one, short_name=one.short_name.format(one.passes, "s" * (one.passes > 1))) for one in systems]
 
 
@@ -62,7 +64,7 @@ def adaptive_systems(inputs: ReportInputs, sizes: Sequence[int]) -> list[System]
     systems = []
     for size in (size for size in sizes if size > ROUND):
         own = draws[:size]
-        margin = choose_margin(rows.outputs[own][:, rows.first_of_units], share).value
+        margin = choose_margin(rows.outputs[own][:, rows.first_of_units], share)
         passes = float(passes_needed(test[own], margin).mean())
         short_name = f"up to {size} masks, as a row needs"
         systems.append(System(

@@ -1,17 +1,15 @@
 """Members until a row's answer is settled: as many passes as the row needs. Pure numpy.
 
-Of M members n have predicted. S_n is the sum of the most probable choice's probabilities over these n, less that of the
-runner-up. The answer is settled where S_n > (M - n) h: it stands even if the members that are left spoke against it by h
-on average. With h = 1, the most that a member can say, the answers are those of all members for certain. A smaller h,
-the margin, saves passes and may change answers; which h do so in at most a share d of rows, rows without labels tell:
-the h are tested from 1 downwards, each by Clopper and Pearson's bound of how often the answer changes, until one fails
-(fixed-sequence testing, as in `pipeline.scores.abstention`). So P(more than d of rows change) <= 5 %, for rows like
-those of the test, which are independent and have decided neither members nor their order.
+Of M members n have predicted. S_n is the sum of the most probable choice's probabilities over these n, less that of
+the runner-up. The answer is settled where S_n > (M - n) h: it stands even if the members that are left spoke against
+it by h on average. With h = 1, the most that a member can say, the answers are those of all members for certain. A
+smaller h, the margin, saves passes and may change answers; which h do so in at most a share d of rows, rows without
+labels tell: the h are tested from 1 downwards, each by Clopper and Pearson's bound of how often the answer changes,
+until one fails (fixed-sequence testing, as in `pipeline.scores.abstention`). So P(more than d of rows change) <= 5 %,
+for rows like those of the test, which are independent and have decided neither members nor their order.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +22,6 @@ ROUND = 2
 """Members that predict between two looks."""
 MARGINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.0)
 """In the order of testing."""
-
-
-@dataclass(frozen=True)
-class Margin:
-    """A margin, and what is known of it."""
-
-    value: float
-    """h."""
-    share: float
-    """The promised one: d."""
-    rows: int
-    """Rows that it was tested on."""
-    changed: int
-    """Of these: whose answer was another one than that of all members."""
 
 
 def settled(log_probs: Floats, left: int, margin: float) -> NDArray[np.bool_]:
@@ -71,7 +55,7 @@ def adaptive_average(log_probs: Floats, passes: Ints) -> Floats:
     return found
 
 
-def choose_margin(log_probs: Floats, share: float, level: float = LEVEL) -> Margin:
+def choose_margin(log_probs: Floats, share: float, level: float = LEVEL) -> float:
     """The last margin, from 1 on, of which it is shown that at most `share` of answers change; 1 needs no showing.
 
     Args:
@@ -79,11 +63,11 @@ def choose_margin(log_probs: Floats, share: float, level: float = LEVEL) -> Marg
         share: between 0 and 1; 0: none may.
     """
     rows, whole = log_probs.shape[1], average(log_probs).argmax(axis=-1)
-    chosen = Margin(MARGINS[0], share, rows, 0)
+    chosen = MARGINS[0]
     for value in MARGINS[1:]:
         answers = adaptive_average(log_probs, passes_needed(log_probs, value)).argmax(axis=-1)
         changed = np.array([np.count_nonzero(answers != whole)])
         if upper_bounds(np.array([rows]), changed, level)[0] > share:
             break
-        chosen = Margin(value, share, rows, int(changed[0]))
+        chosen = value
     return chosen

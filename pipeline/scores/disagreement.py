@@ -26,7 +26,8 @@ def mutual_information(log_probs: Floats, weights: Sequence[float] | None = None
     What is learnt of a row's answer by hearing which member is right (BALD, arXiv 1112.5745): 0 where all say the same,
     however unsure they are, and at most log min(M, C).
     """
-    found = entropy(average(log_probs, "probability", weights)) - np.average(entropy(log_probs), axis=0, weights=weights)
+    mixed, own = entropy(average(log_probs, "probability", weights)), entropy(log_probs)
+    found = mixed - np.average(own, axis=0, weights=weights)
     return np.maximum(found, 0.0)  # below 0 by rounding alone: entropy is concave
 
 

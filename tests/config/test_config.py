@@ -182,3 +182,9 @@ def test_a_key_under_its_old_name_is_told_the_new_one(override: str, parts: list
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_only_averaged_probabilities_settle_a_row() -> None:
+    assert build_config({"ensemble": {"adaptive": 0.05}}).ensemble.adaptive == 0.05
+    with pytest.raises(ConfigError, match=r"ensemble\.adaptive = 0\.05: cannot be promised where .* is logit"):
+        build_config({"ensemble": {"adaptive": 0.05, "average": "logit"}})

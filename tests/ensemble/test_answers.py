@@ -13,8 +13,9 @@ from pipeline.adapters.members import Member
 from pipeline.config import RunConfig
 from pipeline.data.rows import Row
 from pipeline.ensemble.ensemble import Answer, NumberAnswer, _choices, _numbers, _settled_choices, as_dict, row_of
-from pipeline.ensemble.readout import Readout, top_probability
-from pipeline.errors import DataError
+from pipeline.ensemble.readout import Readout, _margin, top_probability
+from pipeline.errors import ConfigError, DataError
+from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores.abstention import Threshold
 from pipeline.scores.adaptive import passes_needed
 
@@ -99,3 +100,13 @@ def test_a_row_without_columns_is_told_what_rows_are(given: object) -> None:
     with pytest.raises(DataError, match="row 2 = .*is no mapping of columns to values. Give the columns"):
         row_of(given, 2)
     assert row_of({"text": "t"}, 1) == {"text": "t"}
+
+
+def test_numbers_are_never_settled_and_two_members_have_nothing_to_save() -> None:
+    numbers = LabelledSplit(np.zeros((4, 60, 1)), np.zeros(60), None, 1.0, kind="regression", own_space="value")
+    with pytest.raises(ConfigError, match=r"ensemble\.adaptive = 0\.05: is for rows with choices"):
+        _margin(0.05, numbers, numbers.outputs)
+    same = np.broadcast_to(np.log([0.9, 0.1]), (4, 60, 2))
+    choices = LabelledSplit(same, np.zeros(60, dtype=int), None, 1.0)
+    assert _margin(0.05, choices, same) == 0.0 and _margin(0.0, choices, same) == 1.0
+    assert _margin(0.05, choices, same[:2]) is None

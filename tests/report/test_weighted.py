@@ -46,6 +46,14 @@ def inputs_of(members: list[PredictedMember], noise: list[float], rows: int = 30
     )
 
 
+def entry_of(inputs: ReportInputs) -> dict[str, Any]:
+    """What is chosen, without all that a report has beside it."""
+    scored = [score_system(inputs, one) for one in [*build_systems(inputs), *weighted_systems(inputs)]]
+    entry = ensemble_entry(inputs, scored)
+    assert entry is not None
+    return entry
+
+
 def test_what_two_members_know_better_together_is_chosen_with_its_weights() -> None:
     inputs = inputs_of(OWN, [1.5, 6.0, 6.0, 1.5, *[6.0] * 5])
     result, _ = build_result(inputs)
@@ -62,7 +70,7 @@ def test_what_two_members_know_better_together_is_chosen_with_its_weights() -> N
 def test_draws_that_are_alike_are_a_prefix_of_equal_weights() -> None:
     """Weights that fit noise are no clear win, and of equal cost the draws as they come are taken."""
     for noise in (0.3, 1.5):
-        entry = build_result(inputs_of(OWN, [noise] * 9))[0]["ensemble"]
+        entry = entry_of(inputs_of(OWN, [noise] * 9))
         assert entry["chosen"].startswith(("mean_field", "masks_")) and entry["weights"] is None
         assert entry["members"] == ([None] if entry["chosen"] == "mean_field" else list(range(entry["chosen_size"])))
 
@@ -87,15 +95,16 @@ def test_searched_adapters_are_offered_to_a_selection_of_its_own() -> None:
     systems = {one.key: one for one in weighted_systems(inputs)}
     assert set(systems) == {"greedy", "fitted", "greedy_searched"}
     assert 9 in systems["greedy_searched"].used and max(systems["greedy"].used) < 9
-    entry = ensemble_entry(inputs, [score_system(inputs, one) for one in [*build_systems(inputs), *systems.values()]])
-    assert entry is not None and "greedy_searched" not in [one["key"] for one in entry["candidates"]]
+    assert "greedy_searched" not in [one["key"] for one in entry_of(inputs)["candidates"]]
+    useless = weighted_systems(inputs_of([*OWN, *SEARCHED], [1.0] * 9 + [9.0, 9.0]))
+    assert [one.key for one in useless] == ["greedy", "fitted"], "it would be the same selection once more"
     alone = {one.key: one for one in weighted_systems(inputs_of([OWN[0], *SEARCHED], [0.8, 0.8, 4.0]))}
     assert set(alone) == {"greedy_searched"} and alone["greedy_searched"].used == [0, 1]
 
 
 def test_what_adaptive_size_saves_and_costs_is_said_against_all_draws() -> None:
     inputs = inputs_of(OWN, [1.0] * 9, adaptive=0.1)
-    entry = build_result(inputs)[0]["ensemble"]
+    entry = entry_of(inputs)
     assert not {"greedy", "fitted"} & {one["key"] for one in entry["candidates"]}, "all draws, as a row needs them"
     assert [one["size"] for one in entry["adaptive"]] == [4, 8]
     found = entry["adaptive"][-1]
