@@ -20,7 +20,7 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.distributed.world import World, lone_world
 from pipeline.ensemble.exported import open_export
-from pipeline.ensemble.readout import EvaluatedRun, Readout, top_probability
+from pipeline.ensemble.readout import EvaluatedRun, Readout, free_text, top_probability
 from pipeline.ensemble.rows import RowForm, checked
 from pipeline.errors import DataError, RunFolderError
 from pipeline.files import MANIFEST
@@ -56,6 +56,8 @@ class Answer:
     """Members that have predicted the row."""
     answered: bool | None = None
     """Whether the row is one of those to answer; None where nothing was asked about risk."""
+    members: tuple[tuple[float, ...], ...] = ()
+    """Each member's probabilities, before scaling."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,12 @@ class Ensemble:
         """Answers to rows, on every process of the world, which share the work.
 
         Raises:
+            RunFolderError: rows of which nothing but the probability of a reference is predicted.
             Stopped: `stop_asked` said so on any process.
         """
+        if self.readout.kind == "completion":
+            raise free_text("the ensemble")
+
         def predict(some: Sequence[Row], members: Sequence[Member]) -> Floats:
             found = predict_shared(self.task, self.adapters, some, members, self.world, on_chunk, stop_asked)
             return found.outputs
@@ -199,10 +205,10 @@ def _choices(
     for n, row in enumerate(rows):
         count, best = len(row.choices), int(found[n].argmax())
         probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
-        choice = row.choices[best].strip()
+        choice, members = row.choices[best].strip(), tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist()))
         answers.append(Answer(
             row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, len(outputs),
-            answered[n],
+            answered[n], members,
         ))
     return answers
 
@@ -214,5 +220,5 @@ def _numbers(outputs: Floats, rows: Sequence[Row], readout: Readout) -> list[Ans
 
 
 def as_dict(answer: Answer | NumberAnswer) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return {name: value for name, value in asdict(answer).items() if value is not None}
+    """Plain values for JSON; of the members, what they are together."""
+    return {name: value for name, value in asdict(answer).items() if value is not None and name != "members"}

@@ -44,7 +44,7 @@ class Readout:
     space: Space
     """In which members are averaged, before the average is scaled."""
     temperature: float | None
-    """Of the average; None for numbers."""
+    """Of the average; None for numbers and free text."""
     kind: Kind
     weights: tuple[float, ...] | None = None
     """Of the members, together 1; None: all alike."""
@@ -111,15 +111,12 @@ class EvaluatedRun:
             draws: so many mask draws instead; 0 is the adapter without masks.
 
         Raises:
-            RunFolderError: rows of which nothing but the probability of a reference is predicted; more draws than were
-                evaluated; predictions that belong to something else.
+            RunFolderError: more draws than were evaluated; predictions that belong to something else.
         """
         members, weights = chosen_members(self.result)
         if draws is not None:
             members, weights = tuple(range(draws)) or (None,), None
         split, outputs = self._predicted("calibration", members)
-        if split.kind == "completion":
-            raise free_text(self.paths.root)
         space, margin = split.averaging_space(self.config.ensemble.average), None
         if self.config.ensemble.adaptive is not None and weights is None:
             margin = _margin(self.config.ensemble.adaptive, split, outputs)
@@ -180,10 +177,11 @@ class EvaluatedRun:
         return split, split.outputs[[places[draw] for draw in draws]]
 
 
-def free_text(folder: Path) -> RunFolderError:
+def free_text(who: Path | str) -> RunFolderError:
     """The error of a run whose answers are not among a few."""
     what = "answers in free text, of which only the probability of a given reference is known"
-    return RunFolderError(str(folder), None, what, "Rows with choices, or a score, can be predicted.")
+    remedy = "Rows with choices, or a score, can be predicted; `loradrop serve` writes texts."
+    return RunFolderError(str(who), None, what, remedy)
 
 
 def top_probability(log_probs: Floats) -> Floats:

@@ -11,8 +11,15 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
-from pipeline.run_folder.chain import Origin, require_members, require_predictions, require_same_adapter
+from pipeline.run_folder.chain import (
+    Origin,
+    predictions_from,
+    require_members,
+    require_predictions,
+    require_same_adapter,
+)
 from pipeline.run_folder.comparison import Training, read_comparison
+from pipeline.run_folder.generated import JoinedTexts, read_joined, texts_path
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.metrics import read_metrics
@@ -53,6 +60,8 @@ class ReportInputs:
     trainings: list[Training] | None
     """What was compared, where the folder is a comparison."""
     search: dict[str, Any] | None
+    texts: JoinedTexts | None = None
+    """What was written for the test rows (`evaluate.generate`)."""
 
 
 def read_inputs(run_dir: Path) -> ReportInputs:
@@ -72,6 +81,8 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
+    texts = read_joined(paths.predictions, config, labelled.test, predictions_from(origin, members), members)
+    written = {} if texts is None else {"texts": sha256_file(texts_path(paths.predictions, "test"))}
     related, trainings = read_related(paths), read_comparison(paths)
     _require_same_trainings(paths, trainings or [], members)
     joined = {
@@ -84,7 +95,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         config=config,
         config_text=paths.config.read_text(encoding="utf-8"),
         made_from=origin.as_dict()
-        | {"adapter_sha256": own, "settings_sha256": config.reading_sha256()}
+        | {"adapter_sha256": own, "settings_sha256": config.reading_sha256(), **written}
         | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in predictions}},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         kind=_common_kind(paths, predictions),
@@ -94,6 +105,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         curves=_read_curves(paths, related, trainings),
         trainings=trainings,
         search=None if related.search is None else read_search(related.search, related.search_identity),
+        texts=texts,
     )
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from pipeline import __version__
 from pipeline.report import plots, tables
 from pipeline.report.comparison import training_table
+from pipeline.report.generated import texts_tables
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance_line
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
@@ -48,6 +49,7 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         reliability_bins=_reliability_bins(inputs),
         config=inputs.config_text,
         environment=tables.flatten(inputs.environment),
+        texts=texts_tables(result),
         trainings=training_table(result) if inputs.trainings is not None else None,
     )
 

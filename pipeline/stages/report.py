@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.files import MANIFEST, read_json, sha256_file, write_json, write_text
 from pipeline.report.comparison import build_comparison, format_comparison
+from pipeline.report.generated import format_texts, texts_entry
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
@@ -31,6 +32,9 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         result, scored = build_result(inputs)
     else:
         result, scored = build_comparison(inputs, inputs.trainings)
+    if inputs.texts is not None:
+        names = {system["key"]: system["name"] for system in result["systems"]}
+        result["texts"] = texts_entry(inputs.texts, inputs.config, names)
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)
@@ -44,6 +48,8 @@ def print_report(run_dir: Path) -> None:
     paths = RunPaths(run_dir)
     result = read_json(paths.result)
     print(format_comparison(result) if paths.comparison.exists() else format_table(result))
+    if "texts" in result:
+        print(format_texts(result["texts"]))
     print(f"\n  report   {one_line(os.path.relpath(paths.report))}")
     manifest = paths.export / MANIFEST
     if manifest.exists() and read_json(manifest).get("result_sha256") != sha256_file(paths.result):
