@@ -10,6 +10,8 @@ from pydantic import Field, model_serializer, model_validator
 from pipeline.config.section import Name, NonNegative, Positive, Section
 
 EMBEDDED_DATA = "embedded:movie-reviews"
+EMBEDDED_SETS = (EMBEDDED_DATA, "embedded:amazon-reviews", "embedded:news-editorials", "embedded:tweets")
+"""The sentences of one study, of four domains."""
 
 
 class TemplateConfig(Section):
@@ -78,8 +80,8 @@ class DataConfig(Section):
 
     path: Name = EMBEDDED_DATA
     """A local .jsonl/.json/.csv/.tsv/.parquet file, several (`parts/*.jsonl`), a folder with
-    train/validation/calibration/test files, a hub data set, a file behind a protocol (hf://, https://), or the embedded
-    default."""
+    train/validation/calibration/test files, a hub data set, a file behind a protocol (hf://, https://), or embedded:
+    movie-reviews (the default), amazon-reviews, news-editorials, tweets."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources in place of `path`: [{path, weight, template, columns}, ...]. Rows of all are pooled, then
     divided; weights count in the training split."""

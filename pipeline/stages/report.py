@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import MANIFEST, read_json, sha256_file, write_json, write_text
+from pipeline.report.also.scores import also_entries
+from pipeline.report.also.tables import format_also
 from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
@@ -31,6 +33,8 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         result, scored = build_result(inputs)
     else:
         result, scored = build_comparison(inputs, inputs.trainings)
+    if also := also_entries(inputs, scored):
+        result["also"] = also
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)
@@ -44,6 +48,8 @@ def print_report(run_dir: Path) -> None:
     paths = RunPaths(run_dir)
     result = read_json(paths.result)
     print(format_comparison(result) if paths.comparison.exists() else format_table(result))
+    if "also" in result:
+        print(format_also(result))
     print(f"\n  report   {one_line(os.path.relpath(paths.report))}")
     manifest = paths.export / MANIFEST
     if manifest.exists() and read_json(manifest).get("result_sha256") != sha256_file(paths.result):
