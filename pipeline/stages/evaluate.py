@@ -30,18 +30,17 @@ from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
 from pipeline.prediction.task import Task, open_task
 from pipeline.prediction.unseen import require_unseen
-from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
+from pipeline.run_folder.chain import Origin, places_among, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
-from pipeline.run_folder.members import Group, PredictedMember, write_members
+from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
 from pipeline.run_folder.related import finished_trials, read_related
-from pipeline.scores.choices import ChoiceScore
 from pipeline.terminal import Progress, say
 
 
 def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
-    """Write predictions/ of a run. Splits already predicted by the same members are kept.
+    """Write predictions/ of a run. Splits already predicted by the same members, or by these and others, are kept.
 
     Raises:
         RunFolderError: an adapter is missing, damaged, not the one that was referred to, or trained on other data; the
@@ -60,8 +59,11 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         require_adapter(paths, Origin(origin.config_sha256))
     others = require_unseen([entry.folder for entry in entries], config.data, splits)
     lineups = _lineups(entries, stored, config.ensemble, origin)
-    lineups, missing = _kept(paths, lineups, splits, config)
-    lineup = lineups[0]
+    lineups, kept = _kept(paths, lineups, splits, config, origin)
+    lineup, missing = lineups[0], [name for name in EVALUATED_SPLITS if name not in kept]
+    for name, predictions in kept.items():  # before members.json: a kill in between leaves what is found again
+        if read_predictions(paths.predictions, name).members != predictions.members:
+            write_predictions(paths.predictions, name, predictions)
     if not missing:
         write_members(paths.predictions, lineup.described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
@@ -147,20 +149,37 @@ def _lineups(
 
 
 def _kept(
-    paths: RunPaths, lineups: list[Lineup], splits: Splits, config: RunConfig
-) -> tuple[list[Lineup], list[str]]:
-    """(the one lineup that is known to predict, else all in question; the splits that are yet to be predicted)."""
+    paths: RunPaths, lineups: list[Lineup], splits: Splits, config: RunConfig, origin: Origin
+) -> tuple[list[Lineup], dict[str, Predictions]]:
+    """(the one lineup that is known to predict, else all in question; its predictions that are there, by split)."""
+    try:
+        before = read_members(paths.predictions)
+    except RunFolderError:
+        before = []
 
     def found(name: str, lineup: Lineup) -> Predictions | None:
-        row_ids = [row.id for row in getattr(splits, name)]
-        return _complete(paths, name, lineup.made_from, row_ids, config.data.choice_score)
+        """Those of a split; of an earlier evaluation with more members, the part of them that is asked for."""
+        try:
+            predictions = read_predictions(paths.predictions, name).scored_by(config.data.choice_score)
+        except RunFolderError:
+            return None
+        if list(predictions.row_ids) != [row.id for row in getattr(splits, name)]:
+            return None
+        if predictions.made_from == lineup.made_from:
+            return predictions
+        places, made_from = places_among(lineup.described, before), predictions_from(origin, before)
+        if places is None or predictions.made_from != made_from or predictions.members != len(before):
+            return None
+        share = predictions.seconds * len(places) / len(before)
+        return replace(predictions.of_members(places), seconds=share, made_from=lineup.made_from)
 
     for made, lineup in enumerate(lineups, start=1):
         validation, rows = found("validation", lineup), splits.validation
         known = validation is not None and draws_stop(lineups, made, validation, rows, config.ensemble.average)
         if known or len(lineups) == 1:
-            return [lineup], [name for name in EVALUATED_SPLITS if found(name, lineup) is None]
-    return lineups, list(EVALUATED_SPLITS)
+            there = {name: found(name, lineup) for name in EVALUATED_SPLITS}
+            return [lineup], {name: one for name, one in there.items() if one is not None}
+    return lineups, {}
 
 
 @dataclass(frozen=True)
@@ -246,18 +265,6 @@ def member_list(
             members.append(Member(k, draw))
             described.append(replace(own, name=name.format(draw), group=group, draw=draw, extra=extra))
     return members, described
-
-
-def _complete(
-    paths: RunPaths, split: str, made_from: dict[str, Any], row_ids: list[str], rule: ChoiceScore
-) -> Predictions | None:
-    """The predictions of a split, if they are those of these members."""
-    try:
-        predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
-    except RunFolderError:
-        return None
-    fits = predictions.made_from == made_from and list(predictions.row_ids) == row_ids
-    return predictions if fits else None
 
 
 def _counter(
