@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.data.formats.record import Unusable
@@ -48,6 +48,13 @@ class Row:
     unit: str | None = None
     """What the row is one of several observations of (a document, a subject), for intervals: rows that share it are not
     independent. None: its question."""
+    where: str = field(default="", compare=False)
+    """File and line that it was read from, for people; empty where it was not read."""
+
+    @property
+    def named(self) -> str:
+        """How errors call it: `row ID (FILE:LINE)`."""
+        return f"row {self.id} ({self.where})" if self.where else f"row {self.id}"
 
     @property
     def kind(self) -> Literal["choice", "regression", "completion", "chat"]:
@@ -72,8 +79,8 @@ class Row:
 
     @property
     def content(self) -> str:
-        """Canonical JSON of all that a model may read: everything but the id and the unit."""
-        left_out = ("id", "unit") if self.tools else ("id", "unit", "tools")  # so rows without tools keep their ids
+        """Canonical JSON of all that a model may read: everything but the id, the unit and the place."""
+        left_out = {"id", "unit", "where"} | (set() if self.tools else {"tools"})  # so rows without tools keep their ids
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 
@@ -89,7 +96,7 @@ class IdRegister:
         self._copies: Counter[str] = Counter()
 
     def name(self, row: Row, given: Any, where: str, unit: Any = None) -> Row:
-        """`row` with its id (and unit).
+        """`row` with its id (and unit), and where it was read.
 
         Raises:
             DataError: `given` names an earlier row of the file, or cannot be a name.
@@ -101,7 +108,7 @@ class IdRegister:
                 "Make the ids unique, or leave the column out.",
             )
         self._first_use[identity] = where
-        return replace(row, id=identity, unit=_given_id(unit, f"{where}: unit") or None)
+        return replace(row, id=identity, unit=_given_id(unit, f"{where}: unit") or None, where=where)
 
     def _content_id(self, row: Row) -> str:
         digest = hashlib.sha256(row.content.encode()).hexdigest()[:16]

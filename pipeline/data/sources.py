@@ -20,7 +20,7 @@ from pipeline.config import DataConfig, TemplateConfig
 from pipeline.config.data import EMBEDDED_SETS
 from pipeline.data.formats.faults import Faults
 from pipeline.data.formats.record import Record
-from pipeline.data.read import READERS, read_file
+from pipeline.data.read import READERS, SUFFIXES, read_file
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.shapes.table import Shape
 from pipeline.data.template import ColumnError, to_row
@@ -32,7 +32,7 @@ EMBEDDED = "embedded:"
 MOST_ERRORS = 5
 """Faults shown at once, where rows are answered as they come and a file's faults are not counted (`Faults` does)."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-_SUFFIX = re.compile(r"\.[A-Za-z]{2,7}$")
+_SUFFIX = re.compile(r"\.([A-Za-z]{2,7}|bz2)$")
 _PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -189,7 +189,7 @@ def rows_of(source: Source, records: Iterable[Record], name: str, limit: int | N
 def _folder_files(folder: Path, source: Source) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for split, name in source.splits.items():
-        found = [folder / f"{name}{suffix}" for suffix in READERS if os.path.lexists(folder / f"{name}{suffix}")]
+        found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if os.path.lexists(folder / f"{name}{suffix}")]
         if len(found) > 1:
             raise DataError(
                 source.field, str(folder), f"holds {found[0].name} and {found[1].name}", "Keep one file per split."

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +39,15 @@ _ENTRY = re.compile(r"(.+)\[([0-9]{1,9})\]")
 
 class ColumnError(DataError):
     """A column that is needed is not there; in a table that holds for every row."""
+
+    def __init__(self, field: str, value: object, what: str, columns: Iterable[str], remedy: str) -> None:
+        self.what, self.columns = what, tuple(columns)
+        super().__init__(field, value, f"{what}; the columns are {_listed(self.columns)}", remedy)
+
+    def among(self, given: Container[str]) -> ColumnError:
+        """The same, without columns that are not `given` and stand for what a row without an answer lacks."""
+        columns = [name for name in self.columns if name in given]
+        return ColumnError(self.field, self.value, self.what, columns, self.remedy)
 
 
 def check_template(template: TemplateConfig | None) -> None:
@@ -104,8 +113,7 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         score = _number(_get(values, score_column, where), f"{where}: {score_column}")
         return Row("", prompt, second=second, score=score)
     raise ColumnError(
-        where, None, f"does not have the columns {SHAPES}, nor those of another form that is known; its columns are"
-        f" {_listed(columns)}",
+        where, None, f"does not have the columns {SHAPES}, nor those of another form that is known", columns,
         "Map them with data.template (docs/data.md), or rename them; a table without a header line needs data.columns.",
     )
 
@@ -123,7 +131,7 @@ def fill(text: str, values: Mapping[str, Any], where: str) -> str:
             return whole_text(render(text, values, where), where)
         except UnknownName as error:
             raise ColumnError(
-                where, text[:200], f"names what is no column ({error}); the columns are {_listed(values)}",
+                where, text[:200], f"names what is no column ({error})", values,
                 "Rename it, or write {% if column is defined %}…{% endif %} around what some rows lack.",
             ) from error
 
@@ -213,7 +221,7 @@ def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
 def _get(values: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in values:
         raise ColumnError(
-            f"{where}: {column}", None, f"is not a column; the columns are {_listed(values)}",
+            f"{where}: {column}", None, "is not a column", values,
             "Rename the column, or say in data.template which one is meant (literal braces are written {{ and }}).",
         )
     value = values[column]
@@ -335,6 +343,5 @@ def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(_as_text(text, field) for text in (value if isinstance(value, list | tuple) else [value]))
 
 
-def _listed(values: Mapping[str, Any]) -> str:
-    names = list(values)
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (", …" if len(names) > 20 else "") or "none"
