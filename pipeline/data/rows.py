@@ -48,6 +48,8 @@ class Row:
     unit: str | None = None
     """What the row is one of several observations of (a document, a subject), for intervals: rows that share it are not
     independent. None: its question."""
+    label_counts: tuple[float, ...] = ()
+    """How many of the people asked chose each choice; empty where nobody counted. No model reads it."""
     where: str = field(default="", compare=False)
     """File and line that it was read from, for people; empty where it was not read."""
 
@@ -79,8 +81,9 @@ class Row:
 
     @property
     def content(self) -> str:
-        """Canonical JSON of all that a model may read: everything but the id, the unit and the place."""
-        left_out = {"id", "unit", "where"} | (set() if self.tools else {"tools"})  # so rows without tools keep their ids
+        """Canonical JSON of all that a model may read: everything but the id, the unit, the counts of labels and the
+        place."""
+        left_out = {"id", "unit", "label_counts", "where"} | (set() if self.tools else {"tools"})  # without: ids stay
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 

@@ -1,6 +1,6 @@
 """Column values -> `Row`: four shapes need no template, `data.template` maps the others onto them.
 
-    {prompt, choices, label}     label: index from 0, or the text of a choice
+    {prompt, choices, label}     label: index from 0, or the text of a choice; label_counts optional
     {prompt, score}              score: the number to be predicted
     {prompt, completion}         references optional
     {messages}                   [{role, content}, ...], the last from the assistant; references and tools optional
@@ -104,7 +104,7 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         choices = _choices(_get(values, "choices", where), where)
         label = _label(values, label_column, choices, where)
         prompt, second = _texts(values, where)
-        return Row("", prompt, choices, label, second=second)
+        return Row("", prompt, choices, label, second=second, label_counts=_label_counts(values, len(choices), where))
     if "completion" in values:
         prompt, completion = (_filled(values, name, where) for name in ("prompt", "completion"))
         return Row("", prompt, completion=completion, references=_references(values, where))
@@ -331,6 +331,22 @@ def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
         if len(hits) == 1:
             return hits[0]
     return int(text) if text.isdecimal() and len(text) < 19 and int(text) < len(choices) else None
+
+
+def _label_counts(values: Mapping[str, Any], choices: int, where: str) -> tuple[float, ...]:
+    """How many people chose each choice; shares will do. Empty where the row does not say."""
+    given = values.get("label_counts")
+    if given is None or given == "":
+        return ()
+    field = f"{where}: label_counts"
+    value = from_json(_get(values, "label_counts", where), field)
+    counts = tuple(_number(one, field) for one in value) if isinstance(value, list | tuple) else ()
+    if len(counts) != choices or min(counts) < 0.0 or sum(counts) == 0.0:
+        raise DataError(
+            field, value, f"must be {choices} numbers from 0, not all 0: how many people chose each choice",
+            "Give a number per choice, or leave it out (rename the column where it means something else).",
+        )
+    return counts
 
 
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:

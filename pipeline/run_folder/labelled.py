@@ -38,6 +38,8 @@ class LabelledSplit:
     kind: Kind = "choice"
     own_space: Space | None = None
     """The one space in which these members can be averaged; None: any."""
+    raters: Floats | None = None
+    """(N, C) share of the people asked who chose each choice; None where not every row says."""
 
     @property
     def rows(self) -> int:
@@ -101,7 +103,16 @@ def join_labels(predictions: Predictions, rows: Iterable[Any], where: str) -> La
         units=independent_units([row.unit or row.question or row.id for row in ordered]),
         own_space=predictions.own_space,
         kind=predictions.kind,
+        raters=rater_shares([row.label_counts for row in ordered], predictions.outputs.shape[-1]),
     )
+
+
+def rater_shares(counts: Sequence[tuple[float, ...]], choices: int) -> Floats | None:
+    """(N, C) shares of counts per row; None where a row has none."""
+    if not all(counts):
+        return None
+    table = np.array([[*one, *[0.0] * (choices - len(one))] for one in counts])
+    return table / table.sum(axis=1, keepdims=True)
 
 
 def independent_units(names: Sequence[str]) -> Ints | None:

@@ -15,7 +15,7 @@ from pipeline.scores.bootstrap import Floats, Interval, Ints, percentile_interva
 from pipeline.scores.classification import row_correct
 
 PLUGIN_BINS = 15
-"""Equal-width bins of the plug-in ECE, as in arXiv 1706.04599."""
+"""Bins of the plug-in ECEs, as in arXiv 1706.04599."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class CalibrationError:
     @classmethod
     def classwise(cls, log_probs: Floats, labels: Ints, bins: int, units: Ints | None = None) -> CalibrationError:
         """Of every class."""
-        said = np.exp(log_probs.astype(np.float64)).swapaxes(-1, -2)  # (Q, C, N)
-        return cls._grouped(said, said - (labels == np.arange(said.shape[1])[:, None]), bins, units)
+        return cls._grouped(*_of_classes(log_probs, labels), bins, units)
 
     @classmethod
     def _grouped(cls, said: Floats, gaps: Floats, bins: int, units: Ints | None) -> CalibrationError:
@@ -96,37 +95,56 @@ class CalibrationError:
 
 @dataclass(frozen=True)
 class PluginCalibrationError:
-    """The ECE that the literature prints: sum_b (n_b / N) |mean gap of bin b|, 15 equal-width bins of the top choice's
-    confidence: a `bootstrap.Statistic`. Biased upwards: see `sampling_interval`."""
+    """An ECE as the literature prints it: mean over K groups of sum_b (n_b / N) |mean gap of bin b|: a
+    `bootstrap.Statistic`. Biased upwards: see `sampling_interval`.
+
+    `of`: the top choice, in bins of equal width (arXiv 1706.04599). `classwise`: every class, in bins of equal width
+    (arXiv 1910.12656; the static error of arXiv 1904.01685). `adaptive`: every class, in bins of equal mass (ACE,
+    arXiv 1904.01685, where a bin weighs 1 / B: equal masses but for ties, which stay together here).
+    """
 
     gaps: Floats
-    """(Q, N)."""
+    """(Q, K, N)."""
     bins: Ints
-    """(Q, N)."""
+    """(Q, K, N)."""
 
     @classmethod
     def of(cls, log_probs: Floats, labels: Ints, bins: int = PLUGIN_BINS) -> PluginCalibrationError:
         """From log_probs (Q, N, C)."""
         confidence = np.exp(log_probs.max(axis=-1).astype(np.float64))
-        edges = np.ceil(confidence * bins).astype(np.int64) - 1  # (a, b], as in the paper
-        return cls(confidence - row_correct(log_probs, labels), edges.clip(0, bins - 1))
+        gaps = confidence - row_correct(log_probs, labels)
+        return cls(gaps[:, None], _equal_width_bins(confidence[:, None], bins))
+
+    @classmethod
+    def classwise(cls, log_probs: Floats, labels: Ints, bins: int = PLUGIN_BINS) -> PluginCalibrationError:
+        """From log_probs (Q, N, C); a choice that a row lacks has a gap of 0."""
+        said, gaps = _of_classes(log_probs, labels)
+        return cls(gaps, _equal_width_bins(said, bins))
+
+    @classmethod
+    def adaptive(cls, log_probs: Floats, labels: Ints, bins: int = PLUGIN_BINS) -> PluginCalibrationError:
+        """From log_probs (Q, N, C); a choice that a row lacks has a gap of 0."""
+        said, gaps = _of_classes(log_probs, labels)
+        return cls(gaps, np.stack([[equal_mass_bins(one, bins) for one in group] for group in said]))
 
     def point(self) -> float:
         """Mean over predictors."""
-        ones = np.ones((1, self.gaps.shape[1]))
-        return float(np.mean([self._weighted(ones, *one) for one in zip(self.gaps, self.bins, strict=True)]))
+        ones = np.ones((1, self.gaps.shape[-1]))
+        return float(np.mean([self._weighted(ones, predictor) for predictor in range(len(self.gaps))]))
 
     def resampled(self, weights: Floats) -> Floats:
         """Resample s scores predictor s mod Q."""
-        found = np.empty(len(weights))
-        for predictor, one in enumerate(zip(self.gaps, self.bins, strict=True)):
-            found[predictor :: len(self.gaps)] = self._weighted(weights[predictor :: len(self.gaps)], *one)
+        found, predictors = np.empty(len(weights)), len(self.gaps)
+        for predictor in range(min(predictors, len(weights))):
+            found[predictor::predictors] = self._weighted(weights[predictor::predictors], predictor)
         return found
 
-    @staticmethod
-    def _weighted(weights: Floats, gaps: Floats, bin_of_row: Ints) -> Floats:
-        inside = (bin_of_row[:, None] == np.unique(bin_of_row)).astype(np.float64)  # (N, bins)
-        return np.abs(weights @ (gaps[:, None] * inside)).sum(axis=1) / weights.sum(axis=1)
+    def _weighted(self, weights: Floats, predictor: int) -> Floats:
+        total = np.zeros(len(weights))
+        for gaps, bin_of_row in zip(self.gaps[predictor], self.bins[predictor], strict=True):
+            inside = (bin_of_row[:, None] == np.unique(bin_of_row)).astype(np.float64)  # (N, bins)
+            total += np.abs(weights @ (gaps[:, None] * inside)).sum(axis=1)
+        return total / (self.gaps.shape[1] * weights.sum(axis=1))
 
 
 def sampling_interval(value: float, resamples: Floats) -> Interval:
@@ -170,6 +188,17 @@ def equal_mass_bins(confidence: Floats, bins: int) -> Ints:
     count = bin_count(len(confidence), bins)
     starts = [len(confidence) * k // count for k in range(1, count)]
     return np.searchsorted(np.unique(np.sort(confidence)[starts]), confidence, side="right")
+
+
+def _equal_width_bins(said: Floats, bins: int) -> Ints:
+    """Bin of each probability, (a, b] as in arXiv 1706.04599; 0 is in the first: the shape of `said`."""
+    return (np.ceil(said * bins).astype(np.int64) - 1).clip(0, bins - 1)
+
+
+def _of_classes(log_probs: Floats, labels: Ints) -> tuple[Floats, Floats]:
+    """(Q, C, N) probability of every class, and its gap."""
+    said = np.exp(log_probs.astype(np.float64)).swapaxes(-1, -2)
+    return said, said - (labels == np.arange(said.shape[1])[:, None])
 
 
 def bin_count(units: int, bins: int) -> int:

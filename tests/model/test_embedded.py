@@ -31,8 +31,10 @@ SNIPPETS = (
     "5\t-3.1\ta DELIGHT -- & a joy!\r\n"
     "6\t0.49999\tNot clear"
 )
+RATERS = "".join(f"{number}\t0\t1.0\t[3, {number}, 0, -1]\r\n" for number in range(1, 7))
 GOODS_DATA = "embedded:amazon-reviews"
 GOODS = "1_1\t0.9\tIt works.\n1_2\t-0.9\tIt broke.\n2_1\t1.5\tA gem\n"
+GOODS_RATERS = "1_1\t0.9\t1\t[1]\n1_2\t-0.9\t1\t[-1]\n2_1\t1.5\t1\t[1, 2]\n"
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -49,7 +51,9 @@ def tar(members: dict[str, bytes]) -> bytes:
 def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A source distribution laid out like the real one; returns the list of calls that asked for it."""
     films, goods = data.RATINGS[EMBEDDED_DATA], data.RATINGS[GOODS_DATA]
-    inner = tar({"h/other_GroundTruth.txt": b"9\t1\tno", f"h/{films.file}": SNIPPETS.encode(), f"h/{goods.file}": GOODS.encode()})
+    texts = ("9\t1\tno", SNIPPETS, RATERS, GOODS, GOODS_RATERS)
+    files = ("other_GroundTruth.txt", *films.files, *goods.files)
+    inner = tar({f"h/{name}": text.encode() for name, text in zip(files, texts, strict=True)})
     sdist = tmp_path / "sdist.tar.gz"
     sdist.write_bytes(tar({"v-1/README": b"", f"v-1/{data.INNER_ARCHIVE}": inner}))
     calls: list[int] = []
@@ -70,8 +74,8 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_raw_reviews(small_source: list[int]) -> None:
     rows = data.read_sentences()
-    assert rows[0] == {"id": "1", "text": "A delight & a joy.", "rating": 2.5}
-    assert rows[3] == {"id": "4", "text": "Touché it says", "rating": -0.5}
+    assert rows[0] == {"id": "1", "text": "A delight & a joy.", "rating": 2.5, "signs": [1, 2]}
+    assert rows[3] == {"id": "4", "text": "Touché it says", "rating": -0.5, "signs": [1, 2]}
     assert [row["id"] for row in rows] == list("123456")
 
 
@@ -84,7 +88,7 @@ def test_rows_are_clear_signs_without_duplicates(small_source: list[int]) -> Non
     ]
     assert rows[0]["prompt"] == "Review: A delight & a joy.\nSentiment:"
     assert rows[0]["choices"][rows[0]["label"]] == " positive"
-    assert set(rows[0]) == {"id", "prompt", "choices", "label"}
+    assert set(rows[0]) == {"id", "prompt", "choices", "label", "label_counts"} and rows[0]["label_counts"] == [1, 2]
 
 
 def test_parsed_once(small_source: list[int]) -> None:
@@ -138,6 +142,7 @@ def test_the_real_reviews() -> None:
     assert (min(r["rating"] for r in reviews), max(r["rating"] for r in reviews)) == (-3.875, 3.94117647059)
     rows = data.embedded_rows(EMBEDDED_DATA)
     assert Counter(row["label"] for row in rows) == {0: 5075, 1: 4995}
+    assert sum((row["label_counts"][1] > row["label_counts"][0]) == row["label"] for row in rows) == 10_069
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 10_070
     assert not any("&amp;" in row["prompt"] or "  " in row["prompt"] for row in rows)
 
