@@ -77,7 +77,7 @@ def embedded_rows(path: str) -> list[dict[str, Any]]:
 
 
 def read_sentences(path: str = EMBEDDED_DATA) -> list[dict[str, Any]]:
-    """The raw sentences `{id: str, text: str, rating: float, signs: [int, int]}`, rating in [-4, 4], signs the people who
+    """Raw sentences `{id: str, text: str, rating: float, signs: [int, int]}`, rating in [-4, 4], signs the people who
     rated below and above 0; parsed once, then from the cache.
 
     Raises:

@@ -32,6 +32,8 @@ SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {me
 LARGEST_SCORE = 1e15
 """A thousand of their squares are far from the end of float32, 3.4e38."""
 
+BY_NAME, LISTED = ".label", ".listed"
+"""Behind a column of choices: what they are called (A, B, …) in place of their texts; lines of both, `A. text`."""
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _ENTRY = re.compile(r"(.+)\[([0-9]{1,9})\]")
 """`choices[0]`: an entry of a column that holds lists."""
@@ -179,9 +181,10 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     if template.completion is not None:
         mapped["completion"], mapped["choices"] = fill(template.completion, values, where), None
     if isinstance(template.choices, str):
-        before, column, behind = _list_column(template.choices)
+        before, named, behind = _list_column(template.choices)
+        column = named if named in values else named.removesuffix(BY_NAME)
         texts, names = texts_and_names(_get(values, column, where), f"{where}: {column}")
-        mapped["choices"] = [f"{before}{text}{behind}" for text in texts]
+        mapped["choices"] = [f"{before}{text}{behind}" for text in (texts if column == named else names)]
         label = find_named(_get(values, template.label or "label", where), names)
         if label is not None:
             mapped[template.label or "label"] = label
@@ -209,6 +212,10 @@ def _with_content(text: str, values: Mapping[str, Any], where: str) -> str:
 def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
     """A column's value, or an entry of it."""
     entry = _ENTRY.fullmatch(name)
+    if name.endswith(LISTED) and name not in values:
+        column = name.removesuffix(LISTED)
+        texts, names = texts_and_names(_get(values, column, where), f"{where}: {column}")
+        return "\n".join(f"{letter}. {text}" for letter, text in zip(names, texts, strict=True))
     if name in values or entry is None:
         return _get(values, name, where)
     column, index = entry.group(1), int(entry.group(2))
