@@ -24,8 +24,8 @@ class TemplateConfig(Section):
     """Second text of a pair (premise and hypothesis): encoders read it behind the separator, as its own segment."""
     choices: tuple[str, ...] | str | None = None
     """Answer texts, in label order (a leading space is part of the text). Where every row has its own: one text such as
-    " {choices}", which names the column that holds them (a list, or {text, label} as in ARC). " {choices.label}" answers
-    with their letters, of which "{choices.listed}" in the prompt writes a line each, `A. text`."""
+    " {choices}", which names the column that holds them (a list, or {text, label} as in ARC). " {choices.label}"
+    answers with their letters, of which "{choices.listed}" in the prompt writes a line each, `A. text`."""
     label: str | None = None
     """Column with the index, or with the text, of the right choice; "{column}" takes its numbers for texts."""
     score: str | None = None

@@ -36,6 +36,14 @@ class Request:
     """`predict`: where answers are appended."""
     abstain: float | None = None
     """`predict`: the risk that answered rows may have."""
+    tasks: str | None = None
+    """`eval`: names or files of tasks, separated by commas."""
+    include_path: str | None = None
+    """`eval`: a folder with task files."""
+    limit: int | None = None
+    """`eval`: rows of each task."""
+    num_fewshot: int | None = None
+    """`eval`: examples in the prompt."""
     json: bool = False
     """Print for programs instead of people, where the stage can."""
 

@@ -10,6 +10,7 @@ runs/NAME/
   predictions/SPLIT.npz       per-member log-probabilities, no test labels
   result.json  report.html
   diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
+  harness.json                what eval found on tasks of lm-evaluation-harness
   export/                     what is deployed: manifest.json with measured parity
 """
 

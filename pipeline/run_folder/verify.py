@@ -93,8 +93,8 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
         yield _export(paths, origin, config)
     yield from _strangers(folder, {
         "config.yaml", paths.requested.name, "environment.json", "status.json", "metrics.jsonl", "checkpoints",
-        "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "logs",
-        "tensorboard", "wandb", "wandb.json", "stop_request.json",
+        "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "harness.json",
+        "logs", "tensorboard", "wandb", "wandb.json", "stop_request.json",
     })  # fmt: skip
 
 

@@ -95,6 +95,8 @@ STAGES = {
               "pipeline.stages.export:export_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("predict", "the chosen, calibrated ensemble on new rows (--input, --output, --abstain)", "none", "own",
               "pipeline.stages.predict:predict"),
+        Stage("eval", "tasks of lm-evaluation-harness, by every member and their average (--tasks)", "none", "own",
+              "pipeline.harness.command:evaluate_tasks"),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",
