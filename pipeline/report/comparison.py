@@ -22,6 +22,7 @@ from pipeline.report.tables import (
     scaled_lines,
     score_text,
     seconds_text,
+    uncertainty_lines,
 )
 from pipeline.run_folder.comparison import REFERENCE, Training, values_text
 from pipeline.terminal import one_line
@@ -82,7 +83,7 @@ def format_comparison(result: Entries) -> str:
              *(["runs ±"] if spread else []), "passes", "train steps", "train s", "cost"]]
     rows += [_row(result, system, spread) for system in result["systems"]]
     title = [result["label"]] if result["label"] else []
-    tables = [*align(rows), *scaled_lines(result)]
+    tables = [*align(rows), *scaled_lines(result), *uncertainty_lines(result)]
     lines = [*title, *tables, *_footnote(result, names), *closing_lines(result), *result["left_out"]]
     return "\n".join(map(one_line, lines))
 
@@ -162,6 +163,8 @@ def _footnote(result: Entries, names: dict[str, str]) -> list[str]:
     if result["kind"] == "choice":
         lines.append(f"T: temperature, fitted on {rows['calibration']} calibration rows and shrunk towards 1 (~: those "
                      "rows do not carry it).")
+        lines.append("Uncertainty, before scaling: entropy and mutual information (MI) in nats; AURC: mean error rate of"
+                     " the surest rows; AUROC of errors by confidence.")
     return lines
 
 

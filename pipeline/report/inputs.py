@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.data.rows import Row
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
@@ -47,6 +48,8 @@ class ReportInputs:
     kind: Kind
     members: list[PredictedMember]
     splits: dict[str, LabelledSplit]
+    test_rows: list[Row]
+    """In the order of the test split's predictions."""
     curves: dict[str, TrainingCurve]
     """Of the run and of plain LoRA, by their groups; of a comparison, by the names of its trainings."""
     trainings: list[Training] | None
@@ -80,6 +83,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
         for split, found in predictions.items()
     }
+    by_id = {row.id: row for row in labelled.test}
     return ReportInputs(
         paths=paths,
         config=config,
@@ -91,6 +95,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         kind=_common_kind(paths, predictions),
         members=members,
         splits=joined,
+        test_rows=[by_id[row_id] for row_id in predictions["test"].row_ids],
         curves=_read_curves(paths, related, trainings),
         trainings=trainings,
         search=None if related.search is None else read_search(related.search, related.search_identity),

@@ -16,6 +16,7 @@ from pipeline.report.comparison import training_table
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance_line
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
+from pipeline.report.uncertainty.tables import rater_table, row_lists, uncertainty_table
 from pipeline.scores.calibration import reliability
 
 _TEMPLATE = "page.html"
@@ -39,6 +40,9 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         scaled=tables.scaled_table(result),
         chance=chance_line(result),
         comparisons=tables.comparison_table(result),
+        uncertainty=uncertainty_table(result),
+        raters=rater_table(result),
+        rows_to_see=row_lists(result, inputs.test_rows),
         trials=tables.trial_table(search) if search else None,
         plain_trials=tables.trial_table(search["plain"]) if search and search.get("plain") else None,
         plots={name: Markup(svg) for name, svg in _plots(inputs, result, scored).items() if svg is not None},
@@ -56,6 +60,7 @@ def _plots(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[Scored
         "scores": plots.scores_plot(result["systems"], scores.get(inputs.kind, ("nll",))),
         "training": _training(inputs, scored),
         "reliability": _reliability(inputs, scored) if inputs.kind == "choice" else None,
+        "risk_coverage": _risk_coverage(result, scored) if inputs.kind == "choice" else None,
         "ensemble": _ensemble(result),
         "search": plots.search_plot(inputs.search.get("trials", ()), inputs.search.get("best"))
         if inputs.search else None,
@@ -69,17 +74,27 @@ def _training(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> str | Non
 
 
 def _reliability(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> str:
+    labels, bins = inputs.splits["test"].labels, _reliability_bins(inputs)
+    panels = []
+    for one in _few_systems(scored):
+        before, after = (reliability(one.predictions["test", scaling][0], labels, bins) for scaling in (BEFORE, AFTER))
+        panels.append((one.system.key, one.system.name, before, after))
+    return plots.reliability_plot(panels)
+
+
+def _few_systems(scored: Sequence[ScoredSystem]) -> list[ScoredSystem]:
     """The single predictors (of a comparison, as validation chose them), and the largest mask ensemble (the adapter
     ensemble where there is none)."""
     singles = [one for one in scored if one.system.key.startswith(("base", "plain", "mean_field", "method_"))]
     ensembles = [one for one in scored if one.system.key.startswith("masks_")] or \
                 [one for one in scored if one.system.key.startswith("adapters_")]
-    labels, bins = inputs.splits["test"].labels, _reliability_bins(inputs)
-    panels = []
-    for one in [*singles, *ensembles[-1:]]:
-        before, after = (reliability(one.predictions["test", scaling][0], labels, bins) for scaling in (BEFORE, AFTER))
-        panels.append((one.system.key, one.system.name, before, after))
-    return plots.reliability_plot(panels)
+    return [*singles, *ensembles[-1:]]
+
+
+def _risk_coverage(result: dict[str, Any], scored: Sequence[ScoredSystem]) -> str:
+    shown = [one.system for one in _few_systems(scored)]
+    curves = [(system.key, system.name, result["risk_coverage"][system.key]) for system in shown]
+    return plots.risk_coverage_plot(curves)
 
 
 def _reliability_bins(inputs: ReportInputs) -> int:

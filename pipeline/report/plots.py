@@ -38,7 +38,7 @@ def colour(key: str) -> str:
     kind, _, number = key.partition("_")
     if kind in ("method", "variant", "ensemble"):
         return METHOD_COLOURS[int(number.partition("_")[0]) % len(METHOD_COLOURS)]
-    return COLOURS[key if key in COLOURS else kind]
+    return COLOURS.get(key if key in COLOURS else kind, _INK)
 
 
 def draw(name: str, size: tuple[float, float], columns: int, fill: Callable[[list[Axes]], None], rows: int = 1) -> str:
@@ -124,6 +124,19 @@ def reliability_plot(panels: Sequence[tuple[str, str, Reliability, Reliability]]
     rows = -(-len(panels) // _PANELS_PER_ROW)
     columns = -(-len(panels) // rows)
     return draw("plot-reliability", (2.85 * columns, 3.2 * rows), columns, fill, rows)
+
+
+def risk_coverage_plot(curves: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]]) -> str:
+    """Error rate among the surest rows by how many of the rows these are; curves: (system key, name, curve)."""
+
+    def fill(axes: list[Axes]) -> None:
+        for key, name, curve in curves:
+            axes[0].plot(curve["coverage"], curve["risk"], color=colour(key), linewidth=1.4, label=name)
+        axes[0].set(xlabel="share of rows answered, surest first", ylabel="error rate among them", xlim=(0.0, 1.0))
+        axes[0].set_ylim(bottom=0.0)
+        axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return draw("plot-risk-coverage", (11.0, 3.6), 1, fill)
 
 
 def ensemble_plot(ensemble: Mapping[str, Any], lines: Sequence[tuple[str, str, dict[str, float]]]) -> str:

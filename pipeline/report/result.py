@@ -14,9 +14,12 @@ from pipeline.report.remarks import chance, remarks
 from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, resample, score_system
 from pipeline.report.sentences import REFERENCES, tuning_line, write_reading
 from pipeline.report.systems import build_systems, ensemble_space, method_name
+from pipeline.report.uncertainty.scores import risk_coverage_entries, rows_entry, uncertainty_entries
+from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import LEVEL
 from pipeline.scores.calibration import PLUGIN_BINS, bin_count, sampling_interval
+from pipeline.scores.disagreement import entropy
 from pipeline.scores.ensemble import SUBSET_LIMIT
 from pipeline.scores.seeds import CLAIM_SEEDS, Runs, difference, within_bounds
 from pipeline.scores.selection import selection_name
@@ -24,10 +27,14 @@ from pipeline.scores.selection import selection_name
 COMPARED_SCORES = ("nll", "accuracy", "brier", "ece", "pearson", "spearman", "rmse")
 ECE_ESTIMATOR = "debiased root mean square gap of the top choice over equal-mass bins (arXiv 1909.10155)"
 PLUGIN_ESTIMATOR = "mean absolute gap of the top choice over equal-width bins, biased upwards (arXiv 1706.04599)"
+PLUGIN_SCORES = ("ece_plugin", "ece_adaptive", "ece_classwise_plugin")
+"""Biased upwards: their intervals are `sampling_interval`s."""
 _BOUNDS = {
     "accuracy": (0.0, 1.0), "nll": (0.0, np.inf), "brier": (0.0, 2.0), "ece": (0.0, 1.0), "ece_plugin": (0.0, 1.0),
     "ece_classwise": (0.0, 1.0), "matthews": (-1.0, 1.0), "f1": (0.0, 1.0), "pearson": (-1.0, 1.0),
-    "spearman": (-1.0, 1.0), "rmse": (0.0, np.inf), "mse": (0.0, np.inf),
+    "spearman": (-1.0, 1.0), "rmse": (0.0, np.inf), "mse": (0.0, np.inf), "ece_adaptive": (0.0, 1.0),
+    "ece_classwise_plugin": (0.0, 1.0), "rater_cross_entropy": (0.0, np.inf), "rater_divergence": (0.0, np.log(2.0)),
+    "rater_entropy": (-1.0, 1.0),
 }  # fmt: skip
 
 
@@ -48,6 +55,7 @@ def score_entries(
     """What is scored and how, every system's scores, and paired differences; those of `singles` on validation, too."""
     config, test_split = inputs.config, inputs.splits["test"]
     test, validation = resample(inputs, scored, "test"), resample(inputs, scored, "validation")
+    unsure, resamples = uncertainty_entries(inputs, scored), {"validation": validation, "test": test}
     return {
         "label": config.label,
         "config_sha256": config.sha256(),
@@ -67,7 +75,12 @@ def score_entries(
         "claim_seeds": CLAIM_SEEDS,
         "subset_limit": SUBSET_LIMIT,
         "chance": chance(inputs),
-        "systems": [_system_entry(inputs, one, {"validation": validation, "test": test}) for one in scored],
+        "raters": _raters_entry(test_split),
+        "risk_coverage": risk_coverage_entries(inputs, scored),
+        "rows_to_see": rows_entry(inputs, scored),
+        "systems": [
+            {**_system_entry(inputs, one, resamples), "uncertainty": unsure[one.system.key]} for one in scored
+        ],
         "comparisons": [*_comparisons(scored, test, "test"), *_comparisons(singles, validation, "validation")],
     }
 
@@ -93,6 +106,14 @@ def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: dict[str, 
             for split in ("validation", "test")
         },
     }
+
+
+def _raters_entry(split: LabelledSplit) -> dict[str, float] | None:
+    """What people say of the test rows: the mean entropy of their choices, the least cross-entropy there is."""
+    if split.raters is None:
+        return None
+    with np.errstate(divide="ignore"):
+        return {"entropy": float(entropy(np.log(split.raters)).mean())}
 
 
 def _temperature_entry(one: ScoredSystem) -> dict[str, Any] | None:
@@ -128,7 +149,7 @@ def _scores(one: ScoredSystem, split: str, scaling: str, resamples: Resamples) -
 
 
 def _score_entry(score: str, runs: Runs) -> dict[str, float]:
-    biased = score == "ece_plugin" and len(runs.points) == 1
+    biased = score in PLUGIN_SCORES and len(runs.points) == 1
     interval = sampling_interval(runs.mean, runs.resamples[0]) if biased else runs.interval()
     entry = asdict(within_bounds(interval, *_BOUNDS[score]))
     return entry if runs.spread is None else {**entry, "run_sd": runs.spread}
@@ -179,6 +200,8 @@ def _left_out(inputs: ReportInputs) -> list[str]:
         "This run has no training metrics: its training curve is left out.": "mean_field" not in inputs.curves,
         "The plain LoRA run has no training metrics here: its training curve is left out.":
             "plain" in groups and "plain" not in inputs.curves,
+        "Not every test row says how people rated it (label_counts): agreement with raters is left out.":
+            any(row.label_counts for row in inputs.test_rows) and inputs.splits["test"].raters is None,
         "No search belongs to this run: its plot is left out.": inputs.search is None,
     }
     return [sentence for sentence, applies in reasons.items() if applies]

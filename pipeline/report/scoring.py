@@ -16,6 +16,7 @@ from pipeline.scores.bootstrap import Floats, Ints, Refitted, RowMean, Statistic
 from pipeline.scores.calibration import CalibrationError, PluginCalibrationError
 from pipeline.scores.classification import ROW_SCORES, BinaryScore, row_nll
 from pipeline.scores.ensemble import EnsembleCurve, Space, average
+from pipeline.scores.raters import rater_scores
 from pipeline.scores.regression import Correlation, RootMeanSquare, row_squared_error
 from pipeline.scores.seeds import Runs
 
@@ -119,12 +120,18 @@ def on_rows(one: ScoredSystem, rows: LabelledSplit) -> ScoredSystem:
 
 def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -> Resamples:
     """Every score of every system on the same resamples of a split's units: differences of them are paired."""
-    statistics = {
+    return resample_statistics(inputs, split, {
         (one.system.key, scaling, score): (one.system, runs)
         for one in scored
         for scaling in one.scalings(split)
         for score, runs in one.statistics[split, scaling].items()
-    }
+    })
+
+
+def resample_statistics(
+    inputs: ReportInputs, split: str, statistics: Mapping[tuple[str, str, str], tuple[System, tuple[Statistic, ...]]]
+) -> Resamples:
+    """Each system's statistics, one per training run, on the same resamples of a split's units."""
     flat = [statistic for _, runs in statistics.values() for statistic in runs]
     samples, rows = inputs.config.evaluate.bootstrap_samples, inputs.splits[split]
     table = iter(bootstrap(flat, rows.rows, samples, BOOTSTRAP_SEED, rows.units).T)
@@ -178,4 +185,6 @@ def _statistics(inputs: ReportInputs, split: LabelledSplit, predictions: Floats)
     scores["ece"] = CalibrationError.of(*asked, bins, split.units)
     if predictions.shape[-1] > 2:
         scores["ece_classwise"] = CalibrationError.classwise(*asked, bins, split.units)
-    return {**scores, "ece_plugin": PluginCalibrationError.of(*asked)}
+        scores["ece_classwise_plugin"] = PluginCalibrationError.classwise(*asked)
+    scores |= {"ece_plugin": PluginCalibrationError.of(*asked), "ece_adaptive": PluginCalibrationError.adaptive(*asked)}
+    return scores if split.raters is None else scores | rater_scores(predictions, split.raters)

@@ -15,7 +15,8 @@ Cell = tuple[str, str]
 
 HEADINGS = {
     "accuracy": "Accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE (debiased)", "ece_plugin": "ECE (plug-in)",
-    "ece_classwise": "ECE (classwise)", "perplexity": "Perplexity",
+    "ece_classwise": "ECE (classwise)", "ece_adaptive": "ECE (adaptive, plug-in)",
+    "ece_classwise_plugin": "ECE (classwise, plug-in)", "perplexity": "Perplexity",
     "matthews": "Matthews", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE",
 }
 """Score -> its one name, as in docs/glossary.md."""
@@ -24,7 +25,11 @@ _SCORES = {
     "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
 }
+_WIDTH = 80
+"""Columns of the terminal, which the tables of uncertainty keep to."""
 _UNSCALED = ("accuracy", "matthews", "f1")
+_SCALED_TOO = ("ece_adaptive", "ece_classwise_plugin")
+"""Of the page's table of scores after scaling alone; before, they stand in result.json."""
 _TERMINAL = {
     "choice": ("accuracy", "nll", "ece"), "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
@@ -39,7 +44,8 @@ def format_table(result: dict[str, Any]) -> str:
         scores = [score_text(score, system["test"]["before"][score]) for score in shown]
         rows.append([system["name"], str(system["passes"]), *scores, *_cost_texts(system)])
     title = [result["label"]] if result["label"] else []
-    lines = [*title, *align(rows), *scaled_lines(result), *_footnote(result), *closing_lines(result)]
+    lines = [*title, *align(rows), *scaled_lines(result), *uncertainty_lines(result), *_footnote(result),
+             *closing_lines(result)]
     return "\n".join(map(one_line, lines))
 
 
@@ -53,6 +59,22 @@ def scaled_lines(result: dict[str, Any]) -> list[str]:
         scores = [score_text(score, after[score]) for score in ("nll", "ece")]
         rows.append([system["name"], temperature_text(system["temperature"]), *scores])
     return align(rows)
+
+
+def uncertainty_lines(result: Mapping[str, Any]) -> list[str]:
+    """The table on the terminal, 80 columns at most; none where rows have no choices."""
+    if result["kind"] != "choice":
+        return []
+    shown = {"entropy": "entropy", "mutual_information": "MI", "aurc": "AURC"}
+    rows = [["uncertainty", *shown.values(), "AUROC of errors"]]
+    for system in result["systems"]:
+        found = system["uncertainty"]
+        values = [_plain_value(found.get(score)) for score in shown]
+        auroc = found["auroc_confidence"]
+        rows.append([system["name"], *values, "–" if auroc is None else interval_text(auroc)])
+    rest = sum(2 + max(len(row[column]) for row in rows) for column in range(1, len(rows[0])))
+    named = [[shortened(row[0], _WIDTH - rest), *row[1:]] for row in rows]
+    return [*align(named), *_rater_lines(result)]
 
 
 def closing_lines(result: dict[str, Any]) -> list[str]:
@@ -119,7 +141,8 @@ def scaled_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]] |
     """Headings and rows of the scores after temperature scaling; None where rows have no temperature."""
     if result["kind"] != "choice":
         return None
-    shown = [s for s in _SCORES["choice"] if s in result["systems"][0]["test"]["after"] and s not in _UNSCALED]
+    asked = [score for score in _SCORES["choice"] if score not in _UNSCALED] + [*_SCALED_TOO]
+    shown = [score for score in asked if score in result["systems"][0]["test"]["after"]]
     rows = []
     for system in result["systems"]:
         scores = [_score_cell(score, system["test"]["after"][score]) for score in shown]
@@ -194,10 +217,27 @@ def _footnote(result: dict[str, Any]) -> list[str]:
     return [
         f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
         "bound, where the estimate is 0);",
+        "uncertainty, before scaling: entropy and what members say apart (MI) in nats; AURC: mean error rate of the surest"
+        " rows; AUROC: whether confidence tells wrong answers from right ones (0.5: not at all);",
         f"T: temperature, fitted on {result['rows']['calibration']} calibration rows and shrunk towards 1 (~: those "
         "rows do not carry it);",
         cost,
     ]
+
+
+def _rater_lines(result: Mapping[str, Any]) -> list[str]:
+    """Agreement with people, in a line per system."""
+    if result["raters"] is None:
+        return []
+    rows = [["agreement with raters", "cross-entropy", "scaled", "JS divergence", "scaled"]]
+    for system in result["systems"]:
+        test = system["test"]
+        rows.append([shortened(system["name"], 34), *(
+            number_text(test[scaling][score]["value"])
+            for score in ("rater_cross_entropy", "rater_divergence") for scaling in ("before", "after")
+        )])
+    return [*align(rows), f"The raters' own entropy is {number_text(result['raters']['entropy'])} nats: no "
+            "cross-entropy is below it."]
 
 
 def _digits(score: str) -> int:
@@ -235,6 +275,14 @@ def _temperature_cell(temperature: Mapping[str, Any]) -> Cell:
     low, high = (number_text(temperature[end], 2) for end in ("low", "high"))
     said = "\nat its bound" if temperature["at_bound"] else "" if temperature["carried"] else "\nnot carried"
     return number_text(temperature["mean"], 2), f"{low} – {high}{said}"
+
+
+def _plain_value(entry: Mapping[str, float] | None) -> str:
+    return "–" if entry is None else number_text(entry["value"])
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _value_text(value: Any, form: str = ".3g") -> str:

@@ -18,7 +18,7 @@ from pipeline.scores.bootstrap import Floats, Ints
 
 
 def doubt_of_choice(log_probs: Floats) -> Floats:
-    """-log of the most probable choice's probability, which orders rows as 1 - confidence does: (..., N, C) -> (..., N)."""
+    """-log of the highest probability, which orders rows as 1 - confidence does: (..., N, C) -> (..., N)."""
     return -log_probs.max(axis=-1).astype(np.float64)
 
 
@@ -100,7 +100,7 @@ def risk_coverage(doubt: Floats, wrong: Floats) -> tuple[Floats, Floats]:
     """The curve of one predictor (N,): coverage k / N, and the error rate among the k surest rows, k = 1..N."""
     order, starts = _ties(doubt)
     sizes = np.diff(np.append(starts, len(doubt)))
-    rates = np.add.reduceat(wrong[order].astype(np.float64), starts) / sizes  # of each row, over the orders of its group
+    rates = np.add.reduceat(wrong[order].astype(np.float64), starts) / sizes  # over a group's orders
     taken = np.arange(1, len(doubt) + 1)
     return taken / len(doubt), np.cumsum(np.repeat(rates, sizes)) / taken
 

@@ -236,7 +236,7 @@ def test_the_report_is_reproducible(run, finished):
 
 def test_page_stands_alone(finished):
     page = finished.paths.report.read_text()
-    assert len(page) < 2_000_000 and page.count("<svg") == 5
+    assert len(page) < 2_000_000 and page.count("<svg") == 6
     assert not re.search(r"https?:|<script|@import|url\(\s*['\"]?(?!#)|\bsrc=", page)
     assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', page))
     assert "default-src 'none'" in page

@@ -1,0 +1,1 @@
+"""What systems know of their own errors, and how they agree with people."""
