@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from pipeline.config.data import Columns, TemplateConfig
 from pipeline.config.section import Name, NonNegative, Positive, Section
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SetupError
 
 
 class EnsembleConfig(Section):
@@ -89,6 +90,45 @@ ALSO = "also_"
 """Before a set's name: the split that its predictions are kept under."""
 
 
+class GenerateConfig(Section):
+    """Texts that base, adapter and ensemble write for test rows; the report scores them against the references."""
+
+    rows: Positive | None = 100
+    """Prompts, at most: the first different ones of the test rows, which stand in a random order. None = all."""
+    max_tokens: Positive = 64
+    """Longest text, in tokens."""
+    beams: Positive = 1
+    """Texts that beam search follows at a time; 1 is greedy. E2E in the papers: 10, length_penalty 0.9 (or 0.8),
+    no_repeat_ngram 4."""
+    length_penalty: float = 1.0
+    """A finished text of n tokens is worth its log-probability / n ** length_penalty, as in transformers."""
+    no_repeat_ngram: NonNegative = 0
+    """No n-gram of so many tokens twice in a text (it may repeat its prompt); 0: any."""
+
+
+def check_generation(settings: GenerateConfig | None, kind: str) -> None:
+    """Refuse texts for rows of a kind that are not answered by one, and scores whose packages are missing.
+
+    Args:
+        kind: choice, completion or regression.
+
+    Raises:
+        ConfigError: other rows; SetupError: no sacrebleu, or no torchmetrics.
+    """
+    if settings is None:
+        return
+    if kind != "completion":
+        raise ConfigError(
+            "evaluate.generate", None, f"writes texts, and {kind} rows are not answered by one", "Set it to null."
+        )
+    for package in ("sacrebleu", "torchmetrics"):
+        if importlib.util.find_spec(package) is None:
+            raise SetupError(
+                "evaluate.generate", None, f"is scored by the package {package}, which is not installed",
+                'Run `pip install "loradrop[eval]"` in the environment of this command, or set it to null.',
+            )
+
+
 class EvaluateConfig(Section):
     """Predictions and scores."""
 
@@ -103,11 +143,14 @@ class EvaluateConfig(Section):
     """More data sets that are predicted and scored, under the temperature of this run's calibration rows: name -> path,
     or {path, split, rows, labels, template, columns}. Each is scored beside the test split, and told apart from it by
     how unsure members are. May be given after the training: only what is missing is predicted."""
+    generate: GenerateConfig | None = None
+    """Texts for rows that are answered by one (completions, chats), beside the likelihood of their references: `{}`, or
+    for example evaluate.generate.rows=200. None = none are written: a text takes a pass per token."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """A key that came later is left out where it says nothing: older runs keep their identity."""
-        return {name: value for name, value in dump(self).items() if value or name != "also"}
+        return {name: value for name, value in dump(self).items() if value or name not in ("also", "generate")}
 
 
 class ExportConfig(Section):

@@ -14,7 +14,7 @@ from pipeline.config.deepspeed import (
     read_ds_config,
     zero_stage,
 )
-from pipeline.config.evaluate import check_selection
+from pipeline.config.evaluate import check_generation, check_selection
 from pipeline.data.encode_classifier import refuse_choice_score
 from pipeline.distributed.launcher import has_accelerator
 from pipeline.errors import ConfigError
@@ -64,6 +64,7 @@ def check_inputs(config: RunConfig) -> RunConfig:
     if rows := found.rows:
         answered = "completion" if rows[0].kind == "chat" else rows[0].kind
         check_selection(config.select.by, answered, max(len(row.choices) for row in rows))
+        check_generation(config.evaluate.generate, answered)
     also = check_also(config.evaluate.also, found.config, found.rows, None if kind is None else kind == "classifier")
     _check_rows(config.data, config.train, classifier=kind == "classifier")
     for line in found.lines:

@@ -115,7 +115,7 @@ def _score(
     adapters: Adapters, candidates: Sequence[Sequence[Encoded]], members: Sequence[Member], settings: PassSettings
 ) -> Iterator[tuple[Scored, np.ndarray]]:
     """Yield each sequence (all of a row's, in any order) with its (M, targets) log-probabilities."""
-    by_token = any(_masks_tokens(adapters, member) for member in members)
+    by_token = any(masks_tokens(adapters, member) for member in members)
     shares = settings.shares_keys and not by_token and not zero.is_sharded(adapters.model)
     sequences = plan_sequences(candidates, tails=shares)
     beginning, sequences = common_beginning(sequences) if shares else ((), sequences)
@@ -131,7 +131,7 @@ def _score(
         yield from found
 
 
-def _masks_tokens(adapters: Adapters, member: Member) -> bool:
+def masks_tokens(adapters: Adapters, member: Member) -> bool:
     """Whether masks of a member depend on the token, and so want whole sequences."""
     if member.adapter is None or member.draw is None:
         return False

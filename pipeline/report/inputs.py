@@ -13,8 +13,15 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
 from pipeline.report.also.rows import AlsoSplit, read_also
-from pipeline.run_folder.chain import Origin, require_members, require_predictions, require_same_adapter
+from pipeline.run_folder.chain import (
+    Origin,
+    predictions_from,
+    require_members,
+    require_predictions,
+    require_same_adapter,
+)
 from pipeline.run_folder.comparison import Training, read_comparison
+from pipeline.run_folder.generated import JoinedTexts, read_joined, texts_path
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.metrics import read_metrics
@@ -57,6 +64,8 @@ class ReportInputs:
     search: dict[str, Any] | None
     also: Mapping[str, AlsoSplit] = field(default_factory=dict)
     """The other data sets that the members predicted (`evaluate.also`), by the splits of their predictions."""
+    texts: JoinedTexts | None = None
+    """What was written for the test rows (`evaluate.generate`)."""
 
 
 def read_inputs(run_dir: Path) -> ReportInputs:
@@ -77,6 +86,8 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
     also = read_also(paths, config, labelled, members)
+    texts = read_joined(paths.predictions, config, labelled.test, predictions_from(origin, members), members)
+    written = {} if texts is None else {"texts": sha256_file(texts_path(paths.predictions, "test"))}
     related, trainings = read_related(paths), read_comparison(paths)
     _require_same_trainings(paths, trainings or [], members)
     joined = {
@@ -89,7 +100,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         config=config,
         config_text=paths.config.read_text(encoding="utf-8"),
         made_from=origin.as_dict()
-        | {"adapter_sha256": own, "settings_sha256": config.reading_sha256()}
+        | {"adapter_sha256": own, "settings_sha256": config.reading_sha256(), **written}
         | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in (*predictions, *also)}},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         kind=_common_kind(paths, predictions),
@@ -100,6 +111,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         trainings=trainings,
         search=None if related.search is None else read_search(related.search, related.search_identity),
         also=also,
+        texts=texts,
     )
 
 

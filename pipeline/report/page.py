@@ -13,6 +13,7 @@ from pipeline import __version__
 from pipeline.report import plots, tables
 from pipeline.report.also.tables import also_tables
 from pipeline.report.comparison import training_table
+from pipeline.report.generated import texts_tables
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance_line
 from pipeline.report.scoring import AFTER, BEFORE, ScoredSystem
@@ -50,6 +51,7 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         config=inputs.config_text,
         environment=tables.flatten(inputs.environment),
         also=also_tables(result),
+        texts=texts_tables(result),
         trainings=training_table(result) if inputs.trainings is not None else None,
     )
 

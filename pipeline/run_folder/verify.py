@@ -34,8 +34,9 @@ from pipeline.run_folder.chain import (
     weights_sha256,
 )
 from pipeline.run_folder.comparison import REFUSALS, read_comparison
+from pipeline.run_folder.generated import read_texts, texts_from, texts_path
 from pipeline.run_folder.mark import MARK, is_marked, require_mark
-from pipeline.run_folder.members import read_members
+from pipeline.run_folder.members import PredictedMember, read_members
 from pipeline.run_folder.paths import RunPaths, load_saved, read_status
 from pipeline.run_folder.predictions import read_predictions
 from pipeline.run_folder.related import LEDGER, SEARCH, read_related, read_search
@@ -226,12 +227,32 @@ def _predictions(paths: RunPaths, origin: Origin | None, config: RunConfig | Non
         if result.state == "whole" and own and found.made_from != predictions_from(own, members):
             result = Finding(name, "foreign", "was made by other members than members.json names")
         yield result
+    if texts_path(paths.predictions, "test").exists():
+        yield _texts(paths, origin, config, members)
     if config is not None and (what := other_members(members, config.ensemble)):
         yield Finding("predictions/members.json", "foreign", what)
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     weights = paths.adapter / ADAPTER_WEIGHTS
     if own is not None and weights.is_file() and weights_sha256(paths.adapter) != own:
         yield Finding("predictions/members.json", "foreign", "names another adapter than the one in adapter/")
+
+
+def _texts(
+    paths: RunPaths, origin: Origin | None, config: RunConfig | None, members: list[PredictedMember]
+) -> Finding:
+    path = texts_path(paths.predictions, "test")
+    name = f"{paths.predictions.name}/{path.name}"
+    try:
+        found = read_texts(paths.predictions, "test")
+    except RunFolderError as error:
+        return Finding(name, "damaged", str(error))
+    result = _with_origin(Finding(name, "whole", f"{len(found.texts)} texts"), found.made_from, origin)
+    settings = None if config is None else config.evaluate.generate
+    if result.state != "whole" or origin is None or config is None or settings is None:
+        return result
+    if found.made_from != texts_from(predictions_from(origin, members), settings, config.ensemble.average):
+        return Finding(name, "foreign", "was made by other members or under other settings")
+    return result
 
 
 def _referred(paths: RunPaths) -> Iterator[Finding]:
@@ -267,6 +288,9 @@ def _result(paths: RunPaths, origin: Origin | None, config: RunConfig | None) ->
             path = paths.predictions / f"{split}.npz"
             if not path.is_file() or not is_zipfile(path) or sha256_file(path) != sha256:
                 found = Finding("result.json", "foreign", f"was made from other predictions of {split}")
+        texts, path = _mapping(made_from).get("texts"), texts_path(paths.predictions, "test")
+        if texts is not None and (not path.is_file() or sha256_file(path) != texts):
+            found = Finding("result.json", "foreign", "was made from other texts")
     yield found
 
 

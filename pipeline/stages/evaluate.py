@@ -20,19 +20,28 @@ from pipeline.adapters.peft_adalora import shown_rank
 from pipeline.adapters.peft_format import StoredAdapter, read_adapter
 from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
-from pipeline.config.evaluate import EnsembleConfig
+from pipeline.config.evaluate import EnsembleConfig, GenerateConfig, check_generation
 from pipeline.data.rows import Row
 from pipeline.data.shapes.also import load_also
-from pipeline.data.splits import EVALUATED_SPLITS, load_splits
+from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
 from pipeline.errors import RunFolderError, Stopped, one_line
+from pipeline.prediction.generation import Writing
 from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
 from pipeline.prediction.task import Task, open_task
 from pipeline.prediction.unseen import require_unseen
 from pipeline.run_folder.chain import Origin, places_among, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
+from pipeline.run_folder.generated import (
+    GeneratedTexts,
+    distinct_prompts,
+    is_written,
+    texts_from,
+    write_texts,
+    writers_of,
+)
 from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
@@ -68,7 +77,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     for name, predictions in kept.items():  # before members.json: a kill in between leaves what is found again
         if read_predictions(paths.predictions, name).members != predictions.members:
             write_predictions(paths.predictions, name, predictions)
-    if not missing:
+    texts = _missing_texts(paths, lineups, splits, config)
+    if not missing and texts is None:
         write_members(paths.predictions, lineup.described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
         return
@@ -87,7 +97,9 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         for name in missing:  # of other members: never to be taken for these
             (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
         write_members(paths.predictions, lineup.described)
-    predict_splits(paths, config.ensemble, lineups, missing, task, adapters, world, hashes)
+    lineup = predict_splits(paths, config.ensemble, lineups, missing, task, adapters, world, hashes)
+    if texts is not None:
+        generate_texts(paths, config.ensemble, lineup, splits.test, texts, Writing(task, adapters, texts, world))
     if world.is_main:
         update_status(paths, "evaluate", "done")
     leave_world()
@@ -96,11 +108,14 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
 def predict_splits(
     paths: RunPaths, ensemble: EnsembleConfig, lineups: Sequence[Lineup], missing: Mapping[str, Sequence[Row]],
     task: Task, adapters: Adapters, world: World, hashes: Mapping[str, str],
-) -> None:
+) -> Lineup:
     """Predict and write the splits that are missing, validation, where it is one of them, in rounds of draws.
 
     Args:
         hashes: of those whose rows are not the run's own, what their predictions name for its data.
+
+    Returns:
+        Who predicted.
 
     Raises:
         Stopped: a stop was requested; what is written stays.
@@ -131,6 +146,50 @@ def predict_splits(
             predictions = replace(predictions, seconds=seconds, made_from=made_from)
             write_predictions(paths.predictions, name, predictions)
     progress.close()
+    return lineup
+
+
+def _missing_texts(
+    paths: RunPaths, lineups: Sequence[Lineup], splits: Splits, config: RunConfig
+) -> GenerateConfig | None:
+    """How texts are to be written; None where none are asked for, or they are there."""
+    settings, kind = config.evaluate.generate, splits.test[0].kind
+    check_generation(settings, "completion" if kind == "chat" else kind)
+    if settings is None:
+        return None
+    if not writers_of(lineups[0].described):
+        say("evaluate.generate: the adapters of a comparison write no texts")
+        return None
+    made_from = texts_from(lineups[0].made_from, settings, config.ensemble.average)
+    return None if len(lineups) == 1 and is_written(paths.predictions, "test", made_from) else settings
+
+
+def generate_texts(
+    paths: RunPaths, ensemble: EnsembleConfig, lineup: Lineup, rows: Sequence[Row], settings: GenerateConfig,
+    writing: Writing,
+) -> None:
+    """Write texts for the different prompts of the test rows.
+
+    Raises:
+        Stopped: a stop was requested; no text is kept.
+    """
+    prompts, writers = [group[0] for group in distinct_prompts(rows, settings.rows)], writers_of(lineup.described)
+    world, count = writing.world, len(prompts) * len(writers)
+    say(f"texts for {len(prompts)} prompts by {len(writers)} systems", world.is_main)
+    progress = Progress(count, 0, world.is_main, unit="text")
+    shown = _counter(progress, 0, count, "texts", world.world_size)
+    writing = replace(writing, space=ensemble.average, on_chunk=shown, stop_asked=lambda: stop_asked(paths))
+    try:
+        texts, seconds = writing.write(
+            prompts, {key: [lineup.members[place] for place in places] for key, places in writers.items()}
+        )
+    except Stopped:
+        _stop(paths, world)
+    progress.close()
+    if world.is_main:
+        names = {key: [lineup.described[place].name for place in places] for key, places in writers.items()}
+        made_from = texts_from(lineup.made_from, settings, ensemble.average)
+        write_texts(paths.predictions, "test", GeneratedTexts(made_from, names, seconds, texts))
 
 
 def _stop(paths: RunPaths, world: World) -> NoReturn:

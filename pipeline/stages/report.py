@@ -13,6 +13,7 @@ from pipeline.files import MANIFEST, read_json, sha256_file, write_json, write_t
 from pipeline.report.also.scores import also_entries
 from pipeline.report.also.tables import format_also
 from pipeline.report.comparison import build_comparison, format_comparison
+from pipeline.report.generated import format_texts, texts_entry
 from pipeline.report.inputs import read_inputs
 from pipeline.report.page import render_page
 from pipeline.report.result import build_result
@@ -35,6 +36,9 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         result, scored = build_comparison(inputs, inputs.trainings)
     if also := also_entries(inputs, scored):
         result["also"] = also
+    if inputs.texts is not None:
+        names = {system["key"]: system["name"] for system in result["systems"]}
+        result["texts"] = texts_entry(inputs.texts, inputs.config, names)
     page = render_page(inputs, result, scored)
     write_json(inputs.paths.result, result)
     write_text(inputs.paths.report, page)
@@ -50,6 +54,8 @@ def print_report(run_dir: Path) -> None:
     print(format_comparison(result) if paths.comparison.exists() else format_table(result))
     if "also" in result:
         print(format_also(result))
+    if "texts" in result:
+        print(format_texts(result["texts"]))
     print(f"\n  report   {one_line(os.path.relpath(paths.report))}")
     manifest = paths.export / MANIFEST
     if manifest.exists() and read_json(manifest).get("result_sha256") != sha256_file(paths.result):

@@ -33,7 +33,8 @@ def write_tasks(folder: Path, rows: list[dict[str, object]]) -> None:
     tasks: dict[str, dict[str, object]] = {
         "mine_choices": {
             "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_choice": "{{choices}}",
-            "doc_to_target": "label", "target_delimiter": "", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "doc_to_target": "label", "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         },
         "mine_text": {
             "output_type": "loglikelihood", "doc_to_text": "{{prompt}}", "doc_to_target": "{{choices[label]}}",
@@ -99,7 +100,7 @@ def test_the_base_is_the_harnesss_own_model(run: SimpleNamespace) -> None:
     stock = HFLM(pretrained=run.config.model.path, device="cpu", dtype="float32", batch_size=4)
     own = MembersLM(run.found, "base", greedy=True)
     assert own.max_length == stock.max_length
-    asked = [*requests(run.rows[:6]), SimpleNamespace(args=("", " good film")), SimpleNamespace(args=("the film ", "was"))]
+    asked = [*requests(run.rows[:6]), *(SimpleNamespace(args=args) for args in (("", " good film"), ("a film ", "was")))]
     logits = stock._model_call(stock.tok_batch_encode(["the film was"])[0])[0, -1]
     words = [f" {word}" for word in WORDS if len(stock.tok_encode(f"was {word}")) == len(stock.tok_encode("was")) + 1]
     best = max(words, key=lambda word: float(logits[stock.tok_encode(f"was{word}")[-1]]))
