@@ -60,7 +60,7 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     folder = "the run folder (default: runs/ + the recipe's name)"
     option("--run-dir", folder, [*new, *saved, "data", "verify", "predict", "eval", "doctor"], metavar="DIR")
     option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
-    option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved, "eval"], action="store_true")
+    option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
     option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
     option("--fast", "only the fast tier", ["test"], action="store_true")
     option("--json", "print JSON", ["doctor", "keys", "recipes"], action="store_true")

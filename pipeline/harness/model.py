@@ -7,17 +7,19 @@ tokenizer's BOS, or EOS where it has none. Special tokens before a text are thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.errors import ConfigError
 from pipeline.harness.likelihoods import Likelihoods, Pair
+from pipeline.harness.texts import written
 
 LONGEST = 2048
 """Tokens, where a model does not say how many positions it has; as in the harness."""
+LENGTH_NAMES, MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens"), 256
+"""How tasks call the longest text, in tokens; where they do not say, as in the harness."""
 
 
 class MembersLM(TemplateLM):
@@ -73,10 +75,25 @@ class MembersLM(TemplateLM):
         return [sum(next(found) for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raises `ConfigError`: tasks that ask for it are refused before a model is loaded."""
-        raise ConfigError("--tasks", None, "asks for generated texts", "Give tasks that score texts.")
+        """Greedy texts up to the first of the task's stops; sampling is refused before a model is loaded."""
+        texts: dict[tuple[str, tuple[str, ...], int], str] = {}
+        asked = [(context, *_stops(settings)) for context, settings in (request.args for request in requests)]
+        for until, most in dict.fromkeys(one[1:] for one in asked):
+            contexts = list(dict.fromkeys(one[0] for one in asked if one[1:] == (until, most)))
+            room = max(1, self.max_length - most)
+            prompts = [tuple(self.tok_encode(text)[-room:] or [self.prefix_token_id]) for text in contexts]
+            found = written(self._likelihoods, self._system, prompts, until, most)
+            texts.update({(context, until, most): text for context, text in zip(contexts, found, strict=True)})
+        return [texts[one] for one in asked]
 
     def _cut(self, context: list[int], text: list[int]) -> Pair:
         """The last tokens that the model has positions for; what is scored is never cut."""
         room = max(1, self.max_length + 1 - len(text))
         return tuple(context[-room:]), tuple(text)
+
+
+def _stops(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """(texts that end a generated one, its most tokens) of a task's generation_kwargs."""
+    until = settings.get("until") or ()
+    most = next((settings[name] for name in LENGTH_NAMES if settings.get(name)), MOST_TOKENS)
+    return (until,) if isinstance(until, str) else tuple(until), int(most)

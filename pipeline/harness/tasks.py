@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from pipeline.errors import ConfigError
 from pipeline.harness.model import MembersLM
 
-SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 """What a task may ask of a model."""
 FEWSHOT_SEED, BOOTSTRAP = 1234, 1000
 """As the harness draws examples; resamples for the errors of metrics that are no means."""
@@ -37,10 +37,13 @@ class Tasks:
         self._manager = TaskManager(include_path=include)
         loaded = self._load()
         for name, task in loaded["tasks"].items():
-            kind = task.OUTPUT_TYPE
-            if kind not in SCORED:
-                what = f"asks for {kind}, and members answer {', '.join(SCORED)}"
-                raise ConfigError("--tasks", name, what, "Leave it out; evaluate scores texts of the run's own rows.")
+            if task.OUTPUT_TYPE not in KINDS:
+                what = f"asks for {task.OUTPUT_TYPE}, and members answer {', '.join(KINDS)}"
+                raise ConfigError("--tasks", name, what, "Leave it out.")
+            settings = task.get_config("generation_kwargs") or {}
+            if task.OUTPUT_TYPE == "generate_until" and (settings.get("do_sample") or settings.get("num_beams", 1) > 1):
+                what = "samples its texts, or searches with beams, and members write greedily"
+                raise ConfigError("--tasks", name, what, "Set do_sample to false and num_beams to 1 in its file.")
         self.greedy = any(
             task.OUTPUT_TYPE == "loglikelihood" or "exact_match" in getattr(task, "_metric_fn_list", {})
             for task in loaded["tasks"].values()

@@ -46,9 +46,10 @@ def write_tasks(folder: Path, rows: list[dict[str, object]]) -> None:
         },
         "mine_written": {
             "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "x",
-            "metric_list": [{"metric": "exact_match"}],
+            "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]},
         },
     }
+    tasks["mine_sampled"] = {**tasks["mine_written"], "generation_kwargs": {"do_sample": True, "until": ["\n"]}}
     for name, own in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **own}))
 
@@ -100,7 +101,8 @@ def test_the_base_is_the_harnesss_own_model(run: SimpleNamespace) -> None:
     stock = HFLM(pretrained=run.config.model.path, device="cpu", dtype="float32", batch_size=4)
     own = MembersLM(run.found, "base", greedy=True)
     assert own.max_length == stock.max_length
-    asked = [*requests(run.rows[:6]), *(SimpleNamespace(args=args) for args in (("", " good film"), ("a film ", "was")))]
+    more = [SimpleNamespace(args=args) for args in (("", " good film"), ("the film ", "was"))]
+    asked = [*requests(run.rows[:6]), *more]
     logits = stock._model_call(stock.tok_batch_encode(["the film was"])[0])[0, -1]
     words = [f" {word}" for word in WORDS if len(stock.tok_encode(f"was {word}")) == len(stock.tok_encode("was")) + 1]
     best = max(words, key=lambda word: float(logits[stock.tok_encode(f"was{word}")[-1]]))
@@ -111,6 +113,9 @@ def test_the_base_is_the_harnesss_own_model(run: SimpleNamespace) -> None:
     long = [SimpleNamespace(args=("the film was good and " * 40,)), SimpleNamespace(args=("a poor plot",))]
     expected = stock.loglikelihood_rolling(long, disable_tqdm=True)
     np.testing.assert_allclose(own.loglikelihood_rolling(long, disable_tqdm=True), expected, rtol=1e-5)
+    settings = {"max_gen_toks": 5, "until": ["\n", "good"], "do_sample": False}
+    asked = [SimpleNamespace(args=(row.prompt, dict(settings))) for row in run.rows[:5]]
+    assert own.generate_until(asked) == stock.generate_until(asked, disable_tqdm=True)
 
 
 @pytest.mark.slow
@@ -140,8 +145,8 @@ def test_the_command_scores_local_tasks_under_every_system(
     for place, found in enumerate(list(result["systems"].values())[:6]):
         assert found["results"]["mine_choices"]["acc,none"] == pytest.approx(ours[place].mean())
     assert {one.name: one.state for one in verify_folder(run.paths.root)}.get("harness.json") is None
-    with pytest.raises(ConfigError, match=r"--tasks = 'mine_written': asks for generate_until"):
-        evaluate_tasks(Request(run_dir=str(run.paths.root), tasks="mine_written", include_path=str(run.tasks)))
+    with pytest.raises(ConfigError, match=r"--tasks = 'mine_sampled': samples its texts"):
+        evaluate_tasks(Request(run_dir=str(run.paths.root), tasks="mine_sampled", include_path=str(run.tasks)))
 
 
 @pytest.mark.slow
