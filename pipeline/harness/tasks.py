@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from pipeline.harness.model import MembersLM
 
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 """What a task may ask of a model."""
-FEWSHOT_SEED, BOOTSTRAP = 1234, 1000
+FEWSHOT_SEED, BOOTSTRAP = 1234, 100
 """As the harness draws examples; resamples for the errors of metrics that are no means."""
 
 
@@ -52,9 +55,11 @@ class Tasks:
 
     def scored(self, model: MembersLM, limit: int | None) -> dict[str, Any]:
         """Task or group -> metric -> value, and the rows and versions of the tasks."""
-        found: Mapping[str, Any] = evaluate(
-            lm=model, task_dict=self._load(), limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
-        ) or {}
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else a pool of copies of this process resamples each metric
+        with redirect_stdout(sys.stderr):  # stdout is for the table
+            found: Mapping[str, Any] = evaluate(
+                lm=model, task_dict=self._load(), limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+            ) or {}
         rows = {name: counts["effective"] for name, counts in found["n-samples"].items()}
         return {"results": _plain(found["results"]), "rows": rows, "versions": _plain(found["versions"])}
 
