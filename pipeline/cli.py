@@ -58,7 +58,7 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
     option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data", "doctor"], metavar="FILE-or-NAME")
     folder = "the run folder (default: runs/ + the recipe's name)"
-    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict", "serve", "doctor"], metavar="DIR")
+    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict", "serve", "eval", "doctor"], metavar="DIR")
     option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
     option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
     option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
@@ -70,6 +70,10 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     option("--host", "where to listen (default 127.0.0.1: this machine alone)", ["serve"], metavar="ADDRESS")
     option("--port", "(default 8000; 0: any that is free)", ["serve"], type=int, metavar="N")
     option("--api-key-file", "its first line is the key that clients have to show", ["serve"], metavar="FILE")
+    option("--tasks", "names or files of lm-eval's tasks, separated by commas", ["eval"], metavar="TASKS")
+    option("--include-path", "a folder with task files of yours", ["eval"], metavar="DIR")
+    option("--limit", "rows of each task", ["eval"], type=int, metavar="N")
+    option("--num-fewshot", "examples in the prompt (default: as a task says)", ["eval"], type=int, metavar="N")
     # No action of argparse's: which stage is asked about is known once all words are read.
     parser.add_argument("-h", "--help", action="store_true", help="show this, or what a stage does, and stop")
     parser.add_argument("--version", action="version", version=f"loradrop {__version__}")
@@ -107,6 +111,8 @@ def dispatch(arguments: argparse.Namespace) -> int:
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
         arguments.fast, json=arguments.json, input=arguments.input, output=arguments.output, abstain=arguments.abstain,
         host=arguments.host, port=arguments.port, api_key_file=arguments.api_key_file,
+        tasks=arguments.tasks, include_path=arguments.include_path, limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code

@@ -35,6 +35,8 @@ MAY_SEE = {
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"}
     | {"plan"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
+    "harness": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "plan"},
     "setup": {"errors"},
     "doctor": GROUND | {"config", "data", "model", "run_folder", "distributed", "plan", "setup", "support"},
     "support": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed", "plan", "stages"},
@@ -59,6 +61,7 @@ ONE_DOOR = {
     "ray": ("tune.",),
     "fastapi": ("pipeline.serving.",),
     "uvicorn": ("pipeline.serving.command",),
+    "lm_eval": ("pipeline.harness.",),
 }
 """Rule 6: library -> beginnings of the modules that may import it."""
 NO_TORCH = (
@@ -71,7 +74,7 @@ NO_TORCH = (
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
     "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows", "pipeline.serving.command",
     "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
-    "pipeline.stages.doctor",
+    "pipeline.stages.doctor", "pipeline.harness.command",
     "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
     "tune.__main__", "tune.search", "tune.study",
 )
@@ -230,6 +233,8 @@ def test_no_circles() -> None:
         ("rule 5", "pipeline.stages.export", "from pipeline.stages.evaluate import evaluate_run"),
         ("rule 6", "pipeline.training.engine", "import deepspeed"),
         ("rule 6", "pipeline.adapters.linear", "from bitsandbytes.nn import Linear4bit"),
+        ("rule 6", "pipeline.ensemble.ensemble", "from lm_eval.api.model import LM"),
+        ("rule 4", "pipeline.harness.likelihoods", "from pipeline.training import checkpoint"),
         ("rule 6", "pipeline.adapters.build", "from peft import LoraConfig"),
         ("rule 6", "pipeline.stages.train", "import ray"),
         ("rule 6", "pipeline.stages.train", "import fastapi"),

@@ -10,6 +10,8 @@ from pydantic import Field, model_serializer, model_validator
 from pipeline.config.section import Name, NonNegative, Positive, Section
 
 EMBEDDED_DATA = "embedded:movie-reviews"
+EMBEDDED_SETS = (EMBEDDED_DATA, "embedded:amazon-reviews", "embedded:news-editorials", "embedded:tweets")
+"""The sentences of one study, of four domains."""
 
 
 class TemplateConfig(Section):
@@ -22,7 +24,8 @@ class TemplateConfig(Section):
     """Second text of a pair (premise and hypothesis): encoders read it behind the separator, as its own segment."""
     choices: tuple[str, ...] | str | None = None
     """Answer texts, in label order (a leading space is part of the text). Where every row has its own: one text such as
-    " {choices}", which names the column that holds them (a list, or {text, label} as in ARC)."""
+    " {choices}", which names the column that holds them (a list, or {text, label} as in ARC). " {choices.label}"
+    answers with their letters, of which "{choices.listed}" in the prompt writes a line each, `A. text`."""
     label: str | None = None
     """Column with the index, or with the text, of the right choice; "{column}" takes its numbers for texts."""
     score: str | None = None
@@ -78,8 +81,8 @@ class DataConfig(Section):
 
     path: Name = EMBEDDED_DATA
     """A local .jsonl/.json/.csv/.tsv/.parquet file, several (`parts/*.jsonl`), a folder with
-    train/validation/calibration/test files, a hub data set, a file behind a protocol (hf://, https://), or the embedded
-    default."""
+    train/validation/calibration/test files, a hub data set, a file behind a protocol (hf://, https://), or embedded:
+    movie-reviews (the default), amazon-reviews, news-editorials, tweets."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources in place of `path`: [{path, weight, template, columns}, ...]. Rows of all are pooled, then
     divided; weights count in the training split."""

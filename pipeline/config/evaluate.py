@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
-from pipeline.config.section import Fraction, NonNegative, Positive, Section
+from pipeline.config.data import Columns, TemplateConfig
+from pipeline.config.section import Fraction, Name, NonNegative, Positive, Section
 from pipeline.errors import ConfigError, SetupError
 
 
@@ -72,6 +73,36 @@ def check_selection(by: str, kind: str, choices: int) -> None:
         raise ConfigError("select.by", by, what, f"Set select.by to one of {', '.join(fitting)}.")
 
 
+class AlsoConfig(Section):
+    """Another data set that the members of a run are scored on: another domain, or rows of no known class."""
+
+    path: Name
+    """As `data.path`."""
+    split: Name = "test"
+    """Split of a hub data set, or file name without suffix in a folder; a single file is read whole."""
+    rows: Positive | None = None
+    """Rows, at most; None = all. Which ones follows from data.seed, and fewer are among more."""
+    labels: bool = True
+    """false: the rows have no right answer among the choices (out-of-domain rows). A label column is not read, and
+    confidence, entropy and detection are all that is scored."""
+    template: TemplateConfig | None = None
+    """As `data.template`, which is taken where this is not given."""
+    columns: Columns | None = None
+    """As `data.columns`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, values: object) -> object:
+        """A path alone is all that most sets need."""
+        return {"path": values} if isinstance(values, str) else values
+
+
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+"""Names a file, a table and an entry of result.json."""
+ALSO = "also_"
+"""Before a set's name: the split that its predictions are kept under."""
+
+
 class GenerateConfig(Section):
     """Texts that base, adapter and ensemble write for test rows; the report scores them against the references."""
 
@@ -121,6 +152,10 @@ class EvaluateConfig(Section):
     """Equal-mass bins of the debiased calibration error; the plug-in one has 15 of equal width, as the literature."""
     bootstrap_samples: Positive = 2000
     """Resamples behind each 95 % interval."""
+    also: dict[SetName, AlsoConfig] = {}
+    """More data sets that are predicted and scored, under the temperature of this run's calibration rows: name -> path,
+    or {path, split, rows, labels, template, columns}. Each is scored beside the test split, and told apart from it by
+    how unsure members are. May be given after the training: only what is missing is predicted."""
     generate: GenerateConfig | None = None
     """Texts for rows that are answered by one (completions, chats), beside the likelihood of their references: `{}`, or
     for example evaluate.generate.rows=200. None = none are written: a text takes a pass per token."""
@@ -128,7 +163,7 @@ class EvaluateConfig(Section):
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """A key that came later is left out where it says nothing: older runs keep their identity."""
-        return {name: value for name, value in dump(self).items() if value or name not in ("generate",)}
+        return {name: value for name, value in dump(self).items() if value or name not in ("also", "generate")}
 
 
 class ExportConfig(Section):

@@ -59,8 +59,12 @@ def overridden_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """`config` with dotted keys set to new values, validated again."""
+    """`config` with dotted keys set to new values, validated again. What is said in epochs takes the place of steps,
+    and the other way round."""
     tree = _dumped(config)
+    for (section, key), other in INSTEAD.items():
+        if values.get(f"{section}.{key}") is not None and f"{section}.{other}" not in values:
+            tree[section].pop(other, None)
     for key, value in values.items():
         _set(tree, key, copy.deepcopy(value))  # a later key may lie within it
     return build_config(tree)

@@ -72,7 +72,7 @@ def _refuse_left_out(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
     for what, poorer in without:
         if _render(poorer, len(row.messages), tokenizer, prompt=False) == whole:
             raise DataError(
-                f"row {row.id}: {what}", None, "is not rendered by the model's chat template, which leaves it out",
+                f"{row.named}: {what}", None, "is not rendered by the model's chat template, which leaves it out",
                 "Use a model whose chat template knows tools, or put it into the texts.",
             )
 
@@ -95,10 +95,10 @@ def _render(row: Row, turns: int, tokenizer: PreTrainedTokenizerBase, prompt: bo
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **tools))
     except (TemplateError, ValueError, TypeError) as error:
         raise DataError(
-            f"row {row.id}: messages", None, f"is refused by the model's chat template ({error})",
+            f"{row.named}: messages", None, f"is refused by the model's chat template ({error})",
             "Change the roles or their order, or use {prompt, completion} rows.",
         ) from error
 
 
 def _not_a_prefix(row: Row, turn: int, constraint: str, remedy: str) -> DataError:
-    return DataError(f"row {row.id}: messages[{turn}]", None, f"the model's chat template {constraint}", remedy)
+    return DataError(f"{row.named}: messages[{turn}]", None, f"the model's chat template {constraint}", remedy)

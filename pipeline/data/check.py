@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from pipeline.config import DataConfig
-from pipeline.config.data import EMBEDDED_DATA
-from pipeline.data.embedded import movie_reviews_cached
+from pipeline.data.embedded import is_cached, is_embedded
 from pipeline.data.encode_classifier import output_count, refuse_for_causal
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
@@ -55,7 +54,7 @@ def look_at(config: DataConfig, limit: int | None = None, classifier: bool | Non
     sources = sources_of(config)
     for place, source in enumerate(sources):
         check_template(source.template)
-        check_name(source.path)
+        check_name(source.path, source.field)
         if not is_local(source.path):
             continue
         local_files(source)  # a place that is not there is said before its columns are looked for
@@ -130,6 +129,6 @@ def _refuse_short(files: dict[str, list[Row]], whole: dict[str, bool], config: D
 def at_hand(config: DataConfig) -> bool:
     """Whether every source lies on this machine: nothing would be fetched."""
     return all(
-        movie_reviews_cached() if source.path == EMBEDDED_DATA else is_local(source.path)
+        is_cached(source.path) if is_embedded(source.path) else is_local(source.path)
         for source in sources_of(config)
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.data.chat import chat_segments
+from pipeline.data.formats.faults import SHOWN
 from pipeline.data.rows import Row
 from pipeline.data.tokens import following_ids, prompt_ids
 from pipeline.errors import DataError
@@ -92,7 +93,7 @@ def encode_candidates(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: 
     answers = _answers(row, tokenizer)
     for text, tokens in [(row.prompt, lead + body), *zip(row.choices or [row.completion], answers, strict=True)]:
         if not tokens:
-            raise DataError(f"row {row.id}", text, "has no tokens in the model's vocabulary", "Leave the row out.")
+            raise DataError(f"{row.named}", text, "has no tokens in the model's vocabulary", "Leave the row out.")
     kept = lead + _tail(body, max_tokens, len(lead), max(map(len, answers)), row)
     return [
         Encoded(row.id, (*kept, *answer), (*[IGNORE_INDEX] * len(kept), *answer)) for answer in answers
@@ -102,25 +103,32 @@ def encode_candidates(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: 
 def encode_training_rows(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[Encoded]:
-    """The whole training split; answers that do not fit are counted and named in one error.
+    """The whole training split; answers that do not fit are counted, and the first rows named, in one error.
 
     Raises:
         DataError: as `encode_training`, or no supervised token at all.
     """
     encoded: list[Encoded] = []
     long: list[AnswerTooLong] = []
+    names: list[str] = []
     for row in rows:
         try:
             encoded.append(encode_training(row, tokenizer, max_tokens))
         except AnswerTooLong as error:
             long.append(error)
+            names.append(row.named)
     if len(long) > 1:
-        needed = max(error.needed for error in long)
-        raise AnswerTooLong(max_tokens, needed, f"{len(long)} of {len(encoded) + len(long)} rows have longer answers")
+        who = f"{len(long)} of {len(encoded) + len(long)} rows have longer answers: {first_named(names)}"
+        raise AnswerTooLong(max_tokens, max(error.needed for error in long), who)
     if long:
         raise long[0]
     supervised_share(encoded)
     return encoded
+
+
+def first_named(names: Sequence[str]) -> str:
+    """The first rows of a list, for errors."""
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def supervised_share(encoded: Sequence[Encoded]) -> float:
@@ -150,7 +158,7 @@ def _answers(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         answers = following_ids(tokenizer, row.choices)
         if not begins_another(answers):
             return answers
-        end = _end(tokenizer, f"the choices of row {row.id}, of which one begins another, cannot be told apart")
+        end = _end(tokenizer, f"the choices of {row.named}, of which one begins another, cannot be told apart")
         return [[*answer, end] for answer in answers]
     end = _end(tokenizer, "a model cannot learn where a completion ends")
     (answer,) = following_ids(tokenizer, [row.completion or ""])
@@ -173,7 +181,7 @@ def _tail(body: list[int], max_tokens: int, lead: int, answer: int, row: Row) ->
     room = max_tokens - lead - answer
     needed = lead + answer + 1
     if room < 1:
-        raise AnswerTooLong(max_tokens, needed, f"row {row.id} has an answer of {answer} tokens")
+        raise AnswerTooLong(max_tokens, needed, f"{row.named} has an answer of {answer} tokens")
     return body[-room:]
 
 
@@ -184,7 +192,7 @@ def _encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
     labels = [token if supervised else IGNORE_INDEX for tokens, supervised in segments for token in tokens]
     last = len(segments[-1][0])
     if not last or len(ids) == last:
-        raise DataError(f"row {row.id}", None, "has no tokens in the model's vocabulary", "Leave the row out.")
+        raise DataError(f"{row.named}", None, "has no tokens in the model's vocabulary", "Leave the row out.")
     lead = int(ids[0] == tokenizer.bos_token_id)
     context = _tail(ids[lead:-last], max_tokens, lead, last, row)
     keep = len(context) + last

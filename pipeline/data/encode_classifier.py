@@ -28,7 +28,7 @@ def output_count(rows: Sequence[Row]) -> int:
     if len(regression) < len(rows):
         other = next(row for row in rows if row.kind != "regression")
         raise DataError(
-            f"row {other.id}", other.kind, f"stands beside rows with a score (such as {regression[0].id})",
+            f"{other.named}", other.kind, f"stands beside rows with a score (such as {regression[0].named})",
             "Give every row a score, or every row choices.",
         )
     return 1
@@ -39,12 +39,12 @@ def refuse_for_causal(rows: Iterable[Row]) -> None:
     for row in rows:
         if row.kind == "regression":
             raise DataError(
-                f"row {row.id}: score", row.score, "is a number, and a causal language model answers in words",
+                f"{row.named}: score", row.score, "is a number, and a causal language model answers in words",
                 "Use an encoder, set model.kind=classifier, or map the numbers to choices.",
             )
         if row.second is not None:
             raise DataError(
-                f"row {row.id}: second", row.second, "is the second text of a pair, which a causal model cannot tell"
+                f"{row.named}: second", row.second, "is the second text of a pair, which a causal model cannot tell"
                 " from the first", "Write both into one text with data.template.prompt, or use an encoder.",
             )
 
@@ -68,13 +68,13 @@ def shared_choices(rows: Iterable[Row]) -> tuple[str, ...]:
     for row in rows:
         if row.kind != "choice":
             raise DataError(
-                f"row {row.id}", row.kind, "cannot be answered by a classifier, which chooses among fixed classes",
+                f"{row.named}", row.kind, "cannot be answered by a classifier, which chooses among fixed classes",
                 "Give rows {prompt, choices, label}, or a causal language model as model.path.",
             )
         first = first or row
         if row.choices != first.choices:
             raise DataError(
-                f"row {row.id}: choices", list(row.choices), f"differ from {list(first.choices)} of row {first.id}: a"
+                f"{row.named}: choices", list(row.choices), f"differ from {list(first.choices)} of {first.named}: a"
                 " classifier has one set of classes",
                 "Give every row the same choices in the same order, or use a causal language model as model.path.",
             )
@@ -96,7 +96,7 @@ def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
         return _encode_pair(row, row.second, tokenizer, max_tokens)
     lead, body, tail = framed_ids(tokenizer, row.prompt)
     if not body:
-        raise DataError(f"row {row.id}", row.prompt, "has no tokens in the model's vocabulary", "Leave the row out.")
+        raise DataError(f"{row.named}", row.prompt, "has no tokens in the model's vocabulary", "Leave the row out.")
     room = max_tokens - len(lead) - len(tail)
     if room < 1:
         least = len(lead) + len(tail) + 1
@@ -114,7 +114,7 @@ def encode_classification(row: Row, tokenizer: PreTrainedTokenizerBase, max_toke
     """
     text = encode_text(row, tokenizer, max_tokens)
     if row.label is None:
-        raise DataError(f"row {row.id}: label", None, "is missing", "Give the index of the right choice.")
+        raise DataError(f"{row.named}: label", None, "is missing", "Give the index of the right choice.")
     return replace(text, labels=(row.label, *text.labels[1:]))
 
 
@@ -142,6 +142,6 @@ def _encode_pair(row: Row, second: str, tokenizer: PreTrainedTokenizerBase, max_
     ids = tuple(found["input_ids"])
     for name, text in (("prompt", row.prompt), ("second", second)):
         if not tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise DataError(f"row {row.id}: {name}", text, "has no tokens in the model's vocabulary", "Leave it out.")
+            raise DataError(f"{row.named}: {name}", text, "has no tokens in the model's vocabulary", "Leave it out.")
     types = found.get("token_type_ids")
     return Encoded(row.id, ids, (IGNORE_INDEX,) * len(ids), None if types is None else tuple(types))

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.data.formats.record import Unusable
@@ -50,6 +50,13 @@ class Row:
     independent. None: its question."""
     label_counts: tuple[float, ...] = ()
     """How many of the people asked chose each choice; empty where nobody counted. No model reads it."""
+    where: str = field(default="", compare=False)
+    """File and line that it was read from, for people; empty where it was not read."""
+
+    @property
+    def named(self) -> str:
+        """How errors call it: `row ID (FILE:LINE)`."""
+        return f"row {self.id} ({self.where})" if self.where else f"row {self.id}"
 
     @property
     def kind(self) -> Literal["choice", "regression", "completion", "chat"]:
@@ -74,8 +81,9 @@ class Row:
 
     @property
     def content(self) -> str:
-        """Canonical JSON of all that a model may read: everything but the id, the unit and the counts of labels."""
-        left_out = ["id", "unit", "label_counts", *([] if self.tools else ["tools"])]  # without tools: ids stay
+        """Canonical JSON of all that a model may read: everything but the id, the unit, the counts of labels and the
+        place."""
+        left_out = {"id", "unit", "label_counts", "where"} | (set() if self.tools else {"tools"})  # without: ids stay
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 
@@ -91,7 +99,7 @@ class IdRegister:
         self._copies: Counter[str] = Counter()
 
     def name(self, row: Row, given: Any, where: str, unit: Any = None) -> Row:
-        """`row` with its id (and unit).
+        """`row` with its id (and unit), and where it was read.
 
         Raises:
             DataError: `given` names an earlier row of the file, or cannot be a name.
@@ -103,7 +111,7 @@ class IdRegister:
                 "Make the ids unique, or leave the column out.",
             )
         self._first_use[identity] = where
-        return replace(row, id=identity, unit=_given_id(unit, f"{where}: unit") or None)
+        return replace(row, id=identity, unit=_given_id(unit, f"{where}: unit") or None, where=where)
 
     def _content_id(self, row: Row) -> str:
         digest = hashlib.sha256(row.content.encode()).hexdigest()[:16]

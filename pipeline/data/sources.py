@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, TemplateConfig
-from pipeline.config.data import EMBEDDED_DATA
+from pipeline.config.data import EMBEDDED_SETS
 from pipeline.data.formats.faults import Faults
 from pipeline.data.formats.record import Record
-from pipeline.data.read import READERS, read_file
+from pipeline.data.read import READERS, SUFFIXES, read_file
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.shapes.table import Shape
 from pipeline.data.template import ColumnError, to_row
@@ -32,7 +32,7 @@ EMBEDDED = "embedded:"
 MOST_ERRORS = 5
 """Faults shown at once, where rows are answered as they come and a file's faults are not counted (`Faults` does)."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-_SUFFIX = re.compile(r"\.[A-Za-z]{2,7}$")
+_SUFFIX = re.compile(r"\.([A-Za-z]{2,7}|bz2)$")
 _PROTOCOL = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -111,10 +111,10 @@ def local_files(source: Source) -> dict[str, list[Path]]:
     return {"train": there}
 
 
-def check_name(path: str) -> None:
+def check_name(path: str, field: str = "data.path") -> None:
     """Refuse an embedded name that does not exist. Raises `DataError`."""
-    if path.startswith(EMBEDDED) and path != EMBEDDED_DATA:
-        raise DataError("data.path", path, "is not embedded", f"There is {EMBEDDED_DATA}.")
+    if path.startswith(EMBEDDED) and path not in EMBEDDED_SETS:
+        raise DataError(field, path, "is not embedded", f"There are {', '.join(EMBEDDED_SETS)}.")
 
 
 def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[Record]]:
@@ -127,7 +127,7 @@ def open_records(source: Source, streaming: bool = False) -> dict[str, Iterable[
         DataError: nothing there under that name.
     """
     path = source.path
-    check_name(path)
+    check_name(path, source.field)
     if path.startswith(EMBEDDED):
         from pipeline.data.embedded import embedded_rows
 
@@ -189,7 +189,7 @@ def rows_of(source: Source, records: Iterable[Record], name: str, limit: int | N
 def _folder_files(folder: Path, source: Source) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for split, name in source.splits.items():
-        found = [folder / f"{name}{suffix}" for suffix in READERS if os.path.lexists(folder / f"{name}{suffix}")]
+        found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if os.path.lexists(folder / f"{name}{suffix}")]
         if len(found) > 1:
             raise DataError(
                 source.field, str(folder), f"holds {found[0].name} and {found[1].name}", "Keep one file per split."

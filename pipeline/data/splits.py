@@ -105,6 +105,13 @@ def weighted(splits: Splits, sources: Sequence[Source]) -> Splits:
     return replace(splits, train=train, fingerprint=_fingerprint(parts))
 
 
+def sample(rows: Sequence[Row], most: int | None, seed: int) -> tuple[list[Row], str]:
+    """At most `most` rows of a source that has no training rows, and their fingerprint: taken as a split is, each text
+    once, rows of a unit together."""
+    taken = _take(_pools({"test": rows}, seed)[0]["test"], most)
+    return taken, _fingerprint({"also": taken})
+
+
 def divide(files: Mapping[str, Sequence[Row]], config: DataConfig) -> Splits:
     """Splits of the configured sizes out of rows that are already read.
 

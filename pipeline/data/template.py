@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,8 @@ SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {me
 LARGEST_SCORE = 1e15
 """A thousand of their squares are far from the end of float32, 3.4e38."""
 
+BY_NAME, LISTED = ".label", ".listed"
+"""Behind a column of choices: what they are called (A, B, …) in place of their texts; lines of both, `A. text`."""
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _ENTRY = re.compile(r"(.+)\[([0-9]{1,9})\]")
 """`choices[0]`: an entry of a column that holds lists."""
@@ -39,6 +41,15 @@ _ENTRY = re.compile(r"(.+)\[([0-9]{1,9})\]")
 
 class ColumnError(DataError):
     """A column that is needed is not there; in a table that holds for every row."""
+
+    def __init__(self, field: str, value: object, what: str, columns: Iterable[str], remedy: str) -> None:
+        self.what, self.columns = what, tuple(columns)
+        super().__init__(field, value, f"{what}; the columns are {_listed(self.columns)}", remedy)
+
+    def among(self, given: Container[str]) -> ColumnError:
+        """The same, without columns that are not `given` and stand for what a row without an answer lacks."""
+        columns = [name for name in self.columns if name in given]
+        return ColumnError(self.field, self.value, self.what, columns, self.remedy)
 
 
 def check_template(template: TemplateConfig | None) -> None:
@@ -104,8 +115,7 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         score = _number(_get(values, score_column, where), f"{where}: {score_column}")
         return Row("", prompt, second=second, score=score)
     raise ColumnError(
-        where, None, f"does not have the columns {SHAPES}, nor those of another form that is known; its columns are"
-        f" {_listed(columns)}",
+        where, None, f"does not have the columns {SHAPES}, nor those of another form that is known", columns,
         "Map them with data.template (docs/data.md), or rename them; a table without a header line needs data.columns.",
     )
 
@@ -123,7 +133,7 @@ def fill(text: str, values: Mapping[str, Any], where: str) -> str:
             return whole_text(render(text, values, where), where)
         except UnknownName as error:
             raise ColumnError(
-                where, text[:200], f"names what is no column ({error}); the columns are {_listed(values)}",
+                where, text[:200], f"names what is no column ({error})", values,
                 "Rename it, or write {% if column is defined %}…{% endif %} around what some rows lack.",
             ) from error
 
@@ -171,9 +181,10 @@ def _apply(values: Mapping[str, Any], template: TemplateConfig, where: str) -> d
     if template.completion is not None:
         mapped["completion"], mapped["choices"] = fill(template.completion, values, where), None
     if isinstance(template.choices, str):
-        before, column, behind = _list_column(template.choices)
+        before, named, behind = _list_column(template.choices)
+        column = named if named in values else named.removesuffix(BY_NAME)
         texts, names = texts_and_names(_get(values, column, where), f"{where}: {column}")
-        mapped["choices"] = [f"{before}{text}{behind}" for text in texts]
+        mapped["choices"] = [f"{before}{text}{behind}" for text in (texts if column == named else names)]
         label = find_named(_get(values, template.label or "label", where), names)
         if label is not None:
             mapped[template.label or "label"] = label
@@ -201,6 +212,10 @@ def _with_content(text: str, values: Mapping[str, Any], where: str) -> str:
 def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
     """A column's value, or an entry of it."""
     entry = _ENTRY.fullmatch(name)
+    if name.endswith(LISTED) and name not in values:
+        column = name.removesuffix(LISTED)
+        texts, names = texts_and_names(_get(values, column, where), f"{where}: {column}")
+        return "\n".join(f"{letter}. {text}" for letter, text in zip(names, texts, strict=True))
     if name in values or entry is None:
         return _get(values, name, where)
     column, index = entry.group(1), int(entry.group(2))
@@ -213,7 +228,7 @@ def _value(values: Mapping[str, Any], name: str, where: str) -> Any:
 def _get(values: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in values:
         raise ColumnError(
-            f"{where}: {column}", None, f"is not a column; the columns are {_listed(values)}",
+            f"{where}: {column}", None, "is not a column", values,
             "Rename the column, or say in data.template which one is meant (literal braces are written {{ and }}).",
         )
     value = values[column]
@@ -351,6 +366,5 @@ def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(_as_text(text, field) for text in (value if isinstance(value, list | tuple) else [value]))
 
 
-def _listed(values: Mapping[str, Any]) -> str:
-    names = list(values)
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (", …" if len(names) > 20 else "") or "none"

@@ -12,7 +12,7 @@ from pipeline.data.formats.record import Record
 from pipeline.data.rows import IdRegister, Row
 from pipeline.data.sources import MOST_ERRORS
 from pipeline.data.splits import Splits
-from pipeline.data.template import to_row
+from pipeline.data.template import ColumnError, to_row
 from pipeline.errors import DataError, UserError, joined
 from pipeline.model.kind import model_kind
 
@@ -55,15 +55,18 @@ class RowForm:
             except DataError as error:
                 yield error
 
-    def _row(self, values: Mapping[str, Any], where: str) -> Row:
+    def _row(self, given: Mapping[str, Any], where: str) -> Row:
         """A row whose answer may be missing: an answer that is there is kept, and changes nothing but its id."""
         template = self.template or TemplateConfig()
         answer = (template.score or "score") if self.kind == "regression" else (template.label or "label")
-        known = values.get(answer) not in (None, "")
-        values = {**values, answer: values[answer] if known else 0}
+        known = given.get(answer) not in (None, "")
+        values = {**given, answer: given[answer] if known else 0}
         if self.kind == "choice" and self.choices and template.choices is None and values.get("choices") in (None, ""):
             values["choices"] = list(self.choices)
-        row = to_row(values, self.template, where)
+        try:
+            row = to_row(values, self.template, where)
+        except ColumnError as error:
+            raise error.among(given) from None
         if row.kind != self.kind:
             raise DataError(where, None, f"is a {row.kind} row; the run answers {self.kind} rows", "Leave it out.")
         if self.fixed and self.choices is not None and row.choices != self.choices:
@@ -83,7 +86,7 @@ def checked(rows: Iterable[Row | DataError], name: str) -> Iterator[Row]:
     for row in rows:
         if not isinstance(row, Row):
             faults.append(row)
-            if len(faults) == MOST_ERRORS:
+            if len(faults) == MOST_ERRORS or isinstance(row, ColumnError) and not count:  # of every row, that is
                 break
         elif not faults:
             count += 1

@@ -18,7 +18,7 @@ DEFAULT, DERIVED, COMMAND_LINE = "default", "derived", "command line"
 COLUMN = 46
 """In which sources stand behind values."""
 LONGEST_VALUE = 48
-WIDTH = 100
+WIDTH = 80
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import DataError, UserError
 from pipeline.model.kind import local_kind
 from pipeline.model.load import load_tokenizer
+from pipeline.plan.layers import WIDTH
 from pipeline.plan.memory import MIB, PAGES, SMALL, MemoryPlan, NoPlan, first_line, plan_memory
 from pipeline.plan.memory_trace import Batch
 
@@ -39,16 +41,26 @@ def memory_table(config: RunConfig, processes: int) -> str:
     moments = ", ".join(f"{name} {mib(size)}" for name, size in plan.moments.items())
     disk, kept = CHECKPOINT_BYTES * plan.weights.trained, train.keep_checkpoints + 2
     return "\n".join([
-        f"memory of one process ({source}: rows of {batch.tokens} tokens, {batch.supervised} supervised; {passes},",
-        f"  {train.draws} draws {train.draw_layout}, activation checkpointing {checkpointing},"
-        f" attention {model.attention}):",
+        _wrapped(
+            f"memory of one process ({source}: rows of {batch.tokens} tokens, {batch.supervised} supervised; {passes},"
+            f" {train.draws} draws {train.draw_layout}, activation checkpointing {checkpointing},"
+            f" attention {model.attention}):"
+        ),
         *(f"  {name:44}{mib(size):>12}" for name, size in parts(model, train.deepspeed, plan, processes) if size),
-        f"  at the most: {moments}",
-        f"  peak {mib(plan.peak)}{f', {mib(bare.peak)} without the holes,' if plan.holes else ''} of"
-        f" {mib(plan.capacity)} {device}: {verdict}",
-        f"  disk: {mib(disk)} per checkpoint, up to {mib(kept * disk)} (the newest {train.keep_checkpoints}, the best,"
-        " one being written)",
+        _wrapped(f"  at the most: {moments}"),
+        _wrapped(
+            f"  peak {mib(plan.peak)}{f', {mib(bare.peak)} without the holes,' if plan.holes else ''} of"
+            f" {mib(plan.capacity)} {device}: {verdict}"
+        ),
+        _wrapped(
+            f"  disk: {mib(disk)} per checkpoint, up to {mib(kept * disk)} (the newest {train.keep_checkpoints}, the"
+            " best, one being written)"
+        ),
     ])
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def parts(model: ModelConfig, deepspeed: str, plan: MemoryPlan, processes: int) -> list[tuple[str, int]]:

@@ -56,6 +56,7 @@ def check_inputs(config: RunConfig) -> RunConfig:
             " and orthogonality need whole matrices", "Set train.deepspeed to zero2, zero1 or zero0.",
         )
     from pipeline.data.check import look_at
+    from pipeline.data.shapes.also import check_also
     from pipeline.model.kind import local_kind
 
     kind = local_kind(config.model)
@@ -64,10 +65,14 @@ def check_inputs(config: RunConfig) -> RunConfig:
         answered = "completion" if rows[0].kind == "chat" else rows[0].kind
         check_selection(config.select.by, answered, max(len(row.choices) for row in rows))
         check_generation(config.evaluate.generate, answered)
+    also = check_also(config.evaluate.also, found.config, found.rows, None if kind is None else kind == "classifier")
     _check_rows(config.data, config.train, classifier=kind == "classifier")
     for line in found.lines:
         say(line)
-    return config if found.config == config.data else config.model_copy(update={"data": found.config})
+    if (found.config, also) == (config.data, config.evaluate.also):
+        return config
+    evaluate = config.evaluate.model_copy(update={"also": also})
+    return config.model_copy(update={"data": found.config, "evaluate": evaluate})
 
 
 def read_fetched(config: RunConfig) -> RunConfig:

@@ -42,6 +42,14 @@ class Request:
     """`serve`: 0 is any that is free."""
     api_key_file: str | None = None
     """`serve`: whose first line clients have to show."""
+    tasks: str | None = None
+    """`eval`: names or files of tasks, separated by commas."""
+    include_path: str | None = None
+    """`eval`: a folder with task files."""
+    limit: int | None = None
+    """`eval`: rows of each task."""
+    num_fewshot: int | None = None
+    """`eval`: examples in the prompt."""
     json: bool = False
     """Print for programs instead of people, where the stage can."""
 

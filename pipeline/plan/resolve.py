@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import LaunchConfig, RunConfig, TrainConfig
 from pipeline.config.data import EMBEDDED_DATA
 from pipeline.config.load import find_recipe, overridden_tree, read_yaml, recipe_files, with_values
+from pipeline.config.search import NamedMethod
 from pipeline.data.splits import load_splits
 from pipeline.distributed.launcher import world_processes
 from pipeline.errors import ConfigError, RunFolderError
@@ -162,18 +163,42 @@ def _without(tree: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 
 def resolve_epochs(config: RunConfig) -> RunConfig:
     """`config` with max_steps = ceil(epochs × training rows / global_batch) and without epochs; as it is without them.
-    Where nothing says how often to validate, a long training does so `MOST_VALIDATIONS` times.
+    Where nothing says how often to validate, a long training does so `MOST_VALIDATIONS` times. The same of the methods
+    of a comparison that have epochs of their own.
 
     Raises:
         DataError: the rows cannot be read.
     """
-    if config.train.epochs is None:
+    train, own = config.train, [_own_epochs(method) for method in config.compare.methods]
+    if train.epochs is None and not any(own):
         return config
-    steps = max(1, math.ceil(config.train.epochs * len(load_splits(config.data).train) / config.train.global_batch))
-    values: dict[str, Any] = {"train.epochs": None, "train.max_steps": steps}
-    if "validate_every_steps" not in config.train.model_fields_set:
-        values["train.validate_every_steps"] = max(config.train.validate_every_steps, -(-steps // MOST_VALIDATIONS))
+    rows, values = len(load_splits(config.data).train), dict[str, Any]()
+    if train.epochs is not None:
+        steps = _steps(train.epochs, rows, train.global_batch)
+        values = {"train.epochs": None, "train.max_steps": steps}
+        if "validate_every_steps" not in train.model_fields_set:
+            values["train.validate_every_steps"] = max(train.validate_every_steps, -(-steps // MOST_VALIDATIONS))
+    if any(own):
+        methods = config.model_dump(mode="json")["compare"]["methods"]
+        for method, epochs in zip(methods, own, strict=True):
+            if epochs is not None:
+                del method["train"]["epochs"]
+                batch = method["train"].get("global_batch")
+                batch = batch if type(batch) is int and batch > 0 else train.global_batch  # else refused when planned
+                method["train"]["max_steps"] = _steps(epochs, rows, batch)
+        values["compare.methods"] = methods
     return with_values(config, values)
+
+
+def _own_epochs(method: str | NamedMethod) -> float | None:
+    """Epochs that a method of a comparison has of its own. None where they are no such number, or stand beside
+    max_steps: that is refused when its training is planned."""
+    epochs = None if isinstance(method, str) or "max_steps" in method.train else method.train.get("epochs")
+    return float(epochs) if type(epochs) in (int, float) and 0 < epochs <= 1e6 else None
+
+
+def _steps(epochs: float, rows: int, batch: int) -> int:
+    return max(1, math.ceil(epochs * rows / batch))
 
 
 def length_text(train: TrainConfig) -> str:

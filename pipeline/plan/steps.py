@@ -29,7 +29,8 @@ def step_lines(config: RunConfig, folders: Folders, name: str) -> Iterator[str]:
             yield _line(name, f"the same budget without dropout -> {folders.plain}")
         case "evaluate":
             most = "at most " if config.ensemble.stop_when_flat else ""
-            yield _line(name, f"{most}{config.ensemble.size} mask draws, 3 splits -> {run / 'predictions'}")
+            sets = "".join(f" + {one}" for one in config.evaluate.also)
+            yield _line(name, f"{most}{config.ensemble.size} mask draws, 3 splits{sets} -> {run / 'predictions'}")
         case "report":
             yield _line(name, f"{run / 'report.html'}")
         case "export":

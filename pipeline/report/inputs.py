@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
+from pipeline.report.also.rows import AlsoSplit, read_also
 from pipeline.run_folder.chain import (
     Origin,
     predictions_from,
@@ -60,6 +62,8 @@ class ReportInputs:
     trainings: list[Training] | None
     """What was compared, where the folder is a comparison."""
     search: dict[str, Any] | None
+    also: Mapping[str, AlsoSplit] = field(default_factory=dict)
+    """The other data sets that the members predicted (`evaluate.also`), by the splits of their predictions."""
     texts: JoinedTexts | None = None
     """What was written for the test rows (`evaluate.generate`)."""
 
@@ -81,6 +85,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
     own = next((m.adapter_sha256 for m in members if m.group == "mean_field"), None)
     if own is not None:
         require_same_adapter(paths, own, "predictions/", "Evaluate again, or put that one back.")
+    also = read_also(paths, config, labelled, members)
     texts = read_joined(paths.predictions, config, labelled.test, predictions_from(origin, members), members)
     written = {} if texts is None else {"texts": sha256_file(texts_path(paths.predictions, "test"))}
     related, trainings = read_related(paths), read_comparison(paths)
@@ -96,7 +101,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         config_text=paths.config.read_text(encoding="utf-8"),
         made_from=origin.as_dict()
         | {"adapter_sha256": own, "settings_sha256": config.reading_sha256(), **written}
-        | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in predictions}},
+        | {"predictions": {split: sha256_file(paths.predictions / f"{split}.npz") for split in (*predictions, *also)}},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         kind=_common_kind(paths, predictions),
         members=members,
@@ -105,6 +110,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         curves=_read_curves(paths, related, trainings),
         trainings=trainings,
         search=None if related.search is None else read_search(related.search, related.search_identity),
+        also=also,
         texts=texts,
     )
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from pipeline import __version__
 from pipeline.report import plots, tables
+from pipeline.report.also.tables import also_tables
 from pipeline.report.comparison import training_table
 from pipeline.report.generated import texts_tables
 from pipeline.report.inputs import ReportInputs
@@ -49,6 +50,7 @@ def render_page(inputs: ReportInputs, result: dict[str, Any], scored: Sequence[S
         reliability_bins=_reliability_bins(inputs),
         config=inputs.config_text,
         environment=tables.flatten(inputs.environment),
+        also=also_tables(result),
         texts=texts_tables(result),
         trainings=training_table(result) if inputs.trainings is not None else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -107,6 +107,15 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
         if temperatures is not None:
             predictions[name, AFTER] = temperature.apply_temperature(predictions[name, BEFORE], temperatures)
     return ScoredSystem(inputs, system, calibration, temperatures, predictions)
+
+
+def on_rows(one: ScoredSystem, rows: LabelledSplit) -> ScoredSystem:
+    """The same system, under the same temperatures, with other rows in the place of the test split."""
+    predictions = {("test", BEFORE): _predict(rows, one.system, ensemble_space(one.inputs))}
+    if one.temperatures is not None:
+        predictions["test", AFTER] = temperature.apply_temperature(predictions["test", BEFORE], one.temperatures)
+    inputs = replace(one.inputs, splits={**one.inputs.splits, "test": rows})
+    return replace(one, inputs=inputs, predictions=predictions)
 
 
 def resample(inputs: ReportInputs, scored: Sequence[ScoredSystem], split: str) -> Resamples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,15 +106,25 @@ def temperature_text(temperature: Mapping[str, Any]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a plain-text table, the headings first: its first column to the left, the others to the right."""
+    """Lines of a plain-text table, the headings first: its first column to the left, the others to the right.
+
+    Columns for which the terminal is too narrow (taken as 80 wide where there is none) stand in a table below, behind
+    the first column again.
+    """
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    rule = "─" * len(lines[0])
-    return [lines[0], rule, *lines[1:], rule]
+    most = max(80, shutil.get_terminal_size((80, 24)).columns)
+    parts: list[list[int]] = [[]]
+    for column, width in enumerate(widths[1:], start=1):
+        if parts[-1] and widths[0] + sum(2 + widths[other] for other in parts[-1]) + 2 + width > most:
+            parts.append([])
+        parts[-1].append(column)
+    found: list[str] = []
+    for columns in parts:
+        lines = ["  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in columns)]) for row in rows]
+        rule = "─" * len(lines[0])
+        found += [lines[0], rule, *lines[1:], rule]
+    return found
 
 
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:

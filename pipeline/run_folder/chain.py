@@ -105,8 +105,19 @@ def is_trained(paths: RunPaths, config: RunConfig) -> bool:
 
 def predictions_from(origin: Origin, members: Sequence[PredictedMember]) -> dict[str, Any]:
     """What predictions carry: the origin, and who predicts, adapters by their weights wherever they lie."""
-    identities = [(m.name, m.group, m.adapter_sha256, m.draw, m.extra.get("seed")) for m in members]
-    return {**origin.as_dict(), "members_sha256": hashlib.sha256(json.dumps(identities).encode()).hexdigest()}
+    identities = json.dumps([_identity(member) for member in members])
+    return {**origin.as_dict(), "members_sha256": hashlib.sha256(identities.encode()).hexdigest()}
+
+
+def places_among(members: Sequence[PredictedMember], others: Sequence[PredictedMember]) -> list[int] | None:
+    """Where each of `members` stands among `others`; None where one is not there."""
+    place = {_identity(other): n for n, other in enumerate(others)}
+    found = [place.get(_identity(member)) for member in members]
+    return None if None in found else [n for n in found if n is not None]
+
+
+def _identity(m: PredictedMember) -> tuple[Any, ...]:
+    return m.name, m.group, m.adapter_sha256, m.draw, m.extra.get("seed")
 
 
 def own_member(folder: Path, adapter_sha256: str) -> PredictedMember:

@@ -84,7 +84,7 @@ def plan_trainings(config: RunConfig) -> list[tuple[Training, RunConfig]]:
     """
     compare = config.compare
     for key in compare.vary:
-        _check_key("compare.vary", key)
+        _check_key("compare.vary", key, varies=True)
     seeds = compare.seeds or (config.train.seed,)
     asked = [(method, values) for method in compare.methods for values in _combinations(compare, method)]
     planned: dict[str, tuple[Training, RunConfig]] = {}
@@ -200,8 +200,7 @@ def _train_values(method: str | NamedMethod) -> dict[str, Any]:
     """Dotted keys of `train` in which `method` differs from the others."""
     if isinstance(method, str):
         return {}
-    length = {"train.epochs": None} if "max_steps" in method.train else {}  # takes the place of the shared one
-    return {**length, **{f"train.{key}": value for key, value in method.train.items()}}
+    return {f"train.{key}": value for key, value in method.train.items()}
 
 
 def _combinations(compare: CompareConfig, method: str | NamedMethod) -> list[dict[str, Any]]:
@@ -213,14 +212,19 @@ def _combinations(compare: CompareConfig, method: str | NamedMethod) -> list[dic
     settings, fixed = compare.settings_of(method), _train_values(method)
     if not isinstance(method, str):
         where = f"compare.methods: {method.name}"
-        for key in (*fixed, *(key for key in method.vary if key != LEARNING_RATE)):
+        for key in fixed:
             _check_key(where, key)
+        for key in method.vary:
+            if key != LEARNING_RATE:
+                _check_key(where, key, varies=True)
         if both := [key for key in settings if key in {*fixed, *(f"adapter.{own}" for own in method.adapter)}]:
             raise ConfigError(f"{where}: {both[0]}", None, "is both given and varied", "Keep one of the two.")
     return [dict(zip(settings, row, strict=True)) for row in itertools.product(*settings.values())]
 
 
-def _check_key(where: str, key: str) -> None:
+def _check_key(where: str, key: str, varies: bool = False) -> None:
+    if varies and key == "train.epochs":  # they are counted in steps before anything is planned
+        raise ConfigError(f"{where}: {key}", None, "cannot vary", "Vary train.max_steps.")
     keys = [k for k in config_keys() if k.startswith(("adapter.", "train.")) and k not in (LEARNING_RATE, "train.seed")]
     if key not in keys:
         remedy = meant(key, keys) or f"It can vary: {', '.join(keys)}."

@@ -11,6 +11,7 @@ runs/NAME/
   predictions/generated_test.jsonl   texts that were written for test rows, where asked for
   result.json  report.html
   diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
+  harness.json                what eval found on tasks of lm-evaluation-harness
   export/                     what is deployed: manifest.json with measured parity
 """
 

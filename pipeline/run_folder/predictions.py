@@ -94,8 +94,8 @@ class Predictions(ABC):
         """
 
     @abstractmethod
-    def of_member(self, m: int) -> Self:
-        """What one of the members says."""
+    def of_members(self, places: Sequence[int]) -> Self:
+        """What some of the members say, in this order."""
 
     def scored_by(self, rule: ChoiceScore) -> Self:
         """The same predictions with choices scored by `rule` (`data.choice_score`), without another pass.
@@ -151,9 +151,9 @@ class ChoicePredictions(Predictions):
         """(M, N, C): a row is a cell."""
         return self.log_probs
 
-    def of_member(self, m: int) -> Self:
+    def of_members(self, places: Sequence[int]) -> Self:
         """Scores, and what they were made of."""
-        own, known = slice(m, m + 1), self.likelihoods
+        own, known = list(places), self.likelihoods
         likelihoods = None if known is None else replace(known, log_likelihoods=known.log_likelihoods[own])
         return replace(self, log_probs=self.log_probs[own], likelihoods=likelihoods)
 
@@ -244,9 +244,9 @@ class CompletionPredictions(Predictions):
         """(N + 1,) first token of each row."""
         return self.offsets
 
-    def of_member(self, m: int) -> Self:
-        """Its tokens."""
-        return replace(self, token_log_probs=self.token_log_probs[m : m + 1])
+    def of_members(self, places: Sequence[int]) -> Self:
+        """Their tokens."""
+        return replace(self, token_log_probs=self.token_log_probs[list(places)])
 
     def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
         """(T,) zeros: the reference is the one choice of its cell."""
@@ -286,9 +286,9 @@ class RegressionPredictions(Predictions):
         """(M, N, 1): a row is a cell."""
         return self.values[..., None]
 
-    def of_member(self, m: int) -> Self:
-        """Its numbers."""
-        return replace(self, values=self.values[m : m + 1])
+    def of_members(self, places: Sequence[int]) -> Self:
+        """Their numbers."""
+        return replace(self, values=self.values[list(places)])
 
     def right_answers(self, rows: Sequence[Any], where: str) -> NDArray[Any]:
         """(N,) the right numbers."""

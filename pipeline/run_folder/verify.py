@@ -14,6 +14,7 @@ from typing import Any, Literal
 from zipfile import is_zipfile
 
 from pipeline.config import RunConfig
+from pipeline.config.evaluate import ALSO
 from pipeline.errors import LoradropError, RunFolderError
 from pipeline.files import (
     ADAPTER_WEIGHTS,
@@ -93,8 +94,8 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
         yield _export(paths, origin, config)
     yield from _strangers(folder, {
         "config.yaml", paths.requested.name, "environment.json", "status.json", "metrics.jsonl", "checkpoints",
-        "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "logs",
-        "tensorboard", "wandb", "wandb.json", "stop_request.json",
+        "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "harness.json",
+        "logs", "tensorboard", "wandb", "wandb.json", "stop_request.json",
     })  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def _evaluated_origin(paths: RunPaths, origin: Origin | None, config: RunConfig 
     source = config.data.evaluation
     if trained_on(paths.adapter).evaluation == (None if source is None else source.model_dump(mode="json")):
         return origin
-    for path in sorted(paths.predictions.glob("*.npz")):
+    for path in (one for one in sorted(paths.predictions.glob("*.npz")) if not one.stem.startswith(ALSO)):
         with suppress(RunFolderError):
             made_from = read_predictions(paths.predictions, path.stem).made_from
             return Origin(origin.config_sha256, str(made_from.get("data_sha256")))
@@ -219,8 +220,11 @@ def _predictions(paths: RunPaths, origin: Origin | None, config: RunConfig | Non
         except RunFolderError as error:
             yield Finding(name, "damaged", str(error))
             continue
-        result = _with_origin(Finding(name, "whole", f"{found.members} members"), found.made_from, origin)
-        if result.state == "whole" and origin and found.made_from != predictions_from(origin, members):
+        own = origin
+        if origin is not None and path.stem.startswith(ALSO):  # rows of its own
+            own = Origin(origin.config_sha256, str(found.made_from.get("data_sha256")))
+        result = _with_origin(Finding(name, "whole", f"{found.members} members"), found.made_from, own)
+        if result.state == "whole" and own and found.made_from != predictions_from(own, members):
             result = Finding(name, "foreign", "was made by other members than members.json names")
         yield result
     if texts_path(paths.predictions, "test").exists():

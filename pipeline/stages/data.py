@@ -13,7 +13,14 @@ from rich.text import Text
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import AdapterConfig, RunConfig, TrainConfig
-from pipeline.data.encode import IGNORE_INDEX, AnswerTooLong, Encoded, encode_candidates, supervised_share
+from pipeline.data.encode import (
+    IGNORE_INDEX,
+    AnswerTooLong,
+    Encoded,
+    encode_candidates,
+    first_named,
+    supervised_share,
+)
 from pipeline.data.encode_classifier import encode_answered, output_count, refuse_for_causal
 from pipeline.data.rows import Row
 from pipeline.data.sampler import length_sorted_chunks
@@ -224,10 +231,10 @@ def remarks(looks: dict[str, list[Look]], max_tokens: int) -> list[str]:
         supervised_share(train)
     lines = []
     needed = max((look.needed for seen in looks.values() for look in seen), default=0)
-    if any(look.encoded is None for seen in looks.values() for look in seen):
+    if refused := [look.row.named for seen in looks.values() for look in seen if look.encoded is None]:
         lines.append(
-            f"refused: answers that data.max_tokens={max_tokens} cannot hold; training would stop."
-            f" data.max_tokens={needed} holds every row whole."
+            f"refused: answers that data.max_tokens={max_tokens} cannot hold ({first_named(refused)}); training would"
+            f" stop. data.max_tokens={needed} holds every row whole."
         )
     elif any(look.truncated for seen in looks.values() for look in seen):
         lines.append(f"cut: rows that lose the beginning of their prompt; data.max_tokens={needed} holds every row.")

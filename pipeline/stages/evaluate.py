@@ -1,4 +1,4 @@
-"""The evaluation stage: every member's predictions on three splits, without reading a label of the test rows.
+"""The evaluation stage: every member's predictions on three splits and other data sets. No label of test rows is read.
 
 All members share one pass: base, adapter, its mask draws, the plain run, the best searched adapters; of a comparison
 every trained adapter, and mask draws of those that validation chose.
@@ -22,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.evaluate import EnsembleConfig, GenerateConfig, check_generation
 from pipeline.data.rows import Row
+from pipeline.data.shapes.also import load_also
 from pipeline.data.splits import EVALUATED_SPLITS, Splits, load_splits
 from pipeline.distributed.lifeline import stop_asked, work_begins
 from pipeline.distributed.world import World, agree, leave_world, require_shared_folder, start_world
@@ -31,7 +32,7 @@ from pipeline.prediction.predict import predict_shared
 from pipeline.prediction.rounds import ROUND, Lineup, draws_stop, predict_in_rounds
 from pipeline.prediction.task import Task, open_task
 from pipeline.prediction.unseen import require_unseen
-from pipeline.run_folder.chain import Origin, predictions_from, require_adapter, require_whole
+from pipeline.run_folder.chain import Origin, places_among, predictions_from, require_adapter, require_whole
 from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.generated import (
     GeneratedTexts,
@@ -41,16 +42,15 @@ from pipeline.run_folder.generated import (
     write_texts,
     writers_of,
 )
-from pipeline.run_folder.members import Group, PredictedMember, write_members
+from pipeline.run_folder.members import Group, PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths, load_saved, update_status
 from pipeline.run_folder.predictions import Predictions, read_predictions, write_predictions
 from pipeline.run_folder.related import finished_trials, read_related
-from pipeline.scores.choices import ChoiceScore
 from pipeline.terminal import Progress, say
 
 
 def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
-    """Write predictions/ of a run. Splits already predicted by the same members are kept.
+    """Write predictions/ of a run. Splits already predicted by the same members, or by these and others, are kept.
 
     Raises:
         RunFolderError: an adapter is missing, damaged, not the one that was referred to, or trained on other data; the
@@ -64,13 +64,20 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     )
     stored = [read_entry(entry) for entry in entries]
     splits = load_splits(config.data)
+    also = load_also(config.evaluate.also, config.data, splits)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     if read_comparison(paths) is None:
         require_adapter(paths, Origin(origin.config_sha256))
     others = require_unseen([entry.folder for entry in entries], config.data, splits)
     lineups = _lineups(entries, stored, config.ensemble, origin)
-    lineups, missing = _kept(paths, lineups, splits, config)
-    lineup, texts = lineups[0], _missing_texts(paths, lineups, splits, config)
+    rows = {name: getattr(splits, name) for name in EVALUATED_SPLITS} | {name: one.rows for name, one in also.items()}
+    hashes = {name: one.fingerprint for name, one in also.items()}
+    lineups, kept = _kept(paths, lineups, rows, config, origin, hashes)
+    lineup, missing = lineups[0], {name: of_split for name, of_split in rows.items() if name not in kept}
+    for name, predictions in kept.items():  # before members.json: a kill in between leaves what is found again
+        if read_predictions(paths.predictions, name).members != predictions.members:
+            write_predictions(paths.predictions, name, predictions)
+    texts = _missing_texts(paths, lineups, splits, config)
     if not missing and texts is None:
         write_members(paths.predictions, lineup.described)  # all processes the same; the folder may have been moved
         say("predictions are complete")
@@ -79,9 +86,9 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     require_shared_folder(run_dir)
     task = open_task(config, splits, world.device)
     adapters = attach_stored(task.base, stored, config.train.seed, config.adapter.fused)
-    rows = sum(len(getattr(splits, name)) for name in missing)
+    count = sum(map(len, missing.values()))
     say("these rows are not those of the training, whose best step its own validation chose", world.is_main and others)
-    say(f"{len(lineup.members)} members × {rows} rows, all members in one pass per chunk", world.is_main)
+    say(f"{len(lineup.members)} members × {count} rows, all members in one pass per chunk", world.is_main)
     if agree(stop_asked(paths), world.device):  # and every process has seen which splits are missing
         _stop(paths, world)
     work_begins()
@@ -90,8 +97,7 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
         for name in missing:  # of other members: never to be taken for these
             (paths.predictions / f"{name}.npz").unlink(missing_ok=True)
         write_members(paths.predictions, lineup.described)
-    of_missing = {name: getattr(splits, name) for name in missing}
-    lineup = predict_splits(paths, config.ensemble, lineups, of_missing, task, adapters, world)
+    lineup = predict_splits(paths, config.ensemble, lineups, missing, task, adapters, world, hashes)
     if texts is not None:
         generate_texts(paths, config.ensemble, lineup, splits.test, texts, Writing(task, adapters, texts, world))
     if world.is_main:
@@ -101,9 +107,12 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
 
 def predict_splits(
     paths: RunPaths, ensemble: EnsembleConfig, lineups: Sequence[Lineup], missing: Mapping[str, Sequence[Row]],
-    task: Task, adapters: Adapters, world: World,
+    task: Task, adapters: Adapters, world: World, hashes: Mapping[str, str],
 ) -> Lineup:
     """Predict and write the splits that are missing, validation, where it is one of them, in rounds of draws.
+
+    Args:
+        hashes: of those whose rows are not the run's own, what their predictions name for its data.
 
     Returns:
         Who predicted.
@@ -133,7 +142,8 @@ def predict_splits(
         if world.is_main:
             seconds = time.monotonic() - started
             write_members(paths.predictions, lineup.described)
-            predictions = replace(predictions, seconds=seconds, made_from=lineup.made_from)
+            made_from = _of_rows(lineup.made_from, name, hashes)
+            predictions = replace(predictions, seconds=seconds, made_from=made_from)
             write_predictions(paths.predictions, name, predictions)
     progress.close()
     return lineup
@@ -205,20 +215,45 @@ def _lineups(
 
 
 def _kept(
-    paths: RunPaths, lineups: list[Lineup], splits: Splits, config: RunConfig
-) -> tuple[list[Lineup], list[str]]:
-    """(the one lineup that is known to predict, else all in question; the splits that are yet to be predicted)."""
+    paths: RunPaths, lineups: list[Lineup], rows: Mapping[str, Sequence[Row]], config: RunConfig, origin: Origin,
+    hashes: Mapping[str, str],
+) -> tuple[list[Lineup], dict[str, Predictions]]:
+    """(the one lineup that is known to predict, else all in question; its predictions that are there, by split)."""
+    try:
+        before = read_members(paths.predictions)
+    except RunFolderError:
+        before = []
 
     def found(name: str, lineup: Lineup) -> Predictions | None:
-        row_ids = [row.id for row in getattr(splits, name)]
-        return _complete(paths, name, lineup.made_from, row_ids, config.data.choice_score)
+        """Those of a split; of an earlier evaluation with more members, the part of them that is asked for."""
+        try:
+            predictions = read_predictions(paths.predictions, name).scored_by(config.data.choice_score)
+        except RunFolderError:
+            return None
+        if list(predictions.row_ids) != [row.id for row in rows[name]]:
+            return None
+        wanted = _of_rows(lineup.made_from, name, hashes)
+        if predictions.made_from == wanted:
+            return predictions
+        places = places_among(lineup.described, before)
+        made_from = _of_rows(predictions_from(origin, before), name, hashes)
+        if places is None or predictions.made_from != made_from or predictions.members != len(before):
+            return None
+        share = predictions.seconds * len(places) / len(before)
+        return replace(predictions.of_members(places), seconds=share, made_from=wanted)
 
     for made, lineup in enumerate(lineups, start=1):
-        validation, rows = found("validation", lineup), splits.validation
-        known = validation is not None and draws_stop(lineups, made, validation, rows, config.ensemble.average)
+        validation, own = found("validation", lineup), rows["validation"]
+        known = validation is not None and draws_stop(lineups, made, validation, own, config.ensemble.average)
         if known or len(lineups) == 1:
-            return [lineup], [name for name in EVALUATED_SPLITS if found(name, lineup) is None]
-    return lineups, list(EVALUATED_SPLITS)
+            there = {name: found(name, lineup) for name in rows}
+            return [lineup], {name: one for name, one in there.items() if one is not None}
+    return lineups, {}
+
+
+def _of_rows(made_from: Mapping[str, Any], name: str, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What predictions of a split carry: of rows that are not the run's own, their hash."""
+    return {**made_from, **({"data_sha256": hashes[name]} if name in hashes else {})}
 
 
 @dataclass(frozen=True)
@@ -304,18 +339,6 @@ def member_list(
             members.append(Member(k, draw))
             described.append(replace(own, name=name.format(draw), group=group, draw=draw, extra=extra))
     return members, described
-
-
-def _complete(
-    paths: RunPaths, split: str, made_from: dict[str, Any], row_ids: list[str], rule: ChoiceScore
-) -> Predictions | None:
-    """The predictions of a split, if they are those of these members."""
-    try:
-        predictions: Predictions = read_predictions(paths.predictions, split).scored_by(rule)
-    except RunFolderError:
-        return None
-    fits = predictions.made_from == made_from and list(predictions.row_ids) == row_ids
-    return predictions if fits else None
 
 
 def _counter(

@@ -97,6 +97,8 @@ STAGES = {
               "pipeline.stages.predict:predict"),
         Stage("serve", "the chosen, calibrated ensemble behind HTTP, OpenAI's routes among others (--host, --port)",
               "none", "own", "pipeline.serving.command:serve"),
+        Stage("eval", "tasks of lm-evaluation-harness, by every member and their average (--tasks)", "none", "own",
+              "pipeline.harness.command:evaluate_tasks"),
         Stage("data", "real rows as the model will see them, supervised tokens coloured; nothing is trained", "none",
               "own", "pipeline.stages.data:show"),
         Stage("compare", "several methods at several learning rates on the same base, data and budget: one table",

@@ -253,5 +253,5 @@ def validations_of(runs: Sequence[Run]) -> list[Validation]:
         return all(run.stop_asked() for run in runs)
 
     found = predict_shared(first.task, first.adapters, rows, members, first.world, stop_asked=stop_asked)
-    own = ((run, found.of_member(m)) for m, run in enumerate(runs))
+    own = ((run, found.of_members([m])) for m, run in enumerate(runs))
     return [Validation(run.counters.step, validation_scores(one, rows), one) for run, one in own]

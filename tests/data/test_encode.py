@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -177,8 +178,11 @@ def test_an_answer_that_does_not_fit_is_refused_with_the_number_that_does(byte_l
         encode_training(row, byte_level, needed - 1)
     fits = Row("ok", "Answer:", completion=" yes")
     longer = Row("r10", "Answer:", completion=" nobody knows" * 21)
-    with pytest.raises(DataError, match="2 of 3 rows have longer answers"):
+    longer = replace(longer, where="rows.jsonl:7")
+    with pytest.raises(DataError, match=r"2 of 3 rows have longer answers: row r9, row r10 \(rows\.jsonl:7\);"):
         encode_training_rows([row, fits, longer], byte_level, 8)
+    with pytest.raises(DataError, match=r"4 of 4 rows .*: row r9, row r10 \(rows\.jsonl:7\), row r9, …;"):
+        encode_training_rows([row, longer] * 2, byte_level, 8)
     with pytest.raises(DataError, match="row r9"):
         encode_training_rows([row, fits], byte_level, 8)
 

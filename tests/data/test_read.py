@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from itertools import islice
@@ -59,8 +62,29 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     template = TemplateConfig(prompt="{text}:", choices=(" bad", " good"), label="label")
-    rows, whole = parse(read_file(path), template, str(path))
-    assert whole and [(row.prompt, row.label) for row in rows] == [(f"{t}:", i % 2) for i, t in enumerate(texts)]
+    packed = {} if suffix == ".parquet" else {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    paths = [path, *(path.with_name(f"{path.name}{end}") for end in packed)]
+    for one, pack in zip(paths[1:], packed.values(), strict=True):
+        one.write_bytes(pack(path.read_bytes()))
+    for one in paths:
+        rows, whole = parse(read_file(one), template, str(one))
+        assert whole and [(row.prompt, row.label) for row in rows] == [(f"{t}:", i % 2) for i, t in enumerate(texts)]
+
+
+def test_split_files_may_be_compressed_and_torn_ones_are_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        text = "".join(f"{json.dumps(choice(i, prompt=f'{split} {i}'))}\n" for i in range(40))
+        (tmp_path / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    splits = load_splits(DataConfig(path=str(tmp_path)))
+    assert len(splits.test) == 40 and splits.test[0].named.endswith(")") and "test.jsonl.gz:" in splits.test[0].named
+    whole = (tmp_path / "test.jsonl.gz").read_bytes()
+    for content in (whole[:-20], whole[:200] + bytes(40) + whole[240:], b"no gzip"):
+        (tmp_path / "test.jsonl.gz").write_bytes(content)
+        assert "test.jsonl.gz': cannot be read (" in refusal(tmp_path)
+    (tmp_path / "test.jsonl").write_text("")
+    assert "holds test.jsonl and test.jsonl.gz: Keep one" in refusal(tmp_path).replace(". Keep", ": Keep")
+    assert "(or be text and compressed: .gz, .bz2, .xz behind that)" in refusal(tmp_path / "a.parquet.gz")
+    assert is_local("rows.csv.bz2")
 
 
 def test_csv_lines_are_those_of_the_file(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_unknown_column_lists_those_there() -> None:
 
 def test_unknown_shape_lists_columns_and_shapes() -> None:
     text = refusal({"text": "Q", "category": "c"})
-    assert "its columns are text, category" in text and "{prompt, completion}" in text and "data.template" in text
+    assert "the columns are text, category" in text and "{prompt, completion}" in text and "data.template" in text
 
 
 @pytest.mark.parametrize(

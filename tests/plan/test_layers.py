@@ -11,6 +11,8 @@ import yaml
 from pipeline.cli import main
 from pipeline.config import RunConfig, dump_config, load_config
 from pipeline.config.load import read_yaml, recipe_files, with_values
+from pipeline.data.splits import load_splits
+from pipeline.errors import ConfigError
 from pipeline.plan.layers import Layers, annotated, leaves, summary
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import (
@@ -21,6 +23,7 @@ from pipeline.plan.resolve import (
     resolve_new,
     saved_layers,
 )
+from pipeline.run_folder.comparison import plan_trainings
 
 
 @pytest.fixture
@@ -151,6 +154,26 @@ def test_a_long_training_in_epochs_validates_twenty_times(rows: Path) -> None:
     assert steps("train.epochs=100") == (3600, 180) and steps("train.epochs=100.1") == (3604, 181)
     assert steps("train.epochs=100", "train.validate_every_steps=20") == (3600, 20)
     assert steps("train.max_steps=1000") == (1000, 20)
+
+
+def test_a_method_of_a_comparison_may_have_epochs_of_its_own(rows: Path) -> None:
+    config = load_config(None, [
+        f"data.path={rows}", "compare.learning_rates=[1e-3]", "train.max_steps=9", "train.global_batch=16",
+        "compare.methods=[none, {name: long, adapter: {}, train: {epochs: 2}},"
+        " {name: small, adapter: {}, train: {epochs: 1.5, global_batch: 8}}]",
+    ])
+    assert [own.train.epochs for _, own in plan_trainings(config)] == [None, 2, 1.5], "as a dry run tells them"
+    trained = len(load_splits(config.data).train)
+    steps = [own.train.max_steps for _, own in plan_trainings(resolve_epochs(config))]
+    assert steps == [9, -(-2 * trained // 16), -(-3 * trained // 16)]
+    shared = with_values(config, {"train.epochs": 4})
+    assert [own.train.max_steps for _, own in plan_trainings(resolve_epochs(shared))] == [-(-4 * trained // 16), *steps[1:]]
+    for train in ("{epochs: 0}", "{epochs: two}", "{epochs: 1, max_steps: 2}", "{epochs: 1, global_batch: 0}"):
+        wrong = load_config(None, [
+            f"data.path={rows}", f"compare.methods=[{{name: x, adapter: {{}}, train: {train}}}]",
+        ])
+        with pytest.raises(ConfigError, match=r"compare\.methods: x"):
+            plan_trainings(resolve_epochs(wrong))
 
 
 def test_a_configuration_in_epochs_survives_being_written() -> None:

@@ -38,6 +38,13 @@ def tiny_config(tiny_settings: list[str], *extra: str) -> Any:
     return load_config(None, [*tiny_settings, "launch.processes=1", *extra])
 
 
+def said(config: Any) -> str:
+    """The plan that a dry run prints, which is no wider than a terminal, on one line."""
+    text = memory_table(config, 1)
+    assert max(map(len, text.splitlines())) <= 80
+    return " ".join(text.split())
+
+
 def test_weights_are_those_of_the_shapes(tiny_settings: list[str], tiny_folder: Path) -> None:
     config = tiny_config(tiny_settings, "adapter.rank=4")
     adapters = attach(tiny_llama(), [AdapterSpec.from_config(config.adapter, config.train.max_steps)], "all-linear", 0)
@@ -130,19 +137,19 @@ def test_holes_are_planned_where_the_heap_is_not_bounded(
     for moment, holes in (("loading", 0), ("optimizer step", 0), ("forward pass", 3e9), ("backward pass", 3e9)):
         assert found.moments[moment] - bounded.moments[moment] == holes
     monkeypatch.setenv(PAGES, "65536")
-    text = memory_table(config, 1)
+    text = said(config)
     assert "in the C library's heap" not in text and f"peak {mib(bounded.peak)} of " in text
     monkeypatch.delenv(PAGES)
-    text = memory_table(config, 1)
+    text = said(config)
     assert "in the C library's heap" in text
     assert f"peak {mib(found.peak)}, {mib(bounded.peak)} without the holes, of " in text
     needed = bounded.peak
     monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: needed)
-    assert "or, slower, with MALLOC_MMAP_THRESHOLD_=1048576 in the environment" in memory_table(config, 1)
+    assert "or, slower, with MALLOC_MMAP_THRESHOLD_=1048576 in the environment" in said(config)
     monkeypatch.setenv(PAGES, "1048576")
-    assert ": fits" in memory_table(config, 1)
+    assert ": fits" in said(config)
     monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: needed - 1)
-    text = memory_table(config, 1)
+    text = said(config)
     assert "DOES NOT FIT" in text and "or, slower" not in text
 
 
@@ -203,11 +210,11 @@ def test_the_table_says_what_fits(
     config = tiny_config(tiny_settings)
     batch, source = expected_batch(config.data, config.model, config.train.packing)
     assert "longest of 64 training rows" in source and 5 < batch.tokens < 64 and batch.supervised == 1
-    text = memory_table(config, 1)
+    text = said(config)
     assert "adapter, 8,192 parameters" in text and ": fits" in text and "disk:" in text
     peak = plan_memory(config.model, config.adapter, config.train, 1, batch).peak
     monkeypatch.setattr(pipeline.plan.memory, "machine_memory", lambda: peak - 1)
-    assert "DOES NOT FIT; it fits with train.activation_checkpointing=true" in memory_table(config, 1)
+    assert "DOES NOT FIT; it fits with train.activation_checkpointing=true" in said(config)
 
 
 def test_what_cannot_be_planned_says_why(tiny_settings: list[str], tmp_path: Path) -> None:
@@ -224,4 +231,4 @@ def test_adalora_is_planned_with_the_rank_of_its_start(tiny_settings: list[str])
     found, wanted = (plan_memory(c.model, c.adapter, c.train, 1, Batch(16, 2)) for c in (adalora, plain))
     layers = 2 * 7
     assert found.weights.trained == wanted.weights.trained + 6 * layers  # Λ beside P and Q
-    assert "memory of one process" in memory_table(adalora, 1)
+    assert "memory of one process" in said(adalora)

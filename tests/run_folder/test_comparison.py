@@ -123,6 +123,7 @@ def test_a_shared_rescale_is_that_of_the_methods_that_have_a_choice() -> None:
         ("compare.vary={data.seed: [4]}", "is not a key that can vary here"),
         ("compare.vary={train.learning_rate: [0.1]}", "is not a key that can vary here"),
         ("compare.vary={adapter.rank: [0]}", "greater than or equal to 1"),
+        ("compare.vary={train.epochs: [1, 2]}", "train.epochs: cannot vary. Vary train.max_steps."),
         ("compare.learning_rates=[]", "compare.learning_rates"),
         ("compare.learning_rates=[0.0]", "compare.learning_rates"),
         ("compare.method=[none]", "Did you mean compare.methods?"),

@@ -91,6 +91,7 @@ def test_cut_and_refused_rows_are_counted(model: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     needed = max(sum(len(tokenizer(part)["input_ids"]) for part in row.values()) + 1 for row in rows)  # 1: eos
     assert f"data.max_tokens={needed} holds every row whole" in text
+    assert re.search(r"cannot hold \((row \w{16} \(\S+rows\.jsonl:\d*1\), ){3}…\); training would stop", text)
     counted = [figures(text, split) for split in ("train", "validation", "calibration", "test")]
     assert sum(int(row[-2]) for row in counted) == 6 and sum(int(row[-3]) for row in counted) == 30
 

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.adapters.members import Member
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import with_values
-from pipeline.data.splits import load_splits
+from pipeline.data.rows import Row
+from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, sha256_file
 from pipeline.prediction import rounds
+from pipeline.run_folder.chain import Origin, predictions_from
+from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_folder.predictions import Predictions, write_predictions
+from pipeline.run_folder.predictions import ChoicePredictions, Predictions, write_predictions
 from pipeline.run_folder.verify import verify_folder
 from pipeline.stages import evaluate, export
 from pipeline.stages.processes import begin_training
@@ -122,7 +126,59 @@ def test_a_trained_run_is_evaluated_again_under_another_ensemble_size(
     assert {found.state for found in verify_folder(run)} == {"whole"}
     assert json.loads(paths.result.read_text())["made_from"]["settings_sha256"] == more.reading_sha256()
 
+    with monkeypatch.context() as idle:
+        idle.setattr(evaluate, "open_task", None)  # no model is loaded for fewer members of those that have predicted
+        drawn, fewer = evaluated(run, size=3)
+    assert drawn == 3
+    for split, table in fewer.items():
+        assert np.array_equal(table, after[split][: len(table)])
+    write_report(run)
+    assert {found.state for found in verify_folder(run)} == {"whole"}
+    assert evaluated(run, size=4)[0] == 4
+
     evaluate_other_rows(run, more, tmp_path / "other.jsonl", capsys)
+
+
+def test_of_more_members_those_that_are_asked_for_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin, rows = Origin("config", "rows"), [Row(str(n), "text", ("a", "b"), n % 2) for n in range(4)]
+    splits, config = Splits([], rows, rows, rows, "rows"), RunConfig()
+    described = [
+        PredictedMember("base", "base"), PredictedMember("mean-field", "mean_field", "adapter", "f00d"),
+        *(PredictedMember(f"draw {d}", "mask_draw", "adapter", "f00d", d, {"seed": 0}) for d in range(8)),
+        PredictedMember("plain LoRA", "plain", "plain/adapter", "beef"),
+    ]
+
+    def lineup(draws: int) -> rounds.Lineup:
+        chosen = [one for one in described if one.draw is None or one.draw < draws]
+        return rounds.Lineup([Member(None)] * len(chosen), chosen, predictions_from(origin, chosen))
+
+    paths, every = RunPaths(tmp_path), lineup(8)
+    logits = np.random.default_rng(0).normal(size=(len(described), 4, 2)).astype(np.float32)
+    made = ChoicePredictions(
+        tuple(row.id for row in rows), logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), seconds=11.0,
+        made_from=every.made_from,
+    )
+
+    def kept(*lineups: rounds.Lineup) -> dict[str, Predictions]:
+        return evaluate._kept(paths, list(lineups), splits, config, origin)[1]
+
+    write_members(paths.predictions, every.described)
+    write_predictions(paths.predictions, "validation", made)
+    write_predictions(paths.predictions, "test", made)
+    fewer = kept(lineup(4))
+    assert set(fewer) == {"validation", "test"}, "calibration rows have not been predicted"
+    for found in fewer.values():
+        assert np.array_equal(found.outputs, made.outputs[[*range(6), 10]]), "plain LoRA stands behind the draws"
+        assert found.made_from == lineup(4).made_from and found.seconds == 7.0
+    assert set(kept(every)) == {"validation", "test"}
+    other = PredictedMember("draw 0", "mask_draw", "adapter", "f00d", 0, {"seed": 1})
+    assert not kept(rounds.Lineup([], [*described[:2], other], {})), "masks of another seed"
+
+    monkeypatch.setattr(evaluate, "draws_stop", lambda lineups, made, *rest: made == 2)  # draws that stop are found
+    found, there = evaluate._kept(paths, [lineup(2), lineup(4), every], splits, config, origin)
+    assert [len(one.draws) for one in found] == [4] and there["test"].members == 7
+    write_members(paths.predictions, described[:-1])
+    assert not kept(lineup(4)), "members.json is not of these predictions"
 
 
 def evaluate_other_rows(run: Path, config: RunConfig, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,8 @@ def test_faults_of_rows_are_named_together() -> None:
         list(checked(fixed.read(iter(records)), "a"))
     lines = str(found.value).splitlines()
     assert len(lines) == 4 and "a:2" in lines[0] and "an output each" in lines[1] and "0 to 1" in lines[2]
+    with pytest.raises(DataError, match="a:1: prompt: is not a column; the columns are text, id. Rename"):
+        list(checked(fixed.read(("a:1", {"text": "p", "id": n}) for n in range(3)), "a"))
     with pytest.raises(DataError, match="is the id of a:1 too"):
         list(checked(fixed.read(iter([("a:1", {"id": 1, "prompt": "p"}), ("a:2", {"id": 1, "prompt": "q"})])), "a"))
     with pytest.raises(DataError, match="holds no rows"):

@@ -71,8 +71,8 @@ def _keys_in(section: Node, schema: Node, prefix: str) -> Iterator[Key]:
 
 
 def _section_of(node: Node, schema: Node) -> Node | None:
-    """The section that a key is, may be beside null, or is a list of."""
-    for part in (node, *node.get("anyOf", ()), node.get("items", {})):
+    """The section that a key is, may be beside null, is a list of, or has under names."""
+    for part in (node, *node.get("anyOf", ()), node.get("items", {}), *node.get("patternProperties", {}).values()):
         name = part.get("$ref", "").rpartition("/")[2]
         if name.endswith("Config"):
             section: Node = schema["$defs"][name]
@@ -100,6 +100,8 @@ def _type(node: Node, schema: Node) -> str:
         case {"type": "object", "additionalProperties": {} as part} if part:
             names = node.get("propertyNames", {}).get("enum")
             return f"mapping of {' | '.join(names) if names else 'names'} to {_type(part, schema)}"
+        case {"type": "object", "patternProperties": parts}:
+            return f"mapping of names to {' or '.join(_type(part, schema) for part in parts.values())}"
         case {"type": kind}:
             return str(_NAMES.get(kind, kind))
     return "any value"

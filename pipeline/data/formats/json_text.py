@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.data.formats.lines import decoded_lines, too_long
+from pipeline.data.formats.packed import open_bytes
 from pipeline.data.formats.record import Record, Unusable
 from pipeline.errors import DataError
 from pipeline.files import LONGEST_LINE
@@ -65,7 +66,7 @@ def read_json(path: Path) -> Iterator[Record]:
     Raises:
         DataError: no array, no UTF-8, no JSON, or an element longer than `LONGEST_LINE`.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         text = _Window(file, path)
         if not (mark := text.mark()):
             return

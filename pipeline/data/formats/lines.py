@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from pipeline.data.formats.packed import open_bytes
 from pipeline.errors import DataError
 from pipeline.files import LONGEST_LINE
 
 
 def decoded_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
     """Lines with their numbers; ends at the first that is not UTF-8, or longer than `LONGEST_LINE` bytes."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
             if len(line) > LONGEST_LINE:
                 yield number, too_long(f"{path}:{number}", "line")

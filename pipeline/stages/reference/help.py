@@ -116,6 +116,13 @@ TEXTS = {
         " waiting, gather_ms, body_bytes, body_seconds, seconds, rows, tokens, new_tokens, sequences.",
         (), ("serve --run-dir runs/mine", "serve --run-dir runs/mine/export --port 9000"),
     ),
+    "eval": Text(
+        "Scores tasks of lm-evaluation-harness (pip install \"loradrop[eval]\"), by name or from a task file: the base,"
+        " the adapter, each of its mask draws and their average, by likelihoods and greedy texts. Results go to"
+        " RUN/harness.json.", ("ensemble",),
+        ("eval --run-dir runs/mine --tasks arc_easy,hellaswag --limit 200",
+         "eval --run-dir runs/mine --tasks mine --include-path tasks"), "",
+    ),
     "data": Text(
         "Shows rows as the model will see them, supervised tokens coloured, and the lengths of all. Loads a tokenizer"
         " and no model.", ("model", "data", "train"),

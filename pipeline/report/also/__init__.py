@@ -1,0 +1,1 @@
+"""More data sets that a run is scored on (`evaluate.also`)."""
