@@ -223,7 +223,7 @@ def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
             f"adapter.rescale = {rescale!r} is about masks on the LoRA matrices; the method {name!r} has {named}. Set"
             " adapter.rescale=inverse, or write the sites out as a list, each with its compensation"
         )
-    return Method(sites=tuple(sites), consistency=consistency)
+    return Method.model_validate({"sites": tuple(sites), "consistency": consistency})  # raises what a validator may
 
 
 def takes_rescale(method: object) -> bool:
