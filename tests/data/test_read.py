@@ -83,6 +83,7 @@ def test_split_files_may_be_compressed_and_torn_ones_are_named(tmp_path: Path) -
         assert "test.jsonl.gz': cannot be read (" in refusal(tmp_path)
     (tmp_path / "test.jsonl").write_text("")
     assert "holds test.jsonl and test.jsonl.gz: Keep one" in refusal(tmp_path).replace(". Keep", ": Keep")
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
     assert "(or be text and compressed: .gz, .bz2, .xz behind that)" in refusal(tmp_path / "a.parquet.gz")
     assert is_local("rows.csv.bz2")
 

@@ -288,7 +288,7 @@ def test_terminal_table_has_a_line_per_system(finished):
         places = [n for n, line in enumerate(table) if line.startswith(f"{first}  ")]
         assert any(table[n + 1 : n + 1 + len(more)] == more for n in places)
     for heading in ("passes", "Accuracy", "NLL", "ECE (debiased)", "train s", "test s"):
-        assert sum(heading in line.split("  ") for line in map(str.strip, table)) >= 1
+        assert any(heading in re.split(" {2,}", line) for line in table)
 
 
 def test_a_wide_terminal_has_one_table_and_a_narrow_one_all_columns(monkeypatch):
