@@ -72,8 +72,10 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
-    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
+    forms: tuple[Literal["adapter", "draws", "merged", "merged_dequantized"], ...] = ("adapter", "draws")
+    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
+    base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
+    weights that it was trained on, dequantized. Both are whole models for stock transformers."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 
