@@ -74,7 +74,10 @@ def main(arguments: list[str]) -> int:
     reached = Reached(lines)
     code = pytest.main([str(ROOT / "tests"), "-q", *arguments], plugins=[reached])
     sys.settrace(None)
-    missed = [place for place in places if not any((place[0], n) in reached.found for n in range(place[1], place[2] + 1))]
+    missed = [
+        (name, first, last) for name, first, last in places
+        if not any((name, line) in reached.found for line in range(first, last + 1))
+    ]
     for name, first, last in missed:
         text = " ".join(line.strip() for line in Path(name).read_text().splitlines()[first - 1 : last])
         print(f"{Path(name).relative_to(ROOT)}:{first}: {text[:200]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.config import AdapterConfig, RunConfig, dump_config, extensions, l
 from pipeline.config.method import Site, patterns_at
 from pipeline.data.splits import load_splits
 from pipeline.errors import ConfigError, UserError
+from pipeline.export.targets import target_of
 from pipeline.model.kind import local_kind
 from pipeline.prediction.task import open_task, training_examples
 from pipeline.run_folder.paths import RunPaths
@@ -27,6 +29,9 @@ from pipeline.support.tiny import tiny_llama
 CODE = '''
 import numpy as np
 from dataclasses import replace
+from pipeline.adapters.members import Member
+from pipeline.export.order import Exported
+from pipeline.export.targets import TARGETS
 from pipeline.prediction.task import CausalLMTask
 
 def pairs(uniforms, rate):
@@ -35,6 +40,8 @@ def pairs(uniforms, rate):
 
 def counted(uniforms, rate):
     return (uniforms >= rate).astype(float)
+
+LINKED = replace(TARGETS["adapter"], name="linked", plan=lambda order: [Exported("linked", Member(0))])
 
 class Shouting(CausalLMTask):
     """Reads prompts in capitals."""
@@ -45,11 +52,17 @@ class Shouting(CausalLMTask):
 '''
 POINTS = """[loradrop.mask_patterns]
 pairs = added_by_a_test:pairs
-counted = added_by_a_test:counted
-absent = added_by_a_test:nothing_of_that_name
+
+[loradrop.export_targets]
+linked = added_by_a_test:LINKED
+wrong = added_by_a_test:pairs
 
 [loradrop.tasks]
 shouting = added_by_a_test:Shouting
+"""
+BROKEN = """[loradrop.mask_patterns]
+counted = added_by_a_test:counted
+absent = added_by_a_test:nothing_of_that_name
 """
 
 
@@ -90,12 +103,14 @@ def test_a_pattern_is_a_function_of_the_same_numbers(installed: None) -> None:
 
 
 def test_what_is_not_there_names_what_is(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "broken", "their-broken", BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
     with pytest.raises(UserError, match=r"lora_A has the patterns column, not rows; installed packages add absent "
-                                        r"\(their-masks\), counted \(their-masks\), pairs \(their-masks\); a package"):
+                                        r"\(their-broken\), counted \(their-broken\), pairs \(their-masks\); a package"):
         Site(position="lora_A", pattern="rows", rate=0.3)
     with pytest.raises(UserError, match="attention_logits has the patterns column, element, span, not pairs"):
         Site(position="attention_logits", pattern="pairs", rate=0.3)
-    with pytest.raises(UserError, match=r"absent'?: cannot be loaded from added_by_a_test:nothing.*package their-masks"):
+    with pytest.raises(UserError, match=r"'absent': cannot be loaded from added_by_a_test:.*package their-broken"):
         Site(position="lora_A", pattern="absent", rate=0.3)
     with pytest.raises(ConfigError, match=r"must give a bool array \(8,\) for as many uniforms, not float64 \(8,\)"):
         kept_entries(Site(position="lora_A", pattern="counted", rate=0.3), np.zeros(8))
@@ -103,6 +118,10 @@ def test_what_is_not_there_names_what_is(installed: None, tmp_path: Path, monkey
                        ("shouting", "must be auto, causal, classifier, or causal:TASK")):
         with pytest.raises(ConfigError, match=rf"model\.kind = '{kind}': {said}"):
             load_config(None, [f"model.kind={kind}"])
+    with pytest.raises(ConfigError, match="no form 'lniked'; the forms are adapter, draws, .*add linked .their-masks."):
+        load_config(None, ["export.forms=[adapter, lniked]"])
+    with pytest.raises(ConfigError, match="export.forms = 'wrong': must be a Target, not function"):
+        target_of("wrong")
     install(tmp_path / "other", "their-masks-again", POINTS)
     monkeypatch.syspath_prepend(str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="is offered by their-masks-again and their-masks. Install one"):
@@ -142,11 +161,14 @@ def test_a_run_is_trained_evaluated_and_exported_with_both(
 ) -> None:
     for stage in (evaluate, export):  # the process group serves the next test
         monkeypatch.setattr(stage, "leave_world", lambda: None)
-    config, paths = configured([*tiny_settings, "data.calibration_rows=80"]), RunPaths(tmp_path / "run")
+    settings = [*tiny_settings, "data.calibration_rows=80", "export.forms=[adapter, draws, linked]", "export.draws=1"]
+    config, paths = configured(settings), RunPaths(tmp_path / "run")
     paths.root.mkdir()
     paths.config.write_text(dump_config(config))
     train.train_run(config, paths.root)
     evaluate.evaluate_run(paths.root)
     report.write_report(paths.root)
     export.export_run(paths.root)  # which proves that stock PEFT says what the run says, mask draws included
+    manifest = json.loads((paths.export / "manifest.json").read_text())
+    assert {entry["form"] for entry in manifest["exports"]} == {"adapter", "draws", "linked"}
     assert '"their-masks": "1.2"' in paths.environment.read_text()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import model_validator
 
+from pipeline.config.extensions import EXPORT_TARGETS, listed, offered
 from pipeline.config.section import NonNegative, Positive, Section
 from pipeline.errors import ConfigError
 
@@ -69,13 +70,17 @@ class EvaluateConfig(Section):
     """Resamples behind each 95 % interval."""
 
 
+Form = Literal["adapter", "draws", "merged", "merged_dequantized"]
+
+
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "draws", "merged", "merged_dequantized"], ...] = ("adapter", "draws")
+    forms: tuple[Form | str, ...] = ("adapter", "draws")
     """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
     base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
-    weights that it was trained on, dequantized. Both are whole models for stock transformers."""
+    weights that it was trained on, dequantized. Both are whole models for stock transformers. Also the names of forms
+    that installed packages add (docs/python.md)."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 
@@ -91,3 +96,12 @@ class ExportConfig(Section):
         if isinstance(forms, list | tuple) and "members" in forms:
             raise ConfigError("export.forms", forms, "the form members is now called draws", "Rename the form.")
         return values
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> ExportConfig:
+        known = get_args(Form)
+        for form in self.forms:
+            if form not in known and form not in offered(EXPORT_TARGETS):
+                said = f"there is no form {form!r}; the forms are {', '.join(known)}; {listed(EXPORT_TARGETS)}"
+                raise ValueError(said)
+        return self

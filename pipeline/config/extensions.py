@@ -19,6 +19,9 @@ MASK_PATTERNS = "loradrop.mask_patterns"
 TASKS = "loradrop.tasks"
 """A class in the place of one of those in `pipeline.prediction.task`."""
 
+EXPORT_TARGETS = "loradrop.export_targets"
+"""A `pipeline.export.order.Target`."""
+
 
 def offered(group: str) -> dict[str, list[EntryPoint]]:
     """Name -> who offers it, of a group."""
@@ -55,7 +58,7 @@ def load(group: str, name: str) -> Any:
 
 def packages() -> dict[str, str]:
     """Package -> version of all that offer something, for the record of a run."""
-    offers = [one for group in (MASK_PATTERNS, TASKS) for one in entry_points(group=group)]
+    offers = [one for group in (MASK_PATTERNS, TASKS, EXPORT_TARGETS) for one in entry_points(group=group)]
     return {one.dist.name: one.dist.version for one in offers if one.dist is not None}
 
 

@@ -80,7 +80,7 @@ class Row:
     @property
     def content(self) -> str:
         """Canonical JSON of all that a model may read: everything but the id, the unit and the place."""
-        left_out = {"id", "unit", "where"} | (set() if self.tools else {"tools"})  # so rows without tools keep their ids
+        left_out = {"id", "unit", "where"} | (set() if self.tools else {"tools"})  # rows without tools keep their ids
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 

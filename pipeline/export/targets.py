@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.extensions import EXPORT_TARGETS, load
+from pipeline.errors import ConfigError
 from pipeline.export.merged import plan_dequantized, plan_merged, verify_merged, write_merged
 from pipeline.export.order import Exported, Loaded, Target
 from pipeline.export.parity import verify_peft
@@ -28,6 +30,20 @@ TARGETS = {
 """name -> target."""
 
 
+def target_of(name: str) -> Target:
+    """The target of a form; of one that is none of ours, what an installed package offers under this name.
+
+    Raises:
+        ConfigError: its code cannot be imported, or is no target.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    found = load(EXPORT_TARGETS, name)
+    if not isinstance(found, Target):
+        raise ConfigError("export.forms", name, f"must be a Target, not {type(found).__name__}", "Mend its package.")
+    return found
+
+
 def verified(
     loaded: Loaded, folder: Path, planned: Mapping[str, Sequence[Exported]]
 ) -> list[dict[str, Any]]:
@@ -40,8 +56,8 @@ def verified(
         ParityError: a stock tool computes something else, or an export has no effect.
     """
     entries: list[dict[str, Any]] = []
-    for verify in dict.fromkeys(TARGETS[name].verify for name in planned):  # a tool is started once for all of its own
-        own = [(name, one) for name, ones in planned.items() if TARGETS[name].verify is verify for one in ones]
+    for verify in dict.fromkeys(target_of(name).verify for name in planned):  # a tool starts once for all of its own
+        own = [(name, one) for name, ones in planned.items() if target_of(name).verify is verify for one in ones]
         measured = verify(loaded, folder, [one for _, one in own]) if own else []
         entries += [
             {"form": name, "folder": one.folder, "draw": one.member.draw, **said}

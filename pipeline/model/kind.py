@@ -32,7 +32,8 @@ _MLP = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "h
 
 
 def model_kind(config: ModelConfig) -> Kind:
-    """`model.kind`, of an installed package's task what it builds on; `auto` is a classifier for encoders and for whatever was saved with a classification head.
+    """`model.kind`, of an installed package's task what it builds on; `auto` is a classifier for encoders and for
+    whatever was saved with a classification head.
 
     Raises:
         ConfigError: the configuration cannot be read, or an encoder is asked for as a causal model.

@@ -245,7 +245,8 @@ def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
     choices.
 
     Raises:
-        ConfigError: the package's task cannot be imported; the model cannot be loaded, or not as this kind; a rule for choices that it has no use for.
+        ConfigError: the package's task cannot be imported; the model cannot be loaded, or not as this kind; a rule for
+            choices that it has no use for.
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """

@@ -29,7 +29,7 @@ from pipeline.export.order import Exported, Loaded, Order, Served
 from pipeline.export.parity import TOLERANCE
 from pipeline.export.peft import ensemble_entry
 from pipeline.export.served import reported_scores
-from pipeline.export.targets import TARGETS, verified
+from pipeline.export.targets import target_of, verified
 from pipeline.files import MANIFEST, publish_folder, sha256_file, write_json
 from pipeline.model.content import base_content
 from pipeline.model.kind import model_kind
@@ -58,7 +58,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     stored, result = adapter_and_result(paths, config, splits, origin)
     order = Order(config, splits, stored, as_plain_lora(stored), result, model_kind(config.model), trusted)
     planned: dict[str, list[Exported]] = {
-        name: found for name in config.export.forms if (found := TARGETS[name].plan(order))
+        name: found for name in config.export.forms if (found := target_of(name).plan(order))
     }
     count = sum(map(len, planned.values()))
     if not count:
@@ -76,12 +76,12 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
         every = [one for ones in planned.values() for one in ones]
         for name, exported in planned.items():
-            TARGETS[name].write(loaded, folder, exported)
+            target_of(name).write(loaded, folder, exported)
         measured = verified(loaded, folder, planned)
         alone, ensemble = readout([None]), ensemble_entry(every, readout)
         forms = {
             name: stand_alone(
-                loaded, folder, TARGETS[name], exported, Form.of(exported, measured, alone, ensemble, result)
+                loaded, folder, target_of(name), exported, Form.of(exported, measured, alone, ensemble, result)
             )
             for name, exported in planned.items()
         }
