@@ -106,7 +106,7 @@ def test_what_is_not_there_names_what_is(installed: None, tmp_path: Path, monkey
     install(tmp_path / "broken", "their-broken", BROKEN)
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
     with pytest.raises(UserError, match=r"lora_A has the patterns column, not rows; installed packages add absent "
-                                        r"\(their-broken\), counted \(their-broken\), pairs \(their-masks\); a package"):
+                                        r"\(their-broken\), counted \(their-broken\), pairs \(their-masks\); "):
         Site(position="lora_A", pattern="rows", rate=0.3)
     with pytest.raises(UserError, match="attention_logits has the patterns column, element, span, not pairs"):
         Site(position="attention_logits", pattern="pairs", rate=0.3)
