@@ -33,7 +33,7 @@ Line = Annotated[str, AfterValidator(_check_line)]
 
 
 if TYPE_CHECKING:
-    SectionType = type(BaseModel)
+    from pydantic._internal._model_construction import ModelMetaclass as SectionType
 else:
 
     class SectionType(type(BaseModel)):
