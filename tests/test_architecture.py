@@ -30,7 +30,7 @@ MAY_SEE = {
     "ensemble": GROUND
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores"},
     "export": GROUND
-    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"},
     "serving": GROUND
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"}
     | {"plan"},

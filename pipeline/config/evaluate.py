@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_serializer, model_validator
 
 from pipeline.config.data import Columns, TemplateConfig
+from pipeline.config.extensions import EXPORT_TARGETS, listed, offered
 from pipeline.config.section import Fraction, Name, NonNegative, Positive, Section
 from pipeline.errors import ConfigError, SetupError
 
@@ -166,11 +167,17 @@ class EvaluateConfig(Section):
         return {name: value for name, value in dump(self).items() if value or name not in ("also", "generate")}
 
 
+Form = Literal["adapter", "draws", "merged", "merged_dequantized"]
+
+
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
-    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
+    forms: tuple[Form | str, ...] = ("adapter", "draws")
+    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
+    base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
+    weights that it was trained on, dequantized. Both are whole models for stock transformers. Also the names of forms
+    that installed packages add (docs/python.md)."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 
@@ -186,3 +193,12 @@ class ExportConfig(Section):
         if isinstance(forms, list | tuple) and "members" in forms:
             raise ConfigError("export.forms", forms, "the form members is now called draws", "Rename the form.")
         return values
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> ExportConfig:
+        known = get_args(Form)
+        for form in self.forms:
+            if form not in known and form not in offered(EXPORT_TARGETS):
+                said = f"there is no form {form!r}; the forms are {', '.join(known)}; {listed(EXPORT_TARGETS)}"
+                raise ValueError(said)
+        return self

@@ -193,8 +193,9 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
 def _own_epochs(method: str | NamedMethod) -> float | None:
     """Epochs that a method of a comparison has of its own. None where they are no such number, or stand beside
     max_steps: that is refused when its training is planned."""
-    epochs = None if isinstance(method, str) or "max_steps" in method.train else method.train.get("epochs")
-    return float(epochs) if type(epochs) in (int, float) and 0 < epochs <= 1e6 else None
+    epochs: Any = None if isinstance(method, str) or "max_steps" in method.train else method.train.get("epochs")
+    usable = isinstance(epochs, int | float) and not isinstance(epochs, bool) and 0 < epochs <= 1e6
+    return float(epochs) if usable else None
 
 
 def _steps(epochs: float, rows: int, batch: int) -> int:
