@@ -24,9 +24,12 @@ from pipeline.ensemble.exported import reading_entry
 from pipeline.ensemble.readout import read_result
 from pipeline.ensemble.rows import RowForm
 from pipeline.errors import RunFolderError
-from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
-from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
+from pipeline.export.order import Loaded, Order
+from pipeline.export.parity import TOLERANCE
+from pipeline.export.peft import ensemble_entry
+from pipeline.export.targets import TARGETS, verified
 from pipeline.files import MANIFEST, publish_folder, sha256_file, write_json
+from pipeline.model.kind import model_kind
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
 from pipeline.prediction.unseen import require_unseen
@@ -38,63 +41,67 @@ from pipeline.terminal import say
 
 
 def export_run(run_dir: Path, trusted: bool = False) -> None:
-    """Write export/: adapter/, draws/draw_NNN/, manifest.json with measured parity.
+    """Write export/: the folders of export.forms, and manifest.json with what was measured of each.
 
     Raises:
-        RunFolderError: the adapter is missing, damaged, of another configuration or other data; result.json was made
-            from another one, or from other predictions; a method whose members are no plain LoRA.
-        ParityError: parity is outside the tolerance, or an export equals the base.
+        UserError: a form that this run cannot be exported in; the adapter is missing, damaged, of another configuration
+            or other data; result.json was made from another one, or from other predictions.
+        ParityError: a stock tool computes something else than we do, or an export equals the base.
     """
     paths = RunPaths(run_dir)
     config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     stored, result = adapter_and_result(paths, config, splits, origin)
+    order = Order(config, splits, stored, as_plain_lora(stored), result, model_kind(config.model), trusted)
+    planned = {name: TARGETS[name].plan(order) for name in config.export.forms}
+    count = sum(map(len, planned.values()))
+    if not count:
+        raise RunFolderError("export.forms", list(planned), "leaves nothing to export", "Add adapter.")
     update_status(paths, "export", "running")
-    world = start_world()
-    trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
-    task = open_task(with_values(config, {"model.compute_dtype": compared_in}), splits, world.device)
-    identity = replace(task.base.identity, compute_dtype=trained_in)
-    adapters = attach_stored(task.base, [stored], config.train.seed, config.adapter.fused)
-    exported = planned_exports(config.export, config.ensemble.size, result, stored)
-    if not exported:
-        raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
+    loaded = load(order)
 
     def readout(draws: Sequence[int | None]) -> dict[str, Any]:
         space, rule = config.ensemble.average, config.data.choice_score
         return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule)
 
     def fill(folder: Path) -> None:
-        plain = as_plain_lora(stored)
-        if stored.spec.kind != plain.spec.kind:
-            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
-        write_exports(folder, exported, adapters, plain, identity.resolved, task.passes.key)
-        say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS], trusted)
-        manifest = {
+        if stored.spec.kind != order.plain.spec.kind:
+            rank = order.plain.spec.rank
+            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
+        for name, exported in planned.items():
+            TARGETS[name].write(loaded, folder, exported)
+        write_json(folder / MANIFEST, {
             "origin": origin.as_dict(),
-            "base": identity.as_dict(),
+            "base": loaded.identity.as_dict(),
             "reading": reading_entry(config, RowForm.of_run(config, splits)),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
             "settings_sha256": config.export_sha256(),
             "adapter": {
-                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank,
+                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": order.plain.spec.rank,
                 **readout([None]),
             },
-            "exports": [
-                {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
-            ],
-            "ensemble": ensemble_entry(exported, readout),
+            "exports": verified(loaded, folder, planned),
+            "ensemble": ensemble_entry([one for ones in planned.values() for one in ones], readout),
             "tolerance": TOLERANCE,
-            "compared_in": compared_in,
+            "compared_in": loaded.task.base.identity.compute_dtype,
             "note": "scores and temperatures hold for the base named here, quantized as stated",
-        }
-        write_json(folder / MANIFEST, manifest)
+        })
 
     publish_folder(paths.export, fill)
     leave_world()
-    say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
+    say(f"{count} folders exported, each loaded by its own tool and within {TOLERANCE:.0%} of what was evaluated")
+
+
+def load(order: Order) -> Loaded:
+    """The order with its model, in the precision of the comparison."""
+    config, world = order.config, start_world()
+    trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
+    task = open_task(with_values(config, {"model.compute_dtype": compared_in}), order.splits, world.device)
+    adapters = attach_stored(task.base, [order.stored], config.train.seed, config.adapter.fused)
+    identity = replace(task.base.identity, compute_dtype=trained_in)
+    return Loaded(**vars(order), task=task, adapters=adapters, identity=identity)
 
 
 def adapter_and_result(

@@ -1,0 +1,45 @@
+"""The targets of `export.forms`, each with what it refuses, writes and proves (`pipeline.export.order: Target`).
+
+A new target is a file in this folder and an entry here; its name stands in `ExportConfig.forms` too, which loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.export.order import Exported, Loaded, Target
+from pipeline.export.parity import verify_peft
+from pipeline.export.peft import plan_adapter, plan_draws, write_peft
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("adapter", "the adapter without masks as a PEFT folder", plan_adapter, write_peft, verify_peft),
+        Target("draws", "a PEFT folder per mask draw", plan_draws, write_peft, verify_peft),
+    )
+}
+"""name -> target."""
+
+
+def verified(
+    loaded: Loaded, folder: Path, planned: Mapping[str, Sequence[Exported]]
+) -> list[dict[str, Any]]:
+    """Entries of the manifest, one per folder: `form`, `folder`, `draw`, and what was measured of it.
+
+    Args:
+        planned: name of a target -> what it has written below `folder`.
+
+    Raises:
+        ParityError: a stock tool computes something else, or an export has no effect.
+    """
+    entries: list[dict[str, Any]] = []
+    for verify in dict.fromkeys(TARGETS[name].verify for name in planned):  # a tool is started once for all of its own
+        own = [(name, one) for name, ones in planned.items() if TARGETS[name].verify is verify for one in ones]
+        measured = verify(loaded, folder, [one for _, one in own]) if own else []
+        entries += [
+            {"form": name, "folder": one.folder, "draw": one.member.draw, **said}
+            for (name, one), said in zip(own, measured, strict=True)
+        ]
+    return entries
