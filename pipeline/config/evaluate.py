@@ -72,8 +72,9 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
-    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
+    forms: tuple[Literal["adapter", "draws", "gguf", "vllm", "sglang"], ...] = ("adapter", "draws")
+    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw; `gguf`: the adapter for llama.cpp, and
+    of the embedded model the merged one; `vllm`, `sglang`: folders as these engines take them, with the command."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 

@@ -1,6 +1,7 @@
 """The targets of `export.forms`, each with what it refuses, writes and proves (`pipeline.export.order: Target`).
 
-A new target is a file in this folder and an entry here; its name stands in `ExportConfig.forms` too, which loads no torch.
+A new target is a file in this folder and an entry here; its name stands in `ExportConfig.forms` too, which loads no
+torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.export.engines.served import SGLANG, VLLM
+from pipeline.export.gguf.target import GGUF
 from pipeline.export.order import Exported, Loaded, Target
 from pipeline.export.parity import verify_peft
 from pipeline.export.peft import plan_adapter, plan_draws, write_peft
@@ -18,6 +21,9 @@ TARGETS = {
     for target in (
         Target("adapter", "the adapter without masks as a PEFT folder", plan_adapter, write_peft, verify_peft),
         Target("draws", "a PEFT folder per mask draw", plan_draws, write_peft, verify_peft),
+        GGUF,
+        VLLM,
+        SGLANG,
     )
 }
 """name -> target."""

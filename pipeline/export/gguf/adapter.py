@@ -1,7 +1,7 @@
 """An adapter as llama.cpp's LoRA file: `llama-server -m BASE.gguf --lora adapter.gguf`.
 
-    llama.cpp adds alpha / R · B A x to W x, with one alpha for the file and R from each tensor: where rsLoRA or a pattern
-    asks for another scaling, the rest of it is folded into B.
+llama.cpp adds alpha / R · B A x to W x, with one alpha for the file and R from each tensor: where rsLoRA or a pattern
+asks for another scaling, the rest of it is folded into B.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def check_adapter(stored: StoredAdapter, tied: bool) -> None:
         )
     if tied and "lm_head" in stored.matrices:
         raise ConfigError(
-            "export.forms", "gguf", "lm_head is adapted, and this model has no tensor of its own for it: llama.cpp drops"
-            " such an update or refuses the file", "Train without lm_head in adapter.target_modules, or leave gguf out.",
+            "export.forms", "gguf", "lm_head is adapted, and this model has no tensor of its own for it: llama.cpp"
+            " drops such an update or refuses the file",
+            "Train without lm_head in adapter.target_modules, or leave gguf out.",
         )
 
 

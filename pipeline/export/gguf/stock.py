@@ -2,10 +2,10 @@
 
     python -I stock.py JOB.json
 
-JOB: {"model": FILE.gguf, "adapters": [FILE.gguf or null], "input_ids": [[...], ...], "texts": [...], "context": int,
-"vocabulary": V, "threads": int, "out": FILE.npz}
-Writes `log_probabilities` (K, N, V): of the token behind each prompt, with each adapter (null: none), and `by_text`
-(N', V): behind each text, as llama.cpp cuts it, with the first adapter.
+JOB: {"model": FILE.gguf, "adapters": [FILE.gguf or null], "input_ids": [[...], ...], "texts": [[text, [ids]], ...],
+"context": int, "vocabulary": V, "threads": int, "out": FILE.npz}
+Writes `log_probabilities` (K, N, V): of the token behind each prompt, with each adapter (null: none), and `text_gaps`:
+the largest difference between what it says behind a text, which it cuts itself, and behind the ids that go with it.
 """
 
 import json
@@ -19,15 +19,16 @@ def main(job_path: str) -> None:
     """Load the model with every adapter, and write what it says."""
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
+    size = job["vocabulary"]
     found = []
-    by_text = np.zeros((0, job["vocabulary"]))
+    gaps = []
     for number, adapter in enumerate(job["adapters"]):
         server = xllamacpp.Server(settings(job, adapter))
-        found.append([next_token(server, ids, job["vocabulary"]) for ids in job["input_ids"]])
-        if number == 0 and job["texts"]:
-            by_text = np.stack([next_token(server, text, job["vocabulary"]) for text in job["texts"]])
+        found.append([next_token(server, ids, size) for ids in job["input_ids"]])
+        for text, ids in job["texts"] if number == 0 else []:
+            gaps.append(np.abs(next_token(server, text, size) - next_token(server, ids, size)).max())
         del server
-    np.savez(job["out"], log_probabilities=np.array(found), by_text=by_text, version=np.array(xllamacpp.__version__))
+    np.savez(job["out"], log_probabilities=np.array(found), text_gaps=np.array(gaps or [0.0]))
 
 
 def settings(job: dict, adapter: str | None) -> "xllamacpp.CommonParams":
