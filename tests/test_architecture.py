@@ -30,7 +30,7 @@ MAY_SEE = {
     "ensemble": GROUND
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores"},
     "export": GROUND
-    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "setup": {"errors"},
     "doctor": GROUND | {"config", "data", "model", "run_folder", "distributed", "plan", "setup", "support"},

@@ -16,6 +16,7 @@ from pipeline.errors import LoradropError
 from pipeline.model.kind import Kind
 from pipeline.model.load import BaseIdentity
 from pipeline.prediction.task import Task
+from pipeline.scores.bootstrap import Floats
 
 
 class ParityError(LoradropError):
@@ -48,6 +49,8 @@ class Loaded(Order):
     adapters: Adapters
     identity: BaseIdentity
     """Of the base, in the precision of the run. (`task.base.identity` has that of the comparison.)"""
+    content: Mapping[str, Any]
+    """Of the base, what an export says of it: `pipeline.model.content: base_content`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ class Exported:
     """Its path in export/."""
     member: Member
     """Which of our members it is: the adapter without masks, or one of its draws."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was found anew on the base that is served, where it is not the one that was evaluated."""
+
+    readout: dict[str, Any]
+    """`average` and `temperature`, as of `exported_readout`."""
+    scores: dict[str, dict[str, float]]
+    """before and after (the temperature) -> score -> value, on test rows."""
+    outputs: Floats
+    """(1, L, C) of the first test row."""
 
 
 @dataclass(frozen=True)
@@ -78,4 +93,12 @@ class Target:
     """Fill the planned folders below export/ (the path; they are not there yet)."""
     verify: Callable[[Loaded, Path, Sequence[Exported]], list[dict[str, Any]]]
     """Load each folder with its own stock tool, in a clean process, and compare with us: what was measured of each, for
-    the manifest. Raises `ParityError` beyond 5 % of the adapter's effect, or where an export has none (`judged`)."""
+    the manifest. Raises `ParityError` beyond 5 % of the adapter's effect, or where an export has none (`judged`). Where
+    it is another base that is served, `served` among it says how that is read (`Served`); else what was found of the
+    adapter holds."""
+    merged: bool = False
+    """Whether the folder is a whole model, without adapters."""
+    use: bool = True
+    """Whether transformers (and PEFT) load the folder: use.py is then written and run."""
+    loading: Callable[[Loaded, Sequence[Exported]], str] | None = None
+    """For the model card, where it is not use.py alone: how the folder is loaded, in Markdown."""

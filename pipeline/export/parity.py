@@ -124,6 +124,7 @@ def stock_logits(
             torch.cuda.empty_cache()  # the other process needs the room
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
-            raise ParityError(f"stock PEFT cannot load the export:\n{done.stderr[-2000:]}")
+            names = ", ".join(Path(folder).name for folder in folders) or Path(identity.resolved).name
+            raise ParityError(f"{names} cannot be loaded by stock transformers and PEFT:\n{done.stderr[-2000:]}")
         with np.load(out, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("base", "adapters")}

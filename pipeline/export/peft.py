@@ -63,7 +63,7 @@ def write_peft(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> No
         is_draw = export.member.draw is not None
         matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
         spec = without_sites if is_draw else stored.spec
-        base = loaded.identity.resolved
+        base = str(loaded.content["name"])
         write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
 
 
@@ -71,7 +71,10 @@ def ensemble_entry(
     exported: Sequence[Exported], readout: Callable[[Sequence[int]], dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The exported draws as an ensemble: their weights, and what `readout` says of these draws; None without any."""
-    draws = {e.member.draw: e.folder for e in exported if e.member.draw is not None}
+    draws: dict[int, str] = {}
+    for one in exported:  # a draw may lie there in several forms
+        if one.member.draw is not None:
+            draws.setdefault(one.member.draw, one.folder)
     if not draws:
         return None
     return {"members": list(draws.values()), "weights": [1.0 / len(draws)] * len(draws), **readout(list(draws))}

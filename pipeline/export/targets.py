@@ -1,7 +1,6 @@
 """The targets of `export.forms`, each with what it refuses, writes and proves (`pipeline.export.order: Target`).
 
-A new target is a file in this folder and an entry here; its name stands in `ExportConfig.forms` too, which loads no
-torch.
+A new target is a file in this folder and an entry here; its name stands in `ExportConfig.forms`, too.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 from pipeline.export.engines.served import SGLANG, VLLM
 from pipeline.export.gguf.target import GGUF
+from pipeline.export.merged import plan_dequantized, plan_merged, verify_merged, write_merged
 from pipeline.export.order import Exported, Loaded, Target
 from pipeline.export.parity import verify_peft
 from pipeline.export.peft import plan_adapter, plan_draws, write_peft
@@ -21,6 +21,10 @@ TARGETS = {
     for target in (
         Target("adapter", "the adapter without masks as a PEFT folder", plan_adapter, write_peft, verify_peft),
         Target("draws", "a PEFT folder per mask draw", plan_draws, write_peft, verify_peft),
+        Target("merged", "the adapter merged into the base's own 16-bit weights, for stock transformers",
+               plan_merged, write_merged, verify_merged, merged=True),
+        Target("merged_dequantized", "the adapter merged into the dequantized 4-bit weights, for stock transformers",
+               plan_dequantized, write_merged, verify_merged, merged=True),
         GGUF,
         VLLM,
         SGLANG,

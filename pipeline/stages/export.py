@@ -24,11 +24,14 @@ from pipeline.ensemble.exported import reading_entry
 from pipeline.ensemble.readout import read_result
 from pipeline.ensemble.rows import RowForm
 from pipeline.errors import RunFolderError
-from pipeline.export.order import Loaded, Order
+from pipeline.export.alone.folder import Form, stand_alone
+from pipeline.export.order import Exported, Loaded, Order, Served
 from pipeline.export.parity import TOLERANCE
 from pipeline.export.peft import ensemble_entry
+from pipeline.export.served import reported_scores
 from pipeline.export.targets import TARGETS, verified
 from pipeline.files import MANIFEST, publish_folder, sha256_file, write_json
+from pipeline.model.content import base_content
 from pipeline.model.kind import model_kind
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
@@ -54,10 +57,12 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
     origin = Origin(config.training_sha256(), splits.fingerprint)
     stored, result = adapter_and_result(paths, config, splits, origin)
     order = Order(config, splits, stored, as_plain_lora(stored), result, model_kind(config.model), trusted)
-    planned = {name: TARGETS[name].plan(order) for name in config.export.forms}
+    planned: dict[str, list[Exported]] = {
+        name: found for name in config.export.forms if (found := TARGETS[name].plan(order))
+    }
     count = sum(map(len, planned.values()))
     if not count:
-        raise RunFolderError("export.forms", list(planned), "leaves nothing to export", "Add adapter.")
+        raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
     update_status(paths, "export", "running")
     loaded = load(order)
 
@@ -69,21 +74,31 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
         if stored.spec.kind != order.plain.spec.kind:
             rank = order.plain.spec.rank
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
+        every = [one for ones in planned.values() for one in ones]
         for name, exported in planned.items():
             TARGETS[name].write(loaded, folder, exported)
+        measured = verified(loaded, folder, planned)
+        alone, ensemble = readout([None]), ensemble_entry(every, readout)
+        forms = {
+            name: stand_alone(
+                loaded, folder, TARGETS[name], exported, Form.of(exported, measured, alone, ensemble, result)
+            )
+            for name, exported in planned.items()
+        }
         write_json(folder / MANIFEST, {
             "origin": origin.as_dict(),
-            "base": loaded.identity.as_dict(),
+            "base": base_entry(loaded),
             "reading": reading_entry(config, RowForm.of_run(config, splits)),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
             "settings_sha256": config.export_sha256(),
             "adapter": {
                 "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": order.plain.spec.rank,
-                **readout([None]),
+                **alone,
             },
-            "exports": verified(loaded, folder, planned),
-            "ensemble": ensemble_entry([one for ones in planned.values() for one in ones], readout),
+            "exports": [plain_entry(one, result) for one in measured],
+            "forms": forms,
+            "ensemble": ensemble,
             "tolerance": TOLERANCE,
             "compared_in": loaded.task.base.identity.compute_dtype,
             "note": "scores and temperatures hold for the base named here, quantized as stated",
@@ -101,7 +116,23 @@ def load(order: Order) -> Loaded:
     task = open_task(with_values(config, {"model.compute_dtype": compared_in}), order.splits, world.device)
     adapters = attach_stored(task.base, [order.stored], config.train.seed, config.adapter.fused)
     identity = replace(task.base.identity, compute_dtype=trained_in)
-    return Loaded(**vars(order), task=task, adapters=adapters, identity=identity)
+    content = base_content(config.model, getattr(task.base.model.config, "_commit_hash", None))
+    return Loaded(**vars(order), task=task, adapters=adapters, identity=identity, content=content)
+
+
+def base_entry(loaded: Loaded) -> dict[str, Any]:
+    """What the manifest says of the base: what it is, how it is loaded, and under `path` where it lay for this run."""
+    identity = {name: value for name, value in loaded.identity.as_dict().items() if name != "resolved"}
+    return {**identity, **loaded.content, "revision": loaded.content["commit"] or identity["revision"]}
+
+
+def plain_entry(measured: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the manifest; of another base than the evaluated one, its scores beside those that were reported."""
+    served: Served | None = measured.get("served")
+    if served is None:
+        return measured
+    scores = {"scores": served.scores, "evaluated": reported_scores(result, "mean_field")}
+    return {**measured, "served": {**served.readout, **scores}}
 
 
 def adapter_and_result(

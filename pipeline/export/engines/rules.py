@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.adapters.peft_format import StoredAdapter
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.export.order import Exported, Loaded, Order
 from pipeline.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from pipeline.model.load import BaseIdentity
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 """`model_type` of the models whose code in the engines' releases below has been read: their linear layers are these."""
@@ -39,10 +40,10 @@ class Engine:
     """Ranks that an adapter is padded to, ascending."""
     stacked: tuple[tuple[str, str], ...]
     """(q, v): where one of the two is adapted in a layer, the loader needs the other."""
-    command: Callable[[str, int, Mapping[str, str], str], list[str]]
-    """(base, rank, name -> folder, quantization of the base) -> lines of the command file."""
-    run: Callable[[Loaded, Path, Sequence[Exported], int], dict[str, Any] | None] | None = None
-    """(loaded, export/, PEFT folders, rank) -> what was measured of the engine itself; None where it is not here."""
+    command: Callable[[str, int, Sequence[str], BaseIdentity], str]
+    """(base, rank, folders, what the base is) -> the line that serves them."""
+    run: Callable[[Loaded, Path, Sequence[Exported]], list[dict[str, Any]] | None] | None = None
+    """(loaded, export/, folders) -> what was measured of each in the engine itself; None where it is not here."""
 
 
 def refuse(engine: Engine, order: Order, model_type: str, stored: StoredAdapter) -> None:
@@ -61,7 +62,7 @@ def refuse(engine: Engine, order: Order, model_type: str, stored: StoredAdapter)
     elif odd := sorted(name for name in stored.matrices if name.rpartition(".")[2] not in MODULES):
         fault = f"{odd[0]} is adapted, whose update {engine.title} leaves out of some scores or refuses"
         remedy += " Or train with adapter.target_modules=all-linear, which leaves the head alone."
-    elif (largest := max(len(A) for A, *_ in stored.matrices.values())) > engine.ranks[-1]:
+    elif (largest := largest_rank(stored)) > engine.ranks[-1]:
         fault = f"the adapter has rank {largest}, and {engine.title} takes {engine.ranks[-1]} at most"
         remedy += " Or train with a lower adapter.rank."
     elif alone := _alone(engine, stored.matrices):
@@ -115,29 +116,30 @@ def _alone(engine: Engine, modules: Collection[str]) -> tuple[str, str, str] | N
     return None
 
 
-def common_notes(engine_title: str, version: str, base: str, quantization: str) -> list[str]:
-    """First lines of a command file."""
+def largest_rank(stored: StoredAdapter) -> int:
+    """Of its layers."""
+    return max(len(A) for A, *_ in stored.matrices.values())
+
+
+def base_argument(loaded: Loaded) -> str:
+    """The base in a command: its hub name with its commit, or BASE for a folder."""
+    return "BASE" if loaded.content["files"] else str(loaded.content["name"])
+
+
+def notes(engine: Engine, loaded: Loaded, names: Sequence[str]) -> list[str]:
+    """First lines of a command file: what BASE is, for which values scores hold, what to do with several adapters."""
     lines = [
-        f"# For {engine_title}; written by the rules of version {version}.",
-        f"# BASE: {base}",
+        f"# For {engine.title}, by the rules of version {engine.version}. Run in this folder.",
+        f"# Base: {loaded.content['name']}. {loaded.content['get']}",
     ]
-    if base.startswith("embedded:"):
-        code = f"from pipeline.model.embedded import prepare_embedded_model as get; print(get('{base}'))"
-        lines += ["# No hub has it under this name. Its folder is printed by", f'#   python -c "{code}"']
-    if quantization == "none":
-        return lines
-    return [
-        *lines,
-        f"# Scores and temperature hold for this base quantized to {quantization}. Over its 16-bit weights the engine",
-        "# says other probabilities: quantize at load where the engine can, or fit the temperature again.",
-    ]
-
-
-def member_notes(folders: Mapping[str, str]) -> list[str]:
-    """What to do with several adapters."""
-    if len(folders) == 1:
-        return []
-    return [
-        "# An ensemble is one request per draw (model=draw_000, …), their probabilities averaged by the client;",
-        "# manifest.json has weights and temperature. Engines average no adapters.",
-    ]
+    if loaded.identity.quantization != "none":
+        lines += [
+            f"# Scores and temperature hold for this base quantized to {loaded.identity.quantization}. Over its 16-bit",
+            "# weights the engine says other probabilities: quantize at load, or fit the temperature again.",
+        ]
+    if len(names) > 1:
+        lines += [
+            f"# An ensemble is one request per draw ({names[1]}, …), their probabilities averaged by the client, then",
+            "# divided by the temperature of reading.json: engines average no adapters.",
+        ]
+    return lines

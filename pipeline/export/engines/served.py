@@ -13,11 +13,11 @@ import torch
 from pipeline.adapters.members import Member
 from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
 from pipeline.export.engines import sglang, vllm
-from pipeline.export.engines.rules import Engine, faults, refuse
+from pipeline.export.engines.rules import Engine, base_argument, faults, largest_rank, notes, refuse
 from pipeline.export.order import Exported, Loaded, Order, ParityError, Target
 from pipeline.export.parity import verify_peft
 from pipeline.export.peft import plan_draws
-from pipeline.files import ADAPTER_CONFIG, read_json, write_text
+from pipeline.files import write_text
 from pipeline.model.load import load_skeleton
 from pipeline.terminal import say
 
@@ -28,7 +28,11 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (vllm.ENGINE, sg
 def _plan(engine: Engine, order: Order) -> list[Exported]:
     config = load_skeleton(order.config.model).model.config if order.model_kind == "causal" else None
     refuse(engine, order, str(getattr(config, "model_type", "")), order.plain)
-    return [Exported(engine.name, Member(0))]
+    draws = plan_draws(order) if "draws" in order.config.export.forms else []
+    return [
+        Exported(f"{engine.name}/adapter", Member(0)),
+        *(Exported(f"{engine.name}/{Path(one.folder).name}", one.member) for one in draws),
+    ]
 
 
 def uniform(stored: StoredAdapter, ranks: Sequence[int]) -> StoredAdapter:
@@ -37,8 +41,7 @@ def uniform(stored: StoredAdapter, ranks: Sequence[int]) -> StoredAdapter:
     Scalings that differ between layers (rsLoRA under a rank pattern, alpha patterns) are folded into B.
     """
     spec = stored.spec
-    largest = max(len(A) for A, *_ in stored.matrices.values())
-    rank = next(served for served in ranks if served >= largest)
+    rank = next(served for served in ranks if served >= largest_rank(stored))
     scale = spec.scaling_of(min(stored.matrices))
     padded = {}
     for name, (A, B, *_) in stored.matrices.items():
@@ -51,36 +54,31 @@ def uniform(stored: StoredAdapter, ranks: Sequence[int]) -> StoredAdapter:
     return replace(stored, spec=plain, matrices=padded)
 
 
-def _members(order: Order, folder: str) -> list[Exported]:
-    draws = plan_draws(order) if "draws" in order.config.export.forms else []
-    return [
-        Exported(f"{folder}/adapter", Member(0)),
-        *(Exported(f"{folder}/{Path(one.folder).name}", one.member) for one in draws),
-    ]
-
-
 def write(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> None:
-    """The adapter, and the draws where they are exported, as `uniform` LoRA in PEFT folders; the command."""
-    for one in exported:
-        _write(ENGINES[one.folder], loaded, folder)
-
-
-def _write(engine: Engine, loaded: Loaded, folder: Path) -> None:
-    members, adapters = _members(loaded, engine.name), loaded.adapters
-    masks = adapters.plan([one.member for one in members], 1, loaded.task.passes.key).masks
-    base, rank = loaded.identity.path, 0
-    for m, one in enumerate(members):
+    """An engine's folders: the adapter, and the draws where they are exported, as `uniform` LoRA; the command."""
+    engine, adapters = _engine(exported[0]), loaded.adapters
+    masks = adapters.plan([one.member for one in exported], 1, loaded.task.passes.key).masks
+    for m, one in enumerate(exported):
         target = folder / one.folder
         target.mkdir(parents=True)
         matrices = loaded.plain.matrices
         if one.member.draw is not None:
             matrices = masked_matrices(matrices, masks, m)
         served = uniform(replace(loaded.plain, matrices=matrices), engine.ranks)
-        rank = served.spec.rank
+        base = loaded.content["name"]
         write_adapter(target, served.matrices, served.spec, adapters.layer_count, base, adapters.suffixes)
-    folders = {Path(one.folder).name: one.folder for one in members}
-    lines = engine.command(base, rank, folders, loaded.identity.quantization)
-    write_text(folder / engine.name / COMMAND, "\n".join(lines) + "\n")
+    write_text(folder / engine.name / COMMAND, "\n".join(_command(loaded, exported)) + "\n")
+
+
+def _command(loaded: Loaded, exported: Sequence[Exported]) -> list[str]:
+    engine = _engine(exported[0])
+    rank = next(served for served in engine.ranks if served >= largest_rank(loaded.plain))
+    names = [Path(one.folder).name for one in exported]
+    return [*notes(engine, loaded, names), engine.command(base_argument(loaded), rank, names, loaded.identity)]
+
+
+def _loading(loaded: Loaded, exported: Sequence[Exported]) -> str:
+    return "As `serve.txt` says:\n\n```\n" + "\n".join(_command(loaded, exported)) + "\n```"
 
 
 def verify(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
@@ -89,34 +87,33 @@ def verify(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[d
     Raises:
         ParityError: a folder that an engine would not serve; beyond the tolerance; an adapter without effect.
     """
-    members = {one.folder: _members(loaded, one.folder) for one in exported}
-    for name, ones in members.items():
-        engine = ENGINES[name]
-        for one in ones:
-            if found := faults(engine, folder / one.folder):
-                said = "; ".join(found)
-                raise ParityError(f"{one.folder}: {engine.title} {engine.version} would not serve it: {said}")
-    measured = iter(verify_peft(loaded, folder, [one for ones in members.values() for one in ones]))
-    return [
-        _entry(ENGINES[name], loaded, folder, ones, [next(measured) for _ in ones]) for name, ones in members.items()
-    ]
+    for one in exported:
+        engine = _engine(one)
+        if found := faults(engine, folder / one.folder):
+            said = "; ".join(found)
+            raise ParityError(f"{one.folder}: {engine.title} {engine.version} would not serve it: {said}")
+    by_peft = dict(zip(exported, verify_peft(loaded, folder, exported), strict=True))
+    entries: dict[Exported, dict[str, Any]] = {}
+    for engine in dict.fromkeys(map(_engine, exported)):
+        own = [one for one in exported if _engine(one) is engine]
+        measured = None if engine.run is None else engine.run(loaded, folder, own)
+        checked = f"against the rules of {engine.title} {engine.version} and by stock PEFT; not run in {engine.title}"
+        if measured is None:
+            say(f"{engine.name}: checked {checked}")
+        for m, one in enumerate(own):
+            said_of = {"checked": checked} if measured is None else {"engine": measured[m]}
+            entries[one] = {"verified": measured is not None, **said_of, **by_peft[one]}
+    return [entries[one] for one in exported]
 
 
-def _entry(
-    engine: Engine, loaded: Loaded, folder: Path, members: Sequence[Exported], by_peft: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    rank = int(read_json(folder / members[0].folder / ADAPTER_CONFIG)["r"])
-    worst = max(by_peft, key=lambda one: one["ratio"])
-    there = {"rank": rank, "members": [Path(one.folder).name for one in members], **worst}
-    measured = None if engine.run is None else engine.run(loaded, folder, members, rank)
-    if measured is not None:
-        return {**there, "verified": True, "engine": measured}
-    checked = f"against the rules of {engine.title} {engine.version} and by stock PEFT; not run in {engine.title}"
-    say(f"{engine.name}: checked {checked}")
-    return {**there, "verified": False, "checked": checked}
+def _engine(one: Exported) -> Engine:
+    return ENGINES[one.folder.split("/")[0]]
 
 
 VLLM, SGLANG = (
-    Target(name, f"PEFT folders as {one.title} takes them, with its command", partial(_plan, one), write, verify)
+    Target(
+        name, f"PEFT folders as {one.title} takes them, with its command", partial(_plan, one), write, verify,
+        use=False, loading=_loading,
+    )
     for name, one in ENGINES.items()
-)
+)  # fmt: skip

@@ -7,25 +7,24 @@ rsLoRA and patterns are folded, and half a pair is refused. --lora-strict-loadin
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from pipeline.config.adapter import SERVED_RANKS
-from pipeline.export.engines.rules import Engine, common_notes, member_notes
+from pipeline.export.engines.rules import Engine
+from pipeline.model.load import BaseIdentity
 
 VERSION = "0.5.23"
 
 
-def command(base: str, rank: int, folders: Mapping[str, str], quantization: str) -> list[str]:
-    """How it is served."""
-    named = " ".join(shlex.quote(f"{name}={folder}") for name, folder in folders.items())
-    quantized = " --quantization bitsandbytes" if quantization == "nf4" else ""
-    return [
-        *common_notes("SGLang", VERSION, base, quantization), *member_notes(folders),
-        "# Run in the folder of the export.",
-        f"python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank {rank} --lora-strict-loading"
-        f" --max-loras-per-batch {len(folders) + 1} --lora-paths {named}{quantized}",
-        '# A request names its adapter: "model": "BASE:adapter", or "lora_path": "adapter" at /generate.',
-    ]
+def command(base: str, rank: int, names: Sequence[str], identity: BaseIdentity) -> str:
+    """A request names its adapter: "model": "BASE:adapter", or "lora_path": "adapter" at /generate."""
+    named = " ".join(f"{name}={name}" for name in names)
+    revision = f" --revision {identity.revision}" if identity.revision and base != "BASE" else ""
+    quantized = " --quantization bitsandbytes" if identity.quantization == "nf4" else ""
+    return (
+        f"python -m sglang.launch_server --model-path {shlex.quote(base)}{revision}{quantized} --enable-lora"
+        f" --max-lora-rank {rank} --lora-strict-loading --max-loras-per-batch {len(names) + 1} --lora-paths {named}"
+    )
 
 
 ENGINE = Engine(

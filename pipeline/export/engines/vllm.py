@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from pipeline.adapters.members import Member
-from pipeline.export.engines.rules import Engine, common_notes, member_notes
+from pipeline.export.engines.rules import Engine
 from pipeline.export.gguf.model import base_weights
 from pipeline.export.order import Exported, Loaded, ParityError
 from pipeline.export.parity import judged, our_logits, probe_prompts
+from pipeline.files import ADAPTER_CONFIG, read_json
+from pipeline.model.load import BaseIdentity
 from pipeline.terminal import say
 
 VERSION = "0.32.0"
@@ -33,22 +35,19 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PYTHON = "LORADROP_VLLM_PYTHON"
 
 
-def command(base: str, rank: int, folders: Mapping[str, str], quantization: str) -> list[str]:
-    """How it is served."""
-    named = " ".join(shlex.quote(f"{name}={folder}") for name, folder in folders.items())
-    lines = [*common_notes("vLLM", VERSION, base, quantization), *member_notes(folders)]
-    quantized = ""
-    if quantization == "nf4":
-        lines.append("# vLLM quantizes to nf4 through a plugin: pip install vllm-bnb-plugin.")
-        quantized = " --quantization bitsandbytes"
-    return [
-        *lines, '# Run in the folder of the export. A request names its adapter: "model": "adapter".',
-        f"vllm serve BASE --enable-lora --max-lora-rank {rank} --max-loras {len(folders)}{quantized}"
-        f" --lora-modules {named}",
-    ]
+def command(base: str, rank: int, names: Sequence[str], identity: BaseIdentity) -> str:
+    """A request names its adapter: "model": "adapter"."""
+    named = " ".join(f"{name}={name}" for name in names)
+    revision = f" --revision {identity.revision}" if identity.revision and base != "BASE" else ""
+    # bitsandbytes is a plugin of vLLM: the package vllm-bnb-plugin.
+    quantized = " --quantization bitsandbytes" if identity.quantization == "nf4" else ""
+    return (
+        f"vllm serve {shlex.quote(base)}{revision} --enable-lora --max-lora-rank {rank} --max-loras {len(names)}"
+        f"{quantized} --lora-modules {named}"
+    )
 
 
-def run(loaded: Loaded, folder: Path, members: Sequence[Exported], rank: int) -> dict[str, Any] | None:
+def run(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[dict[str, Any]] | None:
     """vLLM's log-probabilities of the next token against ours, over the base as it was trained against, dequantized.
 
     Raises:
@@ -57,26 +56,24 @@ def run(loaded: Loaded, folder: Path, members: Sequence[Exported], rank: int) ->
     python = os.environ.get(PYTHON)
     if not python:
         return None
-    say(f"loading {len(members)} folders with vLLM in a process of its own")
+    say(f"loading {len(exported)} folders with vLLM in a process of its own")
     prompts = probe_prompts(loaded)
-    ours = torch.from_numpy(our_logits(loaded, prompts, [Member(None), *(one.member for one in members)])).double()
-    ours_log = torch.log_softmax(ours, -1).numpy()
+    logits = torch.from_numpy(our_logits(loaded, prompts, [Member(None), *(one.member for one in exported)]))
+    ours = torch.log_softmax(logits.double(), -1).numpy()
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
         _write_base(loaded, base)
-        folders = [folder / one.folder for one in members]
-        found = served_by_vllm(python, base, folders, prompts, ours_log.shape[-1], rank)
-    theirs = found["log_probabilities"]
-    noise = float(np.abs(theirs[0] - ours_log[0]).max())
-    entries = [
-        judged(f"{one.folder}: vLLM", ours_log[k], ours_log[0], theirs[k], theirs[0], noise)
-        for k, one in enumerate(members, start=1)
+        found = served_by_vllm(python, base, [folder / one.folder for one in exported], prompts, ours.shape[-1])
+    theirs, tool = found["log_probabilities"], f"vllm {found['version']}"
+    noise = float(np.abs(theirs[0] - ours[0]).max())
+    return [
+        {"tool": tool, **judged(f"{one.folder}: vLLM", ours[k], ours[0], theirs[k], theirs[0], noise)}
+        for k, one in enumerate(exported, start=1)
     ]
-    return {"tool": f"vllm {found['version']}", **max(entries, key=lambda one: one["ratio"])}
 
 
 def served_by_vllm(
-    python: str, base: Path, folders: Sequence[Path], prompts: Sequence[list[int]], vocabulary: int, rank: int
+    python: str, base: Path, folders: Sequence[Path], prompts: Sequence[list[int]], vocabulary: int
 ) -> Mapping[str, NDArray[Any]]:
     """`log_probabilities` (1 + K, N, V) of the bare base and with each folder, and vLLM's `version`.
 
@@ -87,11 +84,12 @@ def served_by_vllm(
         job, out = Path(scratch) / "job.json", Path(scratch) / "out.npz"
         job.write_text(json.dumps({
             "base": str(base), "adapters": [str(one) for one in folders], "input_ids": list(prompts),
-            "vocabulary": vocabulary, "rank": rank, "out": str(out),
+            "vocabulary": vocabulary, "rank": max(int(read_json(one / ADAPTER_CONFIG)["r"]) for one in folders),
+            "out": str(out),
         }))
-        command = [python, "-I", str(Path(__file__).with_name("stock_vllm.py")), str(job)]
+        line = [python, "-I", str(Path(__file__).with_name("stock_vllm.py")), str(job)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         except OSError as error:
             raise ParityError(f"${PYTHON} = {python} cannot be started: {error}") from error
         if done.returncode or not out.exists():

@@ -72,7 +72,7 @@ def write_gguf(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> No
             weights = merged(base_weights(model), loaded.plain)
             tokenizer = (Path(loaded.identity.resolved), rules)
             write_model_gguf(target / MERGED, weights, model.config, torch.float16, "loradrop merged", tokenizer)
-        write_text(target / COMMAND, _commands(loaded, rules is not None))
+        write_text(target / COMMAND, "\n".join(_commands(loaded, rules is not None)) + "\n")
 
 
 def verify_gguf(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
@@ -161,25 +161,27 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
     return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
 
 
-def _commands(loaded: Loaded, whole: bool) -> str:
+def _commands(loaded: Loaded, whole: bool) -> list[str]:
     base = loaded.identity
     precision = base.quantization if base.quantization != "none" else base.compute_dtype
     lines = [
-        "# llama.cpp: the adapter beside a base of your own.",
-        f"# Base: {base.path}, which was trained against in {precision}; scores and temperature hold for these values.",
-        "# BASE.gguf made of other weights (16-bit where this says nf4, or another quantization) gives other scores.",
+        "# llama.cpp: the adapter beside a base of your own, made by its convert_hf_to_gguf.py.",
+        f"# Base: {loaded.content['name']}. {loaded.content['get']}",
+        f"# Trained against in {precision}: scores and temperature hold for these values. Others (16 bits in place of nf4,",
+        "# another quantization) give other probabilities.",
         "llama-server -m BASE.gguf --lora adapter.gguf",
-        "# Requests choose by scale: {\"lora\": [{\"id\": 0, \"scale\": 1.0}]}; scale 0 is the base alone.",
     ]
     if whole:
-        lines += [
-            "",
-            "# The same with the base in it, dequantized, in fp16: nothing else is needed.",
-            "llama-server -m merged.gguf",
-        ]
-    return "\n".join(lines) + "\n"
+        lines += ["# The same with the base in it, dequantized, in fp16:", "llama-server -m merged.gguf"]
+    return lines
+
+
+def _loading(loaded: Loaded, exported: Sequence[Exported]) -> str:
+    lines = _commands(loaded, loaded.identity.path in PRE_TOKENIZERS)
+    return "As `serve.txt` says:\n\n```\n" + "\n".join(lines) + "\n```"
 
 
 GGUF = Target(
     "gguf", "the adapter, and of the embedded model the merged one, for llama.cpp", plan_gguf, write_gguf, verify_gguf,
+    use=False, loading=_loading,
 )  # fmt: skip
