@@ -78,7 +78,8 @@ class ExportConfig(Section):
     """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
     base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
     weights that it was trained on, dequantized. Both are whole models for stock transformers. `gguf`: the adapter for
-    llama.cpp, and of the embedded model the merged one, too. `vllm`, `sglang`: folders as these engines take them, with the command that serves them."""
+    llama.cpp, and of the embedded model the merged one, too. `vllm`, `sglang`: folders as these engines take them, with
+    the command that serves them."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 

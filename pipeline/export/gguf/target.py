@@ -167,8 +167,8 @@ def _commands(loaded: Loaded, whole: bool) -> list[str]:
     lines = [
         "# llama.cpp: the adapter beside a base of your own, made by its convert_hf_to_gguf.py.",
         f"# Base: {loaded.content['name']}. {loaded.content['get']}",
-        f"# Trained against in {precision}: scores and temperature hold for these values. Others (16 bits in place of nf4,",
-        "# another quantization) give other probabilities.",
+        f"# Trained against in {precision}: scores and temperature hold for these values. Others (16 bits in place of",
+        "# nf4, another quantization) give other probabilities.",
         "llama-server -m BASE.gguf --lora adapter.gguf",
     ]
     if whole:
