@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +97,6 @@ def paired_rows(tensor: Tensor, heads: int) -> Tensor:
 def model_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int) -> None:
     """Everything but tensors and tokenizer."""
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -108,6 +106,6 @@ def model_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int)
     writer.add_key_length(head_width)
     writer.add_value_length(head_width)
     writer.add_rope_dimension_count(head_width)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)))
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(vocabulary)

@@ -14,6 +14,9 @@ import sys
 import numpy as np
 import xllamacpp
 
+SHOWN = 64
+"""Likeliest tokens by which a text is compared with its ids."""
+
 
 def main(job_path: str) -> None:
     """Load the model with every adapter, and write what it says."""
@@ -26,7 +29,9 @@ def main(job_path: str) -> None:
         server = xllamacpp.Server(settings(job, adapter))
         found.append([next_token(server, ids, size) for ids in job["input_ids"]])
         for text, ids in job["texts"] if number == 0 else []:
-            gaps.append(np.abs(next_token(server, text, size) - next_token(server, ids, size)).max())
+            answers = [next_token(server, prompt, size, SHOWN) for prompt in (text, ids)]
+            both = np.isfinite(answers).all(0)
+            gaps.append(np.abs(answers[0] - answers[1])[both].max(initial=0.0) if both.sum() > SHOWN // 2 else np.inf)
         del server
     np.savez(job["out"], log_probabilities=np.array(found), text_gaps=np.array(gaps or [0.0]))
 
@@ -49,10 +54,10 @@ def settings(job: dict, adapter: str | None) -> "xllamacpp.CommonParams":
     return params
 
 
-def next_token(server: "xllamacpp.Server", prompt: list | str, vocabulary: int) -> np.ndarray:
-    """(V,) log-probabilities of the token behind a prompt."""
+def next_token(server: "xllamacpp.Server", prompt: list | str, vocabulary: int, shown: int | None = None) -> np.ndarray:
+    """(V,) log-probabilities of the token behind a prompt; -inf of all but the `shown` likeliest."""
     answer = server.handle_completions({
-        "prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "temperature": 1.0, "samplers": [], "seed": 1,
+        "prompt": prompt, "n_predict": 1, "n_probs": shown or vocabulary, "temperature": 1.0, "samplers": [], "seed": 1,
         "cache_prompt": False, "post_sampling_probs": False,
     })
     answer = json.loads(answer) if isinstance(answer, str) else answer

@@ -31,8 +31,12 @@ ADAPTER, MERGED, COMMAND = "adapter.gguf", "merged.gguf", "serve.txt"
 TOOL = "xllamacpp"
 """The package that carries llama.cpp."""
 VERIFY = 'pip install "loradrop[gguf]", and loradrop export --run-dir RUN once more'
+PROMPTS = 4
+"""Of the calibration rows that are compared: each is answered with the whole vocabulary, in JSON."""
 TEXT_GAP = 1e-3
 """Nats: what batches of other sizes may differ by; another token differs by far more."""
+LONGEST_TEXT = 64
+"""Tokens."""
 ODD_TEXTS = (
     "It cost  12.50 €,\n\n\twasn't that   1000000?", "naïve — 你好 🙂 don't", "<|im_start|>user\nHi<|im_end|>\n",
     " a\r\nb ",
@@ -83,7 +87,7 @@ def verify_gguf(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> l
     Raises:
         ParityError: beyond the tolerance, an adapter without effect, or files that llama.cpp does not read.
     """
-    prompts = probe_prompts(loaded)
+    prompts = probe_prompts(loaded)[:PROMPTS]
     base, tuned = (_log_softmax(logits) for logits in our_logits(loaded, prompts, [Member(None), Member(0)]))
     if np.array_equal(base, tuned):
         raise ParityError(f"{exported[0].folder}: the adapter has no effect")
@@ -104,7 +108,7 @@ def _compared(
     if not (target / MERGED).exists():
         return entry
     tokenizer = loaded.task.base.tokenizer
-    texts = [*ODD_TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
+    texts = [*ODD_TEXTS, *(tokenizer.decode(ids[-LONGEST_TEXT:]) for ids in prompts)]
     cut = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     whole = llama_cpp(target / MERGED, [None], prompts, size, cut)
     if float(whole["text_gaps"].max()) > TEXT_GAP:
