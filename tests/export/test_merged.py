@@ -16,6 +16,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.config.evaluate import ExportConfig
 from pipeline.data.splits import Splits
 from pipeline.errors import ConfigError
+from pipeline.export.alone.folder import Form
 from pipeline.export.alone.script import use_script
 from pipeline.export.merged import merge, plan_dequantized, plan_merged
 from pipeline.export.order import Exported, Order, ParityError
@@ -119,3 +120,25 @@ def test_a_script_has_the_lines_of_its_own_case_alone() -> None:
         compile(script, "use.py", "exec")
         assert not [word for word in absent if word in script], change
         assert len(max(script.splitlines(), key=len)) <= 120 and "loradrop" not in script
+
+
+def test_members_of_a_form_have_the_weights_of_the_ensemble() -> None:
+    """Also the adapter without masks among draws, and the same draws in another form's folders."""
+    entries = [
+        {"folder": "adapter", "draw": None}, {"folder": "draws/draw_002", "draw": 2},
+        {"folder": "other/two", "draw": 2},
+    ]
+    ensemble = {
+        "members": ["draws/draw_002", "adapter"], "weights": [0.75, 0.25], "average": "logit",
+        "temperature": {"value": 2.0},
+    }
+    result = {
+        "ensemble": {"chosen": "masks_2", "chosen_size": 2},
+        "systems": [{"key": "masks_2", "test": {"before": {"nll": {"value": 0.5}}}}],
+    }
+    alone = {"average": "logit", "temperature": None}
+    form = Form.of([Exported("other/two", Member(0, 2))], entries, alone, ensemble, result)
+    assert (form.members, form.draws, form.weights) == (["other/two", "adapter"], [2, None], [0.75, 0.25])
+    assert form.readout["temperature"] == {"value": 2.0} and form.scores == {"before": {"nll": 0.5}}
+    single = Form.of([Exported("adapter", Member(0))], entries, alone, ensemble, result)
+    assert (single.members, single.draws, single.weights, single.scores) == (["adapter"], [None], [1.0], {})

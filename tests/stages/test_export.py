@@ -29,9 +29,17 @@ def test_a_run_in_bfloat16_is_exported_as_what_it_is(
 ) -> None:
     monkeypatch.setattr("pipeline.stages.export.leave_world", lambda: None)  # the process group serves the next test
     words = ["model.compute_dtype=bfloat16", "data.train_rows=16", "data.validation_rows=8", "train.max_steps=2"]
-    config = load_config(None, [*tiny_settings, *words, "export.draws=1", "train.micro_batch=8"])
+    config = load_config(None, [*tiny_settings, *words, "train.micro_batch=8", "export.draws=1",
+                                "export.forms=[adapter,draws,merged_dequantized]"])
     train_run(config, tmp_path)
     export_run(tmp_path)
     manifest = read_json(RunPaths(tmp_path).export / "manifest.json")
     assert manifest["base"]["compute_dtype"] == "bfloat16" and manifest["compared_in"] == "float32"
-    assert len(manifest["exports"]) == 2 and all(export["ratio"] < 1e-3 for export in manifest["exports"])
+    *adapters, merged = manifest["exports"]
+    assert len(adapters) == 2 and all(export["ratio"] < 1e-3 for export in adapters)
+    assert 1e-4 < merged["ratio"] <= 0.05  # sums are rounded to bfloat16, and still what was evaluated
+    reading = read_json(RunPaths(tmp_path).export / "merged_dequantized" / "reading.json")
+    assert (reading["compute_dtype"], reading["example"]["dtype"]) == ("bfloat16", "float32")
+    assert reading["temperature"] is None and "Not evaluated" in (
+        RunPaths(tmp_path).export / "adapter" / "README.md"
+    ).read_text(encoding="utf-8")
