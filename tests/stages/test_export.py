@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.files import read_json
 from pipeline.run_folder.paths import RunPaths
 from pipeline.stages.export import export_run, precisions
 from pipeline.stages.train import train_run
+from pipeline.support.tiny import WORDS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -43,3 +45,24 @@ def test_a_run_in_bfloat16_is_exported_as_what_it_is(
     assert reading["temperature"] is None and "Not evaluated" in (
         RunPaths(tmp_path).export / "adapter" / "README.md"
     ).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_free_answers_have_a_script_too(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says the log-probability of each token of the reference, its end included; there is no temperature."""
+    monkeypatch.setattr("pipeline.stages.export.leave_world", lambda: None)
+    data = tmp_path / "rows.jsonl"
+    pairs = [(word, other) for word in WORDS for other in WORDS]
+    lines = [{"prompt": f"Review: {one} {two} Sentiment:", "completion": f" {one}"} for one, two in pairs]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[:120]), encoding="utf-8")
+    words = [f"data.path={data}", "data.train_rows=16", "data.validation_rows=8", "data.calibration_rows=8"]
+    words += ["data.test_rows=8", "train.max_steps=2", "train.micro_batch=8", "export.forms=[adapter]"]
+    run = tmp_path / "run"
+    train_run(load_config(None, [*tiny_settings, *words]), run)
+    export_run(run)
+    reading = read_json(RunPaths(run).export / "adapter" / "reading.json")
+    assert (reading["kind"], reading["temperature"], len(reading["example"]["values"])) == ("completion", None, 2)
+    form = read_json(RunPaths(run).export / "manifest.json")["forms"]["adapter"]
+    assert max(form["use"]["values"]) < 0 and form["use"]["max_difference"] < 1e-4

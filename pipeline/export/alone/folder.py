@@ -178,6 +178,8 @@ def _loading(reading: Mapping[str, Any]) -> str:
     needs = "transformers" if reading["merged"] else "transformers and peft"
     if reading["quantization"] != "none":
         needs += " and bitsandbytes"
+    if "example" not in reading:
+        return f"With {needs}; conversations go through the tokenizer's chat template."
     return (
         f"`use.py` has the lines, with {needs} alone. `python use.py{argument}` answers the first test row and ends"
         " with an error where it finds other probabilities than were evaluated."
