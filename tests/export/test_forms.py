@@ -54,6 +54,8 @@ def test_every_form_stands_alone_and_is_what_was_evaluated(
         everything = "".join(path.read_text(encoding="utf-8") for path in (shipped / form).rglob("*.json"))
         assert str(model.parent) not in everything + card  # no place of this machine
         assert (shipped / form / "tokenizer.json").is_file()
+        (alone,) = verify_folder(shipped / form)
+        assert alone.state == "whole", alone
         assert "loradrop" not in (shipped / form / "use.py").read_text(encoding="utf-8")
 
     reading = read_json(shipped / "draws" / "reading.json")

@@ -24,7 +24,7 @@ from pipeline.export.order import Exported, Loaded, Order, ParityError
 from pipeline.export.targets import TARGETS, verified
 from pipeline.files import read_json
 from pipeline.stages.export import load
-from pipeline.support.tiny import write_tiny_data, write_tiny_model
+from pipeline.support.tiny import tiny_decoder, tiny_tokenizer, write_tiny_data
 
 pytestmark = pytest.mark.slow
 RUN = [
@@ -53,7 +53,9 @@ def _adapter() -> StoredAdapter:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder, the order with its model, and the manifest's entries by form."""
     folder = tmp_path_factory.mktemp("served")
-    model, rows = write_tiny_model(folder / "model"), write_tiny_data(folder / "rows.jsonl", 150)
+    model, rows = folder / "model", write_tiny_data(folder / "rows.jsonl", 150)
+    tiny_decoder("llama", num_attention_heads=2, num_key_value_heads=1).save_pretrained(model)  # vLLM: 32 per head
+    tiny_tokenizer().save_pretrained(model)
     config = load_config(None, [f"model.path={model}", f"data.path={rows}", *RUN])
     stored = _adapter()
     loaded = load(Order(config, load_splits(config.data), stored, stored, {}, "causal", False))
