@@ -20,6 +20,9 @@ HINTS = {
     " not the base that was trained and evaluated on; scores and temperature were measured again on these weights.",
     "merged_dequantized": "The adapter merged into the 4-bit weights that it was trained on, dequantized: the same"
     " model as the adapter on its 4-bit base, without needing bitsandbytes.",
+    "gguf": "The adapter without masks as llama.cpp's LoRA file; `merged.gguf`, where it is, has the base in it.",
+    "vllm": "The adapter, and its draws where there are any, with one rank and one scaling, for vLLM.",
+    "sglang": "The adapter, and its draws where there are any, with one rank and one scaling, for SGLang.",
 }
 """Form -> what its card says first."""
 
