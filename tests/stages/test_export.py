@@ -42,7 +42,7 @@ def test_a_run_in_bfloat16_is_exported_as_what_it_is(
     assert 1e-4 < merged["ratio"] <= 0.05  # sums are rounded to bfloat16, and still what was evaluated
     reading = read_json(RunPaths(tmp_path).export / "merged_dequantized" / "reading.json")
     assert (reading["compute_dtype"], reading["example"]["dtype"]) == ("bfloat16", "float32")
-    assert reading["temperature"] is None and "Not evaluated" in (
+    assert reading["temperature"] is None and "None: no report" in (
         RunPaths(tmp_path).export / "adapter" / "README.md"
     ).read_text(encoding="utf-8")
 

@@ -101,7 +101,7 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     before, after = scores.get("before", {}), scores.get("after", {})
     shown = [name for name in SHOWN if name in before]
     if not shown:
-        return ["Not evaluated: no report was made of this adapter before it was exported."]
+        return ["None: no report was made of exactly these members before they were exported."]
     head = ["| score | as predicted | under the temperature |", "|---|---|---|"]
     return head + [
         f"| {NAMES.get(name, name)} | {before[name]:.3f} | {f'{after[name]:.3f}' if name in after else '-'} |"
