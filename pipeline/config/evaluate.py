@@ -167,7 +167,7 @@ class EvaluateConfig(Section):
         return {name: value for name, value in dump(self).items() if value or name not in ("also", "generate")}
 
 
-Form = Literal["adapter", "draws", "merged", "merged_dequantized"]
+Form = Literal["adapter", "draws", "merged", "merged_dequantized", "gguf", "vllm", "sglang"]
 
 
 class ExportConfig(Section):
@@ -176,8 +176,9 @@ class ExportConfig(Section):
     forms: tuple[Form | str, ...] = ("adapter", "draws")
     """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
     base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
-    weights that it was trained on, dequantized. Both are whole models for stock transformers. Also the names of forms
-    that installed packages add (docs/python.md)."""
+    weights that it was trained on, dequantized. Both are whole models for stock transformers. `gguf`: the adapter for
+    llama.cpp, and of the embedded model the merged one, too. `vllm`, `sglang`: folders as these engines take them, with
+    the command that serves them. Also the names of forms that installed packages add (docs/python.md)."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 

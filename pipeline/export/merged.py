@@ -97,6 +97,7 @@ def write_merged(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> 
             say(f"{export.folder}: {lost:.0%} of the adapter is lost where its weights are rounded to {model.dtype}")
         model.config.use_cache = True
         model.save_pretrained(folder / export.folder)
+        loaded.task.base.tokenizer.save_pretrained(folder / export.folder)
 
 
 def _stock_model(loaded: Loaded, dtype: torch.dtype | str) -> Any:

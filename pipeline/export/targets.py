@@ -11,6 +11,8 @@ from typing import Any
 
 from pipeline.config.extensions import EXPORT_TARGETS, load
 from pipeline.errors import ConfigError
+from pipeline.export.engines.served import SGLANG, VLLM
+from pipeline.export.gguf.target import GGUF
 from pipeline.export.merged import plan_dequantized, plan_merged, verify_merged, write_merged
 from pipeline.export.order import Exported, Loaded, Target
 from pipeline.export.parity import verify_peft
@@ -25,6 +27,9 @@ TARGETS = {
                plan_merged, write_merged, verify_merged, merged=True),
         Target("merged_dequantized", "the adapter merged into the dequantized 4-bit weights, for stock transformers",
                plan_dequantized, write_merged, verify_merged, merged=True),
+        GGUF,
+        VLLM,
+        SGLANG,
     )
 }
 """name -> target."""

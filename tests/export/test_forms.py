@@ -26,7 +26,7 @@ def shipped(finished_run: tuple[RunPaths, RunConfig], tmp_path_factory: pytest.T
     """export/ of a copy of the run, in all forms."""
     finished, config = finished_run
     paths = RunPaths(shutil.copytree(finished.root, tmp_path_factory.mktemp("shipped") / "run"))
-    write_text(paths.config, dump_config(with_values(config, {"export.forms": FORMS, "export.draws": 3})))
+    write_text(paths.config, dump_config(with_values(config, {"export.forms": FORMS, "export.draws": 2})))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "leave_world", lambda: None)
         export.export_run(paths.root)
@@ -44,7 +44,7 @@ def test_every_form_stands_alone_and_is_what_was_evaluated(
     assert "resolved" not in manifest["base"]
     assert manifest["base"]["files"] == {"model.safetensors": sha256_file(model / "model.safetensors")}
     by_folder = {entry["folder"]: entry for entry in manifest["exports"]}
-    assert list(by_folder) == ["adapter", "draws/draw_000", "draws/draw_001", "draws/draw_002", *FORMS[2:]]
+    assert list(by_folder) == ["adapter", "draws/draw_000", "draws/draw_001", *FORMS[2:]]
     assert all(entry["ratio"] < 1e-3 for entry in manifest["exports"])
     for form in FORMS:
         use = manifest["forms"][form]["use"]
@@ -54,13 +54,15 @@ def test_every_form_stands_alone_and_is_what_was_evaluated(
         everything = "".join(path.read_text(encoding="utf-8") for path in (shipped / form).rglob("*.json"))
         assert str(model.parent) not in everything + card  # no place of this machine
         assert (shipped / form / "tokenizer.json").is_file()
+        (alone,) = verify_folder(shipped / form)
+        assert alone.state == "whole", alone
         assert "loradrop" not in (shipped / form / "use.py").read_text(encoding="utf-8")
 
     reading = read_json(shipped / "draws" / "reading.json")
-    assert reading["members"] == ["draw_000", "draw_001", "draw_002"] and reading["weights"] == [1 / 3] * 3
+    assert reading["members"] == ["draw_000", "draw_001"] and reading["weights"] == [0.5] * 2
     assert reading["temperature"] == manifest["ensemble"]["temperature"]["value"]
     row = {name: reading["example"][name] for name in ("prompt", "choices")}
-    (answer,) = Ensemble.load(shipped, draws=3).predict([row])
+    (answer,) = Ensemble.load(shipped, draws=2).predict([row])
     assert answer.probabilities == pytest.approx(reading["example"]["values"], abs=1e-5)
 
 
@@ -113,7 +115,7 @@ FAULTS = {
     "missing": "adapter_model.safetensors is missing",
     "wrong base": r"another base than the one that this export was made for \(model.safetensors differs\)",
     "zero effect": "has no effect: every update is zero",
-    "wrong rank": r"has \(2, 64\)",
+    "wrong rank": r"has \(2, \d+\) and .* not \(4, ",
 }
 
 

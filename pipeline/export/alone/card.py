@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.config.adapter import KIND_NAMES
 from pipeline.config.data import DataConfig
 from pipeline.errors import one_line
 
@@ -19,6 +20,9 @@ HINTS = {
     " not the base that was trained and evaluated on; scores and temperature were measured again on these weights.",
     "merged_dequantized": "The adapter merged into the 4-bit weights that it was trained on, dequantized: the same"
     " model as the adapter on its 4-bit base, without needing bitsandbytes.",
+    "gguf": "The adapter without masks as llama.cpp's LoRA file; `merged.gguf`, where it is, has the base in it.",
+    "vllm": "The adapter, and its draws where there are any, with one rank and one scaling, for vLLM.",
+    "sglang": "The adapter, and its draws where there are any, with one rank and one scaling, for SGLang.",
 }
 """Form -> what its card says first."""
 
@@ -37,7 +41,7 @@ def model_card(
         loading: how it is loaded: lines of Markdown.
     """
     base, merged = reading["base"], reading["merged"]
-    title = one_line(f"{config.adapter.kind.upper() if config.adapter.kind == 'lora' else 'AdaLoRA'} on {base['name']}")
+    title = one_line(f"{KIND_NAMES[config.adapter.kind]} on {base['name']}")
     front = ["---", f"library_name: {'transformers' if merged else 'peft'}"]
     if not base["files"]:
         front.append(f"base_model: {base['name']}")
@@ -53,7 +57,7 @@ def model_card(
         *[f"  - {line}" for line in hashes],
         f"  - {base['get']}",
         *[f"  - {line}" for line in [base.get("note")] if line],
-        f"  - Served {quantized}, computing in {reading['compute_dtype']}.",
+        f"  - As it is served: {quantized}, computing in {reading['compute_dtype']}.",
         f"- **Licence** of the base: {base['license'] or 'not known here: see where the base comes from'}. That of the"
         " data holds for what was learnt from them, too.",
         f"- **Method**: {_method(config)}.",
@@ -79,8 +83,8 @@ def _method(config: RunConfig) -> str:
         site.position for site in adapter.resolved_method().sites
     )
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
-    kind = "LoRA" if adapter.kind == "lora" else "AdaLoRA"
-    return one_line(f"{kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}; dropout: {name}")
+    size = f"rank {adapter.rank}, alpha {adapter.alpha:g}"
+    return one_line(f"{KIND_NAMES[adapter.kind]} of {size}, on {targets}; dropout: {name}")
 
 
 def _data(data: DataConfig) -> str:
@@ -97,7 +101,7 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     before, after = scores.get("before", {}), scores.get("after", {})
     shown = [name for name in SHOWN if name in before]
     if not shown:
-        return ["Not evaluated: no report was made of this adapter before it was exported."]
+        return ["None: no report was made of exactly these members before they were exported."]
     head = ["| score | as predicted | under the temperature |", "|---|---|---|"]
     return head + [
         f"| {NAMES.get(name, name)} | {before[name]:.3f} | {f'{after[name]:.3f}' if name in after else '-'} |"

@@ -23,7 +23,7 @@ from pipeline.export.alone.card import model_card
 from pipeline.export.alone.script import use_script
 from pipeline.export.order import Exported, Loaded, ParityError, Target
 from pipeline.export.served import reported_scores
-from pipeline.files import write_json, write_text
+from pipeline.files import MANIFEST, sha256_file, write_json, write_text
 from pipeline.model.load import resolve_model_path
 from pipeline.scores.bootstrap import Floats
 from pipeline.scores.temperature import apply_temperature
@@ -117,6 +117,11 @@ def stand_alone(
     write_text(root / "README.md", model_card(target.name, loaded.config, reading, form.scores, rows, loading))
     if "example" in reading:
         entry["use"] = _run(root, reading, resolve_model_path(loaded.config.model))
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    write_json(root / MANIFEST, {"files": {  # so that the folder can be verified wherever it is copied to
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }})
     return entry
 
 
@@ -173,6 +178,8 @@ def _loading(reading: Mapping[str, Any]) -> str:
     needs = "transformers" if reading["merged"] else "transformers and peft"
     if reading["quantization"] != "none":
         needs += " and bitsandbytes"
+    if "example" not in reading:
+        return f"With {needs}; conversations go through the tokenizer's chat template."
     return (
         f"`use.py` has the lines, with {needs} alone. `python use.py{argument}` answers the first test row and ends"
         " with an error where it finds other probabilities than were evaluated."

@@ -42,7 +42,7 @@ _QUANTIZED = {
 ''',
 }
 _LOAD = '''model = {loader}.from_pretrained(
-    base, dtype=dtype, device_map={{"": device}}{more}
+    base, dtype=dtype, device_map={{"": device}},{more}
 )
 '''
 _ADAPTERS = '''model = PeftModel.from_pretrained(model, HERE / said["members"][0], adapter_name="0")
@@ -146,13 +146,12 @@ def use_script(reading: Mapping[str, Any], trusted: bool) -> str:
     loader = "AutoModelForCausalLM" if reading["outputs"] is None else "AutoModelForSequenceClassification"
     of_folder = not merged and bool(reading["base"]["files"])
     names = [loader, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantization != "none" else [])]
-    more = ", trust_remote_code=True" if trusted else ""
-    if quantization != "none":
-        more += f", quantization_config={quantization}"
-    if not merged and reading["base"]["commit"]:
-        more += ', revision=said["base"]["commit"]'
-    if reading["outputs"] is not None:
-        more += ', num_labels=said["outputs"], ignore_mismatched_sizes=True'
+    more = [
+        ("trust_remote_code=True", trusted),
+        (f"quantization_config={quantization}", quantization != "none"),
+        ('revision=said["base"]["commit"]', not merged and reading["base"]["commit"] is not None),
+        ('num_labels=said["outputs"], ignore_mismatched_sizes=True', reading["outputs"] is not None),
+    ]
     lines = [
         _START.format(
             libraries="transformers" if merged else "transformers and peft", argument=" BASE" if of_folder else "",
@@ -161,7 +160,7 @@ def use_script(reading: Mapping[str, Any], trusted: bool) -> str:
         ),
         _BASE_OWN if merged else _BASE_FOLDER if of_folder else _BASE_HUB,
         _QUANTIZED[quantization],
-        _LOAD.format(loader=loader, more=more),
+        _LOAD.format(loader=loader, more="".join(f"\n    {word}," for word, wanted in more if wanted)),
         "" if merged else _ADAPTERS,
         _EVAL,
         "" if quantization == "none" else _TRAIN,
