@@ -111,7 +111,7 @@ def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
 
 def on_rows(one: ScoredSystem, rows: LabelledSplit) -> ScoredSystem:
     """The same system, under the same temperatures, with other rows in the place of the test split."""
-    predictions = {("test", BEFORE): _predict(rows, one.system, ensemble_space(one.inputs))}
+    predictions = {("test", BEFORE): predicted(one.system, rows, ensemble_space(one.inputs))}
     if one.temperatures is not None:
         predictions["test", AFTER] = temperature.apply_temperature(predictions["test", BEFORE], one.temperatures)
     inputs = replace(one.inputs, splits={**one.inputs.splits, "test": rows})

@@ -75,7 +75,7 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
             rank = order.plain.spec.rank
             say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
         members = [
-            one for name, ones in planned.items() if TARGETS[name].use and not TARGETS[name].merged for one in ones
+            one for name, ones in planned.items() if target_of(name).use and not target_of(name).merged for one in ones
         ]
         for name, exported in planned.items():
             target_of(name).write(loaded, folder, exported)

@@ -10,8 +10,11 @@ import pytest
 from pipeline.adapters.peft_format import StoredAdapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import ExportConfig, build_config
+from pipeline.data.splits import Splits
 from pipeline.errors import RunFolderError
-from pipeline.export.peft import ensemble_entry, planned_exports
+from pipeline.export.order import Exported, Order
+from pipeline.export.peft import ensemble_entry
+from pipeline.export.targets import TARGETS
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, sites=build_config({}).adapter.resolved_method().sites)
 STORED = StoredAdapter(SPEC, {}, "", None)
@@ -22,12 +25,18 @@ def said(draws: Sequence[int | None], weights: Sequence[float] | None) -> dict[s
     return {"draws": list(draws), "weights": weights}
 
 
+def planned(asked: ExportConfig, result: dict[str, Any]) -> list[Exported]:
+    config = build_config({"export": asked.model_dump(), "ensemble": {"size": 8}})
+    order = Order(config, Splits([], [], [], [], ""), STORED, STORED, result, "causal", False)
+    return [one for form in asked.forms for one in TARGETS[form].plan(order)]
+
+
 def entry(asked: ExportConfig, result: dict[str, Any]) -> dict[str, Any] | None:
-    return ensemble_entry(planned_exports(asked, 8, result, STORED), said, asked, result)
+    return ensemble_entry(planned(asked, result), said, asked, result)
 
 
 def test_chosen_members_are_exported_with_their_weights() -> None:
-    folders = [one.folder for one in planned_exports(ExportConfig(), 8, WEIGHTED, STORED)]
+    folders = [one.folder for one in planned(ExportConfig(), WEIGHTED)]
     assert folders == ["adapter", "draws/draw_002"]
     assert entry(ExportConfig(), WEIGHTED) == {"members": folders, "draws": [None, 2], "weights": (0.25, 0.75)}
     with pytest.raises(RunFolderError, match="export.forms = .*leaves out the adapter without masks"):

@@ -42,7 +42,8 @@ def inputs_of(members: list[PredictedMember], noise: list[float], rows: int = 30
         splits[name] = LabelledSplit(log_softmax(logits, axis=-1).astype(np.float32), labels, None, 1.0, units)
     config = build_config({"ensemble": {"size": 8, **ensemble}, "evaluate": {"bootstrap_samples": 100}})
     return ReportInputs(
-        RunPaths(Path("run")), config, "", {}, {}, "choice", members, splits, curves={}, trainings=None, search=None
+        RunPaths(Path("run")), config, "", {}, {}, "choice", members, splits, test_rows=[], curves={}, trainings=None,
+        search=None,
     )
 
 
