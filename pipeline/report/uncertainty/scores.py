@@ -60,8 +60,8 @@ def rows_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> Entries 
     """The test rows to look at: those that members know most different things about, and the surest wrong answers.
 
     Of the system of the most members that count alike, which have something to disagree about; among single ones of
-    the run's own adapter (of a comparison, of the last). Before scaling, and of the first of several candidates. Rows by their ids:
-    texts are in the page alone.
+    the run's own adapter (of a comparison, of the last). Before scaling, and of the first of several candidates. Rows
+    by their ids: texts are in the page alone.
     """
     if inputs.kind != "choice":
         return None
