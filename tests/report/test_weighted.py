@@ -10,6 +10,7 @@ import pytest
 from scipy.special import log_softmax
 
 from pipeline.config import build_config
+from pipeline.data.rows import Row
 from pipeline.report.choices import ensemble_entry
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.result import build_result
@@ -40,9 +41,10 @@ def inputs_of(members: list[PredictedMember], noise: list[float], rows: int = 30
         units = np.arange(rows) - (np.arange(rows) % 3 == 2)
         units = np.unique(units, return_inverse=True)[1]
         splits[name] = LabelledSplit(log_softmax(logits, axis=-1).astype(np.float32), labels, None, 1.0, units)
+    test_rows = [Row(f"test-{n}", "", ("a", "b", "c"), int(label)) for n, label in enumerate(splits["test"].labels)]
     config = build_config({"ensemble": {"size": 8, **ensemble}, "evaluate": {"bootstrap_samples": 100}})
     return ReportInputs(
-        RunPaths(Path("run")), config, "", {}, {}, "choice", members, splits, test_rows=[], curves={}, trainings=None,
+        RunPaths(Path("run")), config, "", {}, {}, "choice", members, splits, test_rows, curves={}, trainings=None,
         search=None,
     )
 
