@@ -5,8 +5,12 @@ Names are resolved on first use, so that importing this package, or searching wi
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
+
+# bitsandbytes, when it is imported on a CPU with AVX512-BF16, asks for an optional package that we have no use for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.2.0.dev0"
 

@@ -30,7 +30,10 @@ MAY_SEE = {
     "ensemble": GROUND
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores"},
     "export": GROUND
-    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "ensemble"},
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"},
+    "serving": GROUND
+    | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "ensemble"}
+    | {"plan"},
     "plan": GROUND | {"config", "data", "model", "adapters", "loss", "run_folder", "distributed"},
     "harness": GROUND
     | {"config", "data", "model", "adapters", "loss", "prediction", "run_folder", "distributed", "scores", "plan"},
@@ -56,6 +59,8 @@ ONE_DOOR = {
     "bitsandbytes": ("pipeline.model.", "pipeline.export."),
     "peft": ("pipeline.adapters.peft_", "pipeline.export."),
     "ray": ("tune.",),
+    "fastapi": ("pipeline.serving.",),
+    "uvicorn": ("pipeline.serving.command",),
     "lm_eval": ("pipeline.harness.",),
 }
 """Rule 6: library -> beginnings of the modules that may import it."""
@@ -67,7 +72,7 @@ NO_TORCH = (
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
-    "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows",
+    "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows", "pipeline.serving.command",
     "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
     "pipeline.stages.doctor", "pipeline.harness.command",
     "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
@@ -224,6 +229,7 @@ def test_no_circles() -> None:
         ("rule 4", "pipeline.report.inputs", "from pipeline.model.kind import model_kind"),
         ("rule 4", "pipeline.plan.memory", "from pipeline.training.engine import trained_parameters"),
         ("rule 4", "pipeline.export.peft", "from pipeline.training import checkpoint"),
+        ("rule 4", "pipeline.serving.worker", "from pipeline.training import checkpoint"),
         ("rule 5", "pipeline.stages.export", "from pipeline.stages.evaluate import evaluate_run"),
         ("rule 6", "pipeline.training.engine", "import deepspeed"),
         ("rule 6", "pipeline.adapters.linear", "from bitsandbytes.nn import Linear4bit"),
@@ -231,6 +237,7 @@ def test_no_circles() -> None:
         ("rule 4", "pipeline.harness.likelihoods", "from pipeline.training import checkpoint"),
         ("rule 6", "pipeline.adapters.build", "from peft import LoraConfig"),
         ("rule 6", "pipeline.stages.train", "import ray"),
+        ("rule 6", "pipeline.stages.train", "import fastapi"),
         ("rule 6", "tune.search", "from pipeline.stages.train import train_run"),
     ],
 )

@@ -186,6 +186,7 @@ def test_a_later_stage_takes_what_it_makes_again_and_sends_the_rest_to_who_does(
     found = resolved("evaluate", "ensemble.size=16", "evaluate.ece_bins=9", source)
     assert (found.ensemble.size, found.evaluate.ece_bins) == (16, 9) and found.data.evaluation is not None
     assert resolved("report", "ensemble.average=logit").ensemble.average == "logit"
+    assert resolved("report", "ensemble.adaptive=0.05").ensemble.adaptive == 0.05
     assert resolved("export", "export.draws=3").export.draws == 3
     for stage, word, owner in (
         ("report", "ensemble.size=16", "evaluate"), ("export", "ensemble.size=16", "evaluate"),

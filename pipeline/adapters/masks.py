@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.members import MaskKey, Member, RowKeys, same_for_all
+from pipeline.config.extensions import MASK_PATTERNS, load
 from pipeline.config.method import WEIGHT_POSITIONS, Site
+from pipeline.errors import ConfigError
 from pipeline.randomness import key64, uniforms
 
 _TWO_31 = 2147483648
@@ -100,7 +102,7 @@ def _assemble(
     for name, position, m, site, size in jobs:
         kept = np.float32(1.0 / (1.0 - site.rate) if site.compensation == "inverse" else 1.0)
         begin = starts[name, position] + m * widths[name, position]
-        buffer[begin : begin + size] = np.where(flat[offset : offset + size] < site.rate, np.float32(0), kept)
+        buffer[begin : begin + size] = np.where(kept_entries(site, flat[offset : offset + size]), kept, np.float32(0))
         offset += size
     moved = torch.from_numpy(buffer).to(device)
     masks: dict[str, dict[str, Tensor]] = {}
@@ -108,6 +110,28 @@ def _assemble(
         begin = starts[name, position]
         masks.setdefault(name, {})[position] = moved[begin : begin + members * width].view(members, width)
     return masks
+
+
+def kept_entries(site: Site, uniforms: np.ndarray) -> np.ndarray:
+    """(n,) bool, the entries of a weight mask that are kept, of n independent uniform numbers in [0, 1).
+
+    `column`: each where its own number is `rate` or more. A pattern of an installed package is a function of the same
+    two, so it is drawn anew from the keys alone, as all masks are. It has to drop every entry with probability `rate`:
+    scaling and the read-out without masks rest on that, and on nothing else.
+
+    Raises:
+        ConfigError: the package's function gives no mask of that form.
+    """
+    if site.pattern == "column":
+        return uniforms >= site.rate
+    keeps = load(MASK_PATTERNS, site.pattern)(uniforms, site.rate)
+    if not isinstance(keeps, np.ndarray) or keeps.dtype != np.bool_ or keeps.shape != uniforms.shape:
+        form = f"{keeps.dtype} {keeps.shape}" if isinstance(keeps, np.ndarray) else type(keeps).__name__
+        raise ConfigError(
+            MASK_PATTERNS, site.pattern, f"must give a bool array {uniforms.shape} for as many uniforms, not {form}",
+            "Mend or remove the package that offers it.",
+        )
+    return keeps
 
 
 def element_mask(

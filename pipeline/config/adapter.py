@@ -223,7 +223,7 @@ class AdapterConfig(Section):
                     f"adapter.rescale = {self.rescale!r} goes with a preset; set the compensation of each site in the"
                     " list instead"
                 )
-            method = self.method if isinstance(self.method, Method) else Method(sites=self.method)
+            method = self.method if isinstance(self.method, Method) else Method.model_validate({"sites": self.method})
         else:
             method = resolve_preset(self.method, self.rate, self.rescale)
         for position, rate in self.rates.given().items():

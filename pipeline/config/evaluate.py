@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_serializer, model_validator
 
 from pipeline.config.data import Columns, TemplateConfig
-from pipeline.config.section import Name, NonNegative, Positive, Section
+from pipeline.config.extensions import EXPORT_TARGETS, listed, offered
+from pipeline.config.section import Fraction, Name, NonNegative, Positive, Section
 from pipeline.errors import ConfigError, SetupError
 
 
@@ -25,6 +26,19 @@ class EnsembleConfig(Section):
     stop_when_flat: bool = False
     """Draw in rounds of 4, `size` draws at most, and stop after a round whose gain in validation NLL is within one
     paired standard error. The draws made then predict the other splits. A comparison makes all of its draws."""
+    adaptive: Fraction | None = None
+    """The draws of the chosen ensemble predict two at a time, until a row's answer is settled: this share of rows, at
+    most, may get another answer than from all of them, with 95 % confidence by the calibration rows (0: none, for
+    certain). None = every draw predicts every row. Weighted members are not chosen then."""
+
+    @model_validator(mode="after")
+    def _check_adaptive(self) -> EnsembleConfig:
+        if self.adaptive is not None and self.average != "probability":
+            raise ConfigError(
+                "ensemble.adaptive", self.adaptive, f"cannot be promised where ensemble.average is {self.average}",
+                "Average probabilities, or leave it out.",
+            )
+        return self
 
 
 class SelectConfig(Section):
@@ -153,11 +167,18 @@ class EvaluateConfig(Section):
         return {name: value for name, value in dump(self).items() if value or name not in ("also", "generate")}
 
 
+Form = Literal["adapter", "draws", "merged", "merged_dequantized", "gguf", "vllm", "sglang"]
+
+
 class ExportConfig(Section):
     """What is deployed."""
 
-    forms: tuple[Literal["adapter", "draws"], ...] = ("adapter", "draws")
-    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw."""
+    forms: tuple[Form | str, ...] = ("adapter", "draws")
+    """`adapter`: the mean-field adapter; `draws`: one PEFT folder per mask draw. `merged`: the adapter merged into the
+    base's own 16-bit weights (scores and temperature are measured again on them); `merged_dequantized`: into the 4-bit
+    weights that it was trained on, dequantized. Both are whole models for stock transformers. `gguf`: the adapter for
+    llama.cpp, and of the embedded model the merged one, too. `vllm`, `sglang`: folders as these engines take them, with
+    the command that serves them. Also the names of forms that installed packages add (docs/python.md)."""
     draws: NonNegative | None = None
     """Mask draws to export; None = as many as validation chose (none where it chose the mean-field adapter)."""
 
@@ -173,3 +194,12 @@ class ExportConfig(Section):
         if isinstance(forms, list | tuple) and "members" in forms:
             raise ConfigError("export.forms", forms, "the form members is now called draws", "Rename the form.")
         return values
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> ExportConfig:
+        known = get_args(Form)
+        for form in self.forms:
+            if form not in known and form not in offered(EXPORT_TARGETS):
+                said = f"there is no form {form!r}; the forms are {', '.join(known)}; {listed(EXPORT_TARGETS)}"
+                raise ValueError(said)
+        return self

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.adapter import UNSET_RATES
-from pipeline.config.names.hints import way_out
+from pipeline.config.names.faults import in_our_words, keys_of
 from pipeline.config.plain_yaml import DEEPEST, PlainDumper, YamlFault, parse_yaml, read_yaml
 from pipeline.config.run import RunConfig
-from pipeline.errors import ConfigError, UserError, joined
+from pipeline.errors import ConfigError
 
 __all__ = [
     "build_config", "config_keys", "dump_config", "find_recipe", "load_config", "merge_trees", "overridden_tree",
@@ -30,9 +29,6 @@ CLOSE_QUOTES = "Close its quotes and brackets, and put the whole key=value in si
 INSTEAD = {("train", "max_steps"): "epochs", ("train", "epochs"): "max_steps"}
 """(section, key) -> the key of which an override takes the place."""
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_UNION_TAG = re.compile(r"str|int|float|Method|\[key\]|(tuple|union|literal|nullable|function-\w+)\[.*\]")
-MOST_ERRORS = 10
-"""Faults shown at once."""
 
 
 def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -94,11 +90,8 @@ def validate(model: type[ModelT], tree: Mapping[str, Any]) -> ModelT:
     try:
         return model.model_validate(dict(tree))
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
-        errors: list[UserError] = _merge_union_errors([_to_error(model, item) for item in faults[:MOST_ERRORS]])
-    if len(faults) > MOST_ERRORS:
-        errors.append(ConfigError("configuration", None, f"has {len(faults)} faults; these are the first"))
-    raise joined(errors)
+        complaint = error
+    raise in_our_words(model, complaint)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -136,14 +129,9 @@ def recipe_files() -> dict[str, Path]:
     return {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.glob("**/*.yaml"))}
 
 
-def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a configuration model."""
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
-        yield key
-        for section in _models_in(field.annotation):
-            if section.__name__.endswith("Config"):
-                yield from config_keys(section, f"{key}.")
+def config_keys() -> Iterator[str]:
+    """Every dotted key of a configuration."""
+    return keys_of(RunConfig)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -167,48 +155,3 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             tree[parent] = {}
         tree = tree[parent]
     tree[leaf] = value
-
-
-def _to_error(model: type[BaseModel], item: Mapping[str, Any]) -> ConfigError:
-    location = [str(part) for part in item["loc"] if not _is_union_tag(part)]
-    key = ".".join(location)
-    value = item.get("input")
-    if item["type"] == "extra_forbidden":
-        return ConfigError(key, value, "is not a known key", way_out(key, list(config_keys(model))))
-    if item["type"] == "model_type" and key in model.model_fields:
-        return ConfigError(key, value, "is a section of keys, not a key with a value", f"See loradrop keys {key}.")
-    message = str(item["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
-    shown = value if not isinstance(value, dict | BaseModel) else None
-    return ConfigError(key or "configuration", shown, message[:1].lower() + message[1:], _meaning(model, location))
-
-
-def _meaning(model: type[BaseModel], location: Sequence[str]) -> str:
-    """What the key at `location` means, from its docstring: the way out of a wrong value."""
-    description: str | None = None
-    for name in location:
-        if name not in model.model_fields:
-            return ""
-        field = model.model_fields[name]
-        description = field.description
-        model = next(_models_in(field.annotation), model)
-    return f"Its meaning: {' '.join(description.split())}" if description else ""
-
-
-def _is_union_tag(part: object) -> bool:
-    """pydantic names the union branch it tried; that is no part of the user's key."""
-    return isinstance(part, str) and _UNION_TAG.fullmatch(part) is not None
-
-
-def _merge_union_errors(errors: list[ConfigError]) -> list[UserError]:
-    """One error per key: a union reports each branch it tried; the last is the most specific."""
-    by_key: dict[str, ConfigError] = {}
-    for error in errors:
-        by_key.setdefault(error.field, error)
-    return list(by_key.values())
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.extensions import MASK_PATTERNS, listed, load, offered
 from pipeline.config.section import Positive, Section
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -19,11 +20,12 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Position = Literal[
     "lora_A", "lora_B", "lora_rank", "lora_input", "attention_logits", "attention_weights", "ffn_hidden"
 ]
-Pattern = Literal["element", "column", "span"]
+Pattern = Literal["element", "column", "span"] | str
 Compensation = Literal["inverse", "none", "normalized"]
 
 WEIGHT_POSITIONS = ("lora_A", "lora_B", "lora_rank")
-"""The adapter's own matrices. Pattern `column` masks weights: one vector per member, for all tokens of its rows."""
+"""The adapter's own matrices. Pattern `column`, and those of installed packages, mask weights: one vector per member,
+for all tokens of its rows."""
 ATTENTION_POSITIONS = ("attention_logits", "attention_weights")
 """Masks inside the base model's attention."""
 
@@ -39,6 +41,12 @@ LEGAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """position -> (legal patterns, legal compensations); the first of each is the default."""
 
 
+def patterns_at(position: str) -> tuple[str, ...]:
+    """The legal patterns, with what installed packages add at the adapter's own matrices."""
+    own = LEGAL[position][0]
+    return (*own, *(n for n in offered(MASK_PATTERNS) if n not in own)) if position in WEIGHT_POSITIONS else own
+
+
 class Site(Section):
     """One place where entries are dropped."""
 
@@ -48,7 +56,8 @@ class Site(Section):
     """Probability of dropping, in [0, 1)."""
     pattern: Pattern = "column"
     """Structure of the mask; defaults to the position's first legal one. At `lora_rank`, `column` drops ranks for a
-    whole draw, and `element` drops entries of A x, for every token anew (DropLoRA)."""
+    whole draw, and `element` drops entries of A x, for every token anew (DropLoRA). At `lora_A`, `lora_B` and
+    `lora_rank` also the name of a pattern that an installed package adds (docs/python.md)."""
     compensation: Compensation = "inverse"
     """`inverse`: kept entries × 1/(1-rate); `none`: the literal equations of arXiv 2404.09610. A read-out without
     masks multiplies the weight sites by (1-rate) where they have `none`; `ffn_hidden` never: it is not masked at
@@ -79,8 +88,11 @@ class Site(Section):
     @model_validator(mode="after")
     def _check_legal(self) -> Site:
         patterns, compensations = LEGAL[self.position]
+        if self.pattern not in patterns_at(self.position):
+            added = f"; {listed(MASK_PATTERNS)}" if self.position in WEIGHT_POSITIONS else ""
+            raise ValueError(f"{self.position} has the patterns {', '.join(patterns)}, not {self.pattern}{added}")
         if self.pattern not in patterns:
-            raise ValueError(f"{self.position} has the patterns {', '.join(patterns)}, not {self.pattern}")
+            load(MASK_PATTERNS, self.pattern)  # what cannot be imported is said before a model is loaded
         if self.compensation not in compensations:
             raise ValueError(
                 f"{self.position} has the compensations {', '.join(compensations)}, not {self.compensation}"
@@ -107,7 +119,7 @@ class Site(Section):
     @property
     def masks_weights(self) -> bool:
         """Whether a draw of it is a plain LoRA: one mask on the matrices for all tokens."""
-        return self.position in WEIGHT_POSITIONS and self.pattern == "column"
+        return self.position in WEIGHT_POSITIONS and self.pattern != "element"
 
     @property
     def layer_range(self) -> tuple[float, float]:
@@ -223,7 +235,7 @@ def resolve_preset(name: str, rate: float | None, rescale: str) -> Method:
             f"adapter.rescale = {rescale!r} is about masks on the LoRA matrices; the method {name!r} has {named}. Set"
             " adapter.rescale=inverse, or write the sites out as a list, each with its compensation"
         )
-    return Method(sites=tuple(sites), consistency=consistency)
+    return Method.model_validate({"sites": tuple(sites), "consistency": consistency})  # raises what a validator may
 
 
 def takes_rescale(method: object) -> bool:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, WithJsonSchema, model_validator
 
+from pipeline.config.extensions import TASKS, listed, offered
 from pipeline.config.section import Name, Section
 from pipeline.errors import ConfigError
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+
+
+_KINDS = ("auto", "causal", "classifier")
+
+
+def _check_task(kind: str) -> str:
+    base, separator, task = kind.partition(":")
+    if kind in _KINDS:
+        return kind
+    if not separator or base not in ("causal", "classifier"):
+        raise ValueError("must be auto, causal, classifier, or causal:TASK or classifier:TASK")
+    if task not in offered(TASKS):
+        raise ValueError(f"there is no task {task!r}; {listed(TASKS)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_check_task), WithJsonSchema({"anyOf": [
+    {"enum": list(_KINDS), "type": "string"}, {"type": "string", "pattern": "^(causal|classifier):"},
+]})]
 
 
 class ModelConfig(Section):
@@ -18,10 +38,11 @@ class ModelConfig(Section):
     path: Name = EMBEDDED_MODEL
     """A local folder, a hub name, or an embedded model (`embedded:smollm2-135m-instruct`,
     `embedded:all-minilm-l6-v2`)."""
-    kind: Literal["auto", "causal", "classifier"] = "auto"
+    kind: Kind = "auto"
     """`causal`: answers are the tokens that follow the prompt. `classifier`: the prompt alone is read, and a head that
     is trained beside the adapter gives one logit per choice. auto = classifier for encoders (BERT, RoBERTa, …) and for
-    models saved with a classification head, else causal."""
+    models saved with a classification head, else causal. `causal:NAME` and `classifier:NAME`: the task of that name,
+    which an installed package adds (docs/python.md), in the place of what such a model is trained on by itself."""
     revision: Name | None = None
     """Commit or tag of a hub model."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"

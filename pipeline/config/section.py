@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.config.names.faults import in_our_words
 
 LARGEST = 2**63 - 1
 """What fits everywhere a whole number goes: tensors, generators, JSON readers of other languages."""
@@ -30,7 +32,26 @@ Line = Annotated[str, AfterValidator(_check_line)]
 """Shown in tables and on terminals."""
 
 
-class Section(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as SectionType
+else:
+
+    class SectionType(type(BaseModel)):
+        """Who writes `AdapterConfig(rank=0)` in Python reads what the command would say.
+
+        Not in `__init__`, which pydantic would then call for sections within sections and lose where a fault is.
+        """
+
+        def __call__(cls, *arguments: Any, **values: Any) -> Any:
+            """A section. Raises `ConfigError` (an `ErrorList` where several values are wrong)."""
+            try:
+                return super().__call__(*arguments, **values)
+            except ValidationError as error:
+                complaint = error
+            raise in_our_words(cls, complaint)
+
+
+class Section(BaseModel, metaclass=SectionType):
     """A typed, frozen group of settings. Unknown keys, silently converted types, NaN and infinity are errors."""
 
     model_config = ConfigDict(

@@ -6,7 +6,7 @@ Passes are those of evaluation (`pipeline.prediction`), and so are averaging and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.distributed.world import World, lone_world
 from pipeline.ensemble.exported import open_export
-from pipeline.ensemble.readout import EvaluatedRun, Readout, top_probability
+from pipeline.ensemble.readout import EvaluatedRun, Readout, free_text, top_probability
 from pipeline.ensemble.rows import RowForm, checked
 from pipeline.errors import DataError, RunFolderError
 from pipeline.files import MANIFEST
@@ -29,9 +29,9 @@ from pipeline.prediction.task import OnChunk, Task, open_task
 from pipeline.run_folder.mark import require_mark
 from pipeline.run_folder.paths import RunPaths, load_saved
 from pipeline.scores.abstention import Threshold
+from pipeline.scores.adaptive import ROUND, settled
 from pipeline.scores.bootstrap import Floats
 from pipeline.scores.disagreement import entropy, mutual_information, spread
-from pipeline.scores.ensemble import average
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Answer:
     about; 0 for a single member."""
     spread: tuple[float, ...]
     """Standard deviation over members of each choice's probability, before scaling."""
+    passes: int = 1
+    """Members that have predicted the row."""
     answered: bool | None = None
     """Whether the row is one of those to answer; None where nothing was asked about risk."""
+    members: tuple[tuple[float, ...], ...] = ()
+    """Each member's probabilities, before scaling."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,21 @@ class Ensemble:
         """Answers to rows, on every process of the world, which share the work.
 
         Raises:
+            RunFolderError: rows of which nothing but the probability of a reference is predicted.
             Stopped: `stop_asked` said so on any process.
         """
-        predictions = predict_shared(self.task, self.adapters, rows, self.members, self.world, on_chunk, stop_asked)
+        if self.readout.kind == "completion":
+            raise free_text("the ensemble")
+
+        def predict(some: Sequence[Row], members: Sequence[Member]) -> Floats:
+            found = predict_shared(self.task, self.adapters, some, members, self.world, on_chunk, stop_asked)
+            return found.outputs
+
         if self.readout.kind == "regression":
-            return _numbers(predictions.outputs, rows)
-        return _choices(predictions.outputs, rows, self.readout, threshold)
+            return _numbers(predict(rows, self.members), rows, self.readout)
+        if self.readout.margin is None:
+            return _choices(predict(rows, self.members), rows, self.readout, threshold)
+        return _settled_choices(predict, self.members, rows, self.readout, threshold)
 
 
 def row_of(given: object, number: int) -> dict[str, Any]:
@@ -158,33 +171,54 @@ def row_of(given: object, number: int) -> dict[str, Any]:
     return dict(given)
 
 
+def _settled_choices(
+    predict: Callable[[Sequence[Row], Sequence[Member]], Floats], members: Sequence[Member], rows: Sequence[Row],
+    readout: Readout, threshold: Threshold | None,
+) -> list[Answer | NumberAnswer]:
+    """Members predict `ROUND` at a time; rows that are settled by the read-out's margin are answered and leave."""
+    assert readout.margin is not None
+    of_all, answers = replace(readout, margin=None), dict[int, Answer | NumberAnswer]()
+    left = np.arange(len(rows))
+    outputs: Floats = np.empty((0, len(rows), 0))
+    while len(left):
+        made = min(len(outputs) + ROUND, len(members))
+        found = predict([rows[n] for n in left.tolist()], members[len(outputs) : made])
+        outputs = np.concatenate([outputs[..., : found.shape[-1]], found]) if len(outputs) else found
+        done = settled(outputs, len(members) - made, readout.margin)
+        own = left[done].tolist()
+        answers |= zip(own, _choices(outputs[:, done], [rows[n] for n in own], of_all, threshold), strict=True)
+        left, outputs = left[~done], outputs[:, ~done]
+    return [answers[n] for n in range(len(rows))]
+
+
 def _choices(
     outputs: Floats, rows: Sequence[Row], readout: Readout, threshold: Threshold | None
 ) -> list[Answer | NumberAnswer]:
     """Of log-probabilities (M, N, C)."""
     scaled = readout.of(outputs)
-    found, between = np.exp(scaled), spread(np.exp(outputs))
-    unsure, apart = entropy(scaled), mutual_information(outputs)
+    found, between = np.exp(scaled), spread(np.exp(outputs), readout.weights)
+    unsure, apart = entropy(scaled), mutual_information(outputs, readout.weights)
     answered: list[bool | None] = [None] * len(rows)
     if threshold is not None:
-        answered = (top_probability(average(outputs, readout.space)) >= threshold.confidence).tolist()
+        answered = (top_probability(readout.averaged(outputs)) >= threshold.confidence).tolist()
     answers: list[Answer | NumberAnswer] = []
     for n, row in enumerate(rows):
         count, best = len(row.choices), int(found[n].argmax())
         probabilities, apart_each = tuple(found[n, :count].tolist()), tuple(between[n, :count].tolist())
-        choice = row.choices[best].strip()
+        choice, members = row.choices[best].strip(), tuple(map(tuple, np.exp(outputs[:, n, :count]).tolist()))
         answers.append(Answer(
-            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, answered[n]
+            row.id, choice, best, probabilities, float(unsure[n]), float(apart[n]), apart_each, len(outputs),
+            answered[n], members,
         ))
     return answers
 
 
-def _numbers(outputs: Floats, rows: Sequence[Row]) -> list[Answer | NumberAnswer]:
+def _numbers(outputs: Floats, rows: Sequence[Row], readout: Readout) -> list[Answer | NumberAnswer]:
     """Of values (M, N, 1)."""
-    mean, between = average(outputs, "value")[:, 0], spread(outputs)[:, 0]
+    mean, between = readout.averaged(outputs)[:, 0], spread(outputs, readout.weights)[:, 0]
     return [NumberAnswer(row.id, float(mean[n]), float(between[n])) for n, row in enumerate(rows)]
 
 
 def as_dict(answer: Answer | NumberAnswer) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return {name: value for name, value in asdict(answer).items() if value is not None}
+    """Plain values for JSON; of the members, what they are together."""
+    return {name: value for name, value in asdict(answer).items() if value is not None and name != "members"}

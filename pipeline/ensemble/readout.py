@@ -1,6 +1,7 @@
 """How a run's members are read out on new rows: as validation chose, scaled as calibration says. No torch.
 
-The members are the first draws of those that were evaluated, which `export` deploys, or the adapter without masks.
+The members are the first draws of those that were evaluated, which `export` deploys, or the adapter without masks, or,
+where that was clearly better, some of both that do not count alike. Draws can be made until a row's answer is settled.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import Kind, read_predictions
 from pipeline.scores import temperature
 from pipeline.scores.abstention import Threshold, candidates, choose_threshold, least_risk
+from pipeline.scores.adaptive import ROUND, adaptive_average, choose_margin, passes_needed
 from pipeline.scores.bootstrap import Floats
 from pipeline.scores.classification import row_correct
 from pipeline.scores.ensemble import Space, average
@@ -42,12 +44,23 @@ class Readout:
     space: Space
     """In which members are averaged, before the average is scaled."""
     temperature: float | None
-    """Of the average; None for numbers."""
+    """Of the average; None for numbers and free text."""
     kind: Kind
+    weights: tuple[float, ...] | None = None
+    """Of the members, together 1; None: all alike."""
+    margin: float | None = None
+    """By which a row's answer is settled, so that later members do not predict it (`pipeline.scores.adaptive`); None:
+    every member predicts every row."""
+
+    def averaged(self, outputs: Floats) -> Floats:
+        """What the members say (M, N, C), as one prediction (N, C) that is not scaled."""
+        if self.margin is None:
+            return average(outputs, self.space, self.weights)
+        return adaptive_average(outputs, passes_needed(outputs, self.margin))
 
     def of(self, outputs: Floats) -> Floats:
         """What the members say (M, N, C), as one prediction (N, C): normalised log-probabilities, or a number."""
-        averaged = average(outputs, self.space)
+        averaged = self.averaged(outputs)
         return averaged if self.temperature is None else temperature.apply_temperature(averaged, self.temperature)
 
     def identity(self, adapters: Sequence[str], config: RunConfig) -> str:
@@ -98,19 +111,20 @@ class EvaluatedRun:
             draws: so many mask draws instead; 0 is the adapter without masks.
 
         Raises:
-            RunFolderError: rows of which nothing but the probability of a reference is predicted; more draws than were
-                evaluated; predictions that belong to something else.
+            RunFolderError: more draws than were evaluated; predictions that belong to something else.
         """
-        wanted = chosen_size(self.result) if draws is None else draws
-        members: tuple[int | None, ...] = tuple(range(wanted)) if wanted else (None,)
+        members, weights = chosen_members(self.result)
+        if draws is not None:
+            members, weights = tuple(range(draws)) or (None,), None
         split, outputs = self._predicted("calibration", members)
-        if split.kind == "completion":
-            raise free_text(self.paths.root)
-        space = split.averaging_space(self.config.ensemble.average)
-        fitted = None
-        if split.kind == "choice":
-            fitted = temperature.fit_temperature(average(outputs, space), split.labels, split.units)
-        return Readout(members, space, fitted, split.kind)
+        space, margin = split.averaging_space(self.config.ensemble.average), None
+        if self.config.ensemble.adaptive is not None and weights is None:
+            margin = _margin(self.config.ensemble.adaptive, split, outputs)
+        readout = Readout(members, space, None, split.kind, weights, margin)
+        if split.kind != "choice":
+            return readout
+        fitted = temperature.fit_temperature(readout.averaged(outputs), split.labels, split.units)
+        return replace(readout, temperature=fitted)
 
     def identity(self, readout: Readout) -> str:
         """`Readout.identity` of its own adapter."""
@@ -132,10 +146,9 @@ class EvaluatedRun:
             raise ConfigError("--abstain", risk, "must be between 0 and 1", "0.05: one answer in twenty may be wrong.")
         _, others = self._predicted("validation", readout.draws)
         split, outputs = self._predicted("calibration", readout.draws)
-        averaged = average(outputs, readout.space)
-        rows = np.arange(split.rows) if split.units is None else np.unique(split.units, return_index=True)[1]
+        averaged, rows = readout.averaged(outputs), split.first_of_units
         confidence, correct = top_probability(averaged)[rows], row_correct(averaged, split.labels)[rows] > 0.5
-        thresholds = candidates(top_probability(average(others, readout.space)))
+        thresholds = candidates(top_probability(readout.averaged(others)))
         found = choose_threshold(confidence, correct, thresholds, risk)
         if found is not None:
             return found
@@ -164,10 +177,11 @@ class EvaluatedRun:
         return split, split.outputs[[places[draw] for draw in draws]]
 
 
-def free_text(folder: Path) -> RunFolderError:
+def free_text(who: Path | str) -> RunFolderError:
     """The error of a run whose answers are not among a few."""
     what = "answers in free text, of which only the probability of a given reference is known"
-    return RunFolderError(str(folder), None, what, "Rows with choices, or a score, can be predicted.")
+    remedy = "Rows with choices, or a score, can be predicted; `loradrop serve` writes texts."
+    return RunFolderError(str(who), None, what, remedy)
 
 
 def top_probability(log_probs: Floats) -> Floats:
@@ -175,10 +189,23 @@ def top_probability(log_probs: Floats) -> Floats:
     return np.exp(log_probs.max(axis=-1))
 
 
-def chosen_size(result: Mapping[str, Any]) -> int:
-    """Mask draws that validation chose: none where it chose the mean-field adapter."""
-    entry = result.get("ensemble")
-    return int(entry["chosen_size"]) if entry else 0
+def chosen_members(result: Mapping[str, Any]) -> tuple[tuple[int | None, ...], tuple[float, ...] | None]:
+    """The mask draws that validation chose (None among them: the adapter without masks), and their weights where they
+    do not count alike."""
+    if not (entry := result.get("ensemble")):
+        return (None,), None
+    return tuple(entry["members"]), None if entry["weights"] is None else tuple(entry["weights"])
+
+
+def _margin(share: float, split: LabelledSplit, outputs: Floats) -> float | None:
+    """By which rows are settled; None where there are too few members for a look before the last.
+
+    Raises:
+        ConfigError: answers that are numbers.
+    """
+    if split.kind != "choice":
+        raise ConfigError("ensemble.adaptive", share, "is for rows with choices: no number is settled", "Leave it out.")
+    return choose_margin(outputs[:, split.first_of_units], share) if len(outputs) > ROUND else None
 
 
 def read_result(

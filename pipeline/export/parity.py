@@ -6,19 +6,18 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import Member
-from pipeline.data.rows import Row
-from pipeline.errors import LoradropError
-from pipeline.export.peft import Exported
+from pipeline.export.order import Exported, Loaded, ParityError
 from pipeline.model.load import BaseIdentity
-from pipeline.prediction.task import Task
+from pipeline.terminal import say
 
 PROBE_PROMPTS = 8
 
@@ -27,56 +26,82 @@ TOLERANCE = 0.05
 """max |stock - ours| over max |adapter - base|."""
 
 
-class ParityError(LoradropError):
-    """A stock tool computes something else than we do, or an export has no effect."""
-
-
-def measure_parity(
-    folder: Path, exported: list[Exported], task: Task, adapters: Adapters, rows: list[Row], trusted: bool = False
-) -> list[dict[str, float]]:
+def verify_peft(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     """Our logits against stock PEFT's, relative to the adapter's own effect, per export.
-
-    Args:
-        trusted: whether code that comes with the model may run.
 
     Raises:
         ParityError: beyond the tolerance, or an export without effect.
     """
-    prompts = [task.probe(row) for row in rows]
-    members = [Member(None), *(e.member for e in exported)]
-    ours = np.stack([_our_logits(task, adapters, ids, members) for ids in prompts], 1)
+    say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
+    prompts = probe_prompts(loaded)
+    ours = our_logits(loaded, prompts, [Member(None), *(e.member for e in exported)])
     folders = [folder / e.folder for e in exported]
-    stock = _stock_logits(folders, task.base.identity, prompts, str(adapters.device), trusted)
+    identity = loaded.task.base.identity
+    stock = stock_logits(identity, prompts, str(loaded.adapters.device), folders, loaded.trusted)
     # What kernels and batch shapes differ by: the bare base in both. A classifier's base head is random in each.
-    noise = 0.0 if task.base.identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
-    parity = []
-    for k, export in enumerate(exported):
-        effect = float(np.abs(ours[k + 1] - ours[0]).max())
-        difference = float(np.abs(stock["adapters"][k] - ours[k + 1]).max())
-        stock_effect = float(np.abs(stock["adapters"][k] - stock["base"]).max())
-        if effect == 0.0 or stock_effect == 0.0:
-            raise ParityError(f"{export.folder}: its output equals the base model's; the adapter has no effect")
-        if difference > TOLERANCE * effect + 2 * noise or effect < 4 * noise:  # or it could hide in the noise
-            raise ParityError(
-                f"{export.folder}: stock PEFT differs by {difference:.4g} where the adapter's whole effect is"
-                f" {effect:.4g} (allowed: {TOLERANCE:.0%}) and the bare base differs by {noise:.4g}"
-            )
-        ratio = difference / effect
-        parity.append({"max_difference": difference, "max_effect": effect, "ratio": ratio, "base_noise": noise})
-    return parity
+    noise = 0.0 if identity.classes is not None else float(np.abs(stock["base"] - ours[0]).max())
+    return [
+        judged(f"{export.folder}: stock PEFT", ours[k], ours[0], stock["adapters"][k - 1], stock["base"], noise)
+        for k, export in enumerate(exported, start=1)
+    ]
 
 
-def _our_logits(task: Task, adapters: Adapters, ids: list[int], members: list[Member]) -> np.ndarray:
-    """(M, V) logits behind one prompt; (M, C) of a classifier."""
+def judged(
+    who: str, ours: NDArray[Any], our_base: NDArray[Any], theirs: NDArray[Any], their_base: NDArray[Any],
+    noise: float = 0.0,
+) -> dict[str, Any]:
+    """What an export differs by, relative to the adapter's own effect: for the manifest.
+
+    Args:
+        who: folder and tool, for errors.
+        ours, our_base: logits or log-probabilities of any shape, of our member and of the base alone.
+        theirs, their_base: the same of the export and of the base in the tool that loads it.
+        noise: what the bare base differs by between the two.
+
+    Raises:
+        ParityError: beyond the tolerance, or an export without effect.
+    """
+    effect = float(np.abs(ours - our_base).max())
+    difference = float(np.abs(theirs - ours).max())
+    their_effect = float(np.abs(theirs - their_base).max())
+    if effect == 0.0 or their_effect == 0.0:
+        raise ParityError(f"{who} says what the base model says: the adapter has no effect")
+    beyond = difference > TOLERANCE * effect + 2 * noise
+    if not np.isfinite(difference) or beyond or effect < 4 * noise:  # or it could hide in the noise
+        raise ParityError(
+            f"{who} differs by {difference:.4g} where the adapter's whole effect is"
+            f" {effect:.4g} (allowed: {TOLERANCE:.0%}) and the bare base differs by {noise:.4g}"
+        )
+    return {
+        "max_difference": difference, "max_effect": effect, "ratio": difference / effect, "base_noise": noise,
+    }  # fmt: skip
+
+
+def probe_prompts(loaded: Loaded) -> list[list[int]]:
+    """Token ids of the calibration rows that are compared."""
+    return [loaded.task.probe(row) for row in loaded.splits.calibration[:PROBE_PROMPTS]]
+
+
+def our_logits(loaded: Loaded, prompts: Sequence[list[int]], members: Sequence[Member]) -> NDArray[Any]:
+    """(M, N, V) logits behind each prompt; (M, N, C) of a classifier."""
+    task, adapters = loaded.task, loaded.adapters
     adapters.model.eval()
-    rows = torch.tensor([ids] * len(members), device=adapters.device)
-    with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, task.passes.key)):
-        return task.probe_logits(rows).float().cpu().numpy()
+    found = []
+    for ids in prompts:
+        rows = torch.tensor([ids] * len(members), device=adapters.device)
+        with torch.no_grad(), adapters.axis.active(adapters.plan(members, 1, task.passes.key)):
+            found.append(task.probe_logits(rows).float().cpu().numpy())
+    return np.stack(found, 1)
 
 
-def _stock_logits(
-    folders: list[Path], identity: BaseIdentity, prompts: list[list[int]], device: str, trusted: bool
-) -> dict[str, np.ndarray]:
+def stock_logits(
+    identity: BaseIdentity, prompts: Sequence[list[int]], device: str, folders: Sequence[Path], trusted: bool
+) -> dict[str, NDArray[Any]]:
+    """`base` (N, V) and `adapters` (K, N, V) of stock transformers and PEFT, in a clean process.
+
+    Raises:
+        ParityError: they cannot load the base, or an adapter.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
         job: dict[str, Any] = {
@@ -89,7 +114,7 @@ def _stock_logits(
             "classes": identity.classes,
             "unquantized": identity.unquantized,
             "adapters": [str(folder) for folder in folders],
-            "input_ids": prompts,
+            "input_ids": list(prompts),
             "out": str(out),
         }
         (Path(scratch) / "job.json").write_text(json.dumps(job))
@@ -99,6 +124,7 @@ def _stock_logits(
             torch.cuda.empty_cache()  # the other process needs the room
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
-            raise ParityError(f"stock PEFT cannot load the export:\n{done.stderr[-2000:]}")
+            names = ", ".join(Path(folder).name for folder in folders) or Path(identity.resolved).name
+            raise ParityError(f"{names} cannot be loaded by stock transformers and PEFT:\n{done.stderr[-2000:]}")
         with np.load(out, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("base", "adapters")}

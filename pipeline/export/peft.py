@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.attach import Adapters
-from pipeline.adapters.members import MaskKey, Member
-from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
+from pipeline.adapters.members import Member
+from pipeline.adapters.peft_format import masked_matrices, write_adapter
 from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
-from pipeline.ensemble.readout import chosen_size
+from pipeline.ensemble.readout import chosen_members
 from pipeline.errors import RunFolderError
+from pipeline.export.order import Exported, Loaded, Order
 from pipeline.terminal import say
 
 
-@dataclass(frozen=True)
-class Exported:
-    """One PEFT folder of the export."""
-
-    folder: str
-    member: Member
+def plan_adapter(order: Order) -> list[Exported]:
+    """The mean-field adapter."""
+    return [Exported("adapter", Member(0))]
 
 
-def planned_exports(
-    asked: ExportConfig, cached: int, result: Mapping[str, Any], stored: StoredAdapter
-) -> list[Exported]:
-    """What export.forms and the chosen ensemble size ask for.
-
-    Args:
-        cached: mask draws that are predicted, where no report has chosen among them.
-        result: the report's, empty where there is none.
+def plan_draws(order: Order) -> list[Exported]:
+    """As many draws as export.draws says, or validation chose.
 
     Raises:
         RunFolderError: draws are asked for that are no plain LoRA.
     """
-    exported = [Exported("adapter", Member(0))] if "adapter" in asked.forms else []
-    if "draws" not in asked.forms:
-        return exported
-    active = [site for site in stored.spec.sites if site.rate > 0]
+    asked, result = order.config.export, order.result
+    active = [site for site in order.stored.spec.sites if site.rate > 0]
     odd = [
         f"{site.position} per token" if site.position in WEIGHT_POSITIONS else site.position
         for site in active if not site.masks_weights
@@ -54,43 +43,50 @@ def planned_exports(
         )
     if odd:
         say(f"no draws are exported: under masks on {', '.join(odd)} a draw is no plain LoRA")
-        return exported
-    if not active:
-        return exported
-    size = asked.draws
-    if size is None:
-        size = chosen_size(result) if result else cached
-        if result and not size:
+    if odd or not active:
+        return []
+    draws: Sequence[int] = range(order.config.ensemble.size if asked.draws is None else asked.draws)
+    if asked.draws is None and result:
+        draws = [draw for draw in chosen_members(result)[0] if draw is not None]
+        if not draws:
             say("no draws are exported: validation chose the adapter without masks; export.draws=N exports N draws")
-    return exported + [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in range(size)]
+    return [Exported(f"draws/draw_{draw:03d}", Member(0, draw)) for draw in draws]
 
 
-def write_exports(
-    folder: Path, exported: list[Exported], adapters: Adapters, stored: StoredAdapter, base: str, key: MaskKey
-) -> None:
-    """One PEFT folder per export; a draw's masks are folded into its matrices.
-
-    Args:
-        base: name or path of the base model.
-        key: of the test-time masks.
-    """
-    draws = [e.member for e in exported]
-    masks = adapters.plan(draws, 1, key).masks
-    plain = replace(stored.spec, sites=())
+def write_peft(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> None:
+    """One PEFT folder per export; a draw's masks are folded into its matrices."""
+    adapters, stored = loaded.adapters, loaded.plain
+    masks = adapters.plan([e.member for e in exported], 1, loaded.task.passes.key).masks
+    without_sites = replace(stored.spec, sites=())
     for m, export in enumerate(exported):
         target = folder / export.folder
         target.mkdir(parents=True)
         is_draw = export.member.draw is not None
         matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
-        spec = plain if is_draw else stored.spec
+        spec = without_sites if is_draw else stored.spec
+        base = str(loaded.content["name"])
         write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
 
 
 def ensemble_entry(
-    exported: Sequence[Exported], readout: Callable[[Sequence[int]], dict[str, Any]]
+    exported: Sequence[Exported], readout: Callable[[Sequence[int | None], Sequence[float] | None], dict[str, Any]],
+    asked: ExportConfig, result: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """The exported draws as an ensemble: their weights, and what `readout` says of these draws; None without any."""
-    draws = {e.member.draw: e.folder for e in exported if e.member.draw is not None}
-    if not draws:
+    """The exported draws, or the members that validation chose where they do not count alike, as an ensemble: what
+    `readout` says of them, their weights among it; None without draws.
+
+    Raises:
+        RunFolderError: validation chose the adapter without masks among them, and it is not exported.
+    """
+    folders: dict[int | None, str] = {}
+    for one in exported:  # the same member may lie there in several forms
+        folders.setdefault(one.member.draw, one.folder)
+    chosen, weights = chosen_members(result)
+    if weights is None or asked.draws is not None:
+        chosen, weights = tuple(draw for draw in folders if draw is not None), None
+    if not [draw for draw in folders if draw is not None]:
         return None
-    return {"members": list(draws.values()), "weights": [1.0 / len(draws)] * len(draws), **readout(list(draws))}
+    if None in chosen and None not in folders:
+        what = "leaves out the adapter without masks, which validation chose as a member of the ensemble"
+        raise RunFolderError("export.forms", list(asked.forms), what, "Add adapter, or set export.draws.")
+    return {"members": [folders[draw] for draw in chosen], **readout(chosen, weights)}

@@ -5,10 +5,11 @@
 JOB: {"base": path, "quantization": "nf4"|"int8"|"none", "double_quantization": bool, "compute_dtype": str,
 "device": str, "trust_remote_code": bool, "classes": int|None, "unquantized": [patterns], "adapters": [folders],
 "input_ids": [[...], ...], "out": FILE.npz}
-Writes `base` (N, V) and `adapters` (K, N, V): logits behind the last token of each prompt; with `classes`, those of the
-classification head (the base's own is then untrained).
+Writes `base` (N, V) and `adapters` (K, N, V), K may be 0: logits behind the last token of each prompt; with
+`classes`, those of the classification head (the base's own is then untrained).
 """
 
+import contextlib
 import json
 import sys
 
@@ -45,9 +46,12 @@ def main(job_path: str) -> None:
         base = AutoModelForSequenceClassification.from_pretrained(
             job["base"], num_labels=job["classes"], ignore_mismatched_sizes=True, **settings
         )
-    model = PeftModel.from_pretrained(base, job["adapters"][0], adapter_name="adapter0")
-    for k, folder in enumerate(job["adapters"][1:], start=1):
-        model.load_adapter(folder, adapter_name=f"adapter{k}")
+    model = base
+    for k, folder in enumerate(job["adapters"]):
+        if k:
+            model.load_adapter(folder, adapter_name=f"adapter{k}")
+        else:
+            model = PeftModel.from_pretrained(base, folder, adapter_name="adapter0")
     model.eval()
     for module in model.modules():
         # An eval-mode 4-bit layer takes a bfloat16 kernel on CPUs with AVX512-BF16: another precision, not another
@@ -55,13 +59,13 @@ def main(job_path: str) -> None:
         if type(module).__module__.startswith("bitsandbytes."):
             module.train()
     with torch.no_grad():
-        with model.disable_adapter():
+        with model.disable_adapter() if job["adapters"] else contextlib.nullcontext():
             base_logits = prompt_logits(model, job["input_ids"], job["device"])
         adapter_logits = []
         for k in range(len(job["adapters"])):
             model.set_adapter(f"adapter{k}")
             adapter_logits.append(prompt_logits(model, job["input_ids"], job["device"]))
-    np.savez(job["out"], base=base_logits, adapters=np.stack(adapter_logits))
+    np.savez(job["out"], base=base_logits, adapters=np.array(adapter_logits))
 
 
 def prompt_logits(model: torch.nn.Module, prompts: list, device: str) -> np.ndarray:

@@ -32,7 +32,8 @@ _MLP = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "h
 
 
 def model_kind(config: ModelConfig) -> Kind:
-    """`model.kind`; `auto` is a classifier for encoders and for whatever was saved with a classification head.
+    """`model.kind`, of an installed package's task what it builds on; `auto` is a classifier for encoders and for
+    whatever was saved with a classification head.
 
     Raises:
         ConfigError: the configuration cannot be read, or an encoder is asked for as a causal model.
@@ -52,7 +53,7 @@ def local_kind(config: ModelConfig) -> Kind | None:
     description = _read_description(config.path, Path(config.path).expanduser() / "config.json")
     if description is not None:
         return _kind_of(config, description)
-    return config.kind if config.kind == "classifier" else None
+    return "classifier" if config.kind.partition(":")[0] == "classifier" else None
 
 
 def base_sizes(config: ModelConfig) -> tuple[int, int] | None:
@@ -102,13 +103,14 @@ def _read_description(path: str, file: Path) -> dict[str, Any] | None:
 def _kind_of(config: ModelConfig, description: dict[str, Any]) -> Kind:
     family = description.get("model_type")
     encoder = str(family) in ENCODER_TYPES and not description.get("is_decoder")
-    if config.kind == "causal" and encoder:
+    asked = config.kind.partition(":")[0]
+    if asked == "causal" and encoder:
         raise ConfigError(
-            "model.kind", "causal", f"{config.path} is an encoder ({family}): its tokens attend to both sides",
+            "model.kind", config.kind, f"{config.path} is an encoder ({family}): its tokens attend to both sides",
             "Set model.kind=auto, or give a causal language model.",
         )
-    if config.kind != "auto":
-        return config.kind
+    if asked in ("causal", "classifier"):
+        return "causal" if asked == "causal" else "classifier"
     saved = description.get("architectures") or []
     return "classifier" if encoder or "ForSequenceClassification" in str(saved) else "causal"
 

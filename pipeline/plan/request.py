@@ -35,7 +35,13 @@ class Request:
     output: str | None = None
     """`predict`: where answers are appended."""
     abstain: float | None = None
-    """`predict`: the risk that answered rows may have."""
+    """`predict`, `serve`: the risk that answered rows may have."""
+    host: str | None = None
+    """`serve`: the address that is listened at; None: this machine alone."""
+    port: int | None = None
+    """`serve`: 0 is any that is free."""
+    api_key_file: str | None = None
+    """`serve`: whose first line clients have to show."""
     tasks: str | None = None
     """`eval`: names or files of tasks, separated by commas."""
     include_path: str | None = None

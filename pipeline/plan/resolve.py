@@ -23,7 +23,7 @@ from pipeline.terminal import say
 
 ALWAYS = ("launch.", "model.trust_remote_code=")
 """Beginnings of the overrides that a stage of a run folder takes for itself: they are not written there."""
-_READ = ("evaluate.", "select.", "ensemble.average=", "data.choice_score=", "label=")
+_READ = ("evaluate.", "select.", "ensemble.average=", "ensemble.adaptive=", "data.choice_score=", "label=")
 TAKEN: dict[str, tuple[str, ...]] = {
     "evaluate": ("ensemble.", "data.evaluation", *_READ),
     "report": _READ,
@@ -193,8 +193,9 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
 def _own_epochs(method: str | NamedMethod) -> float | None:
     """Epochs that a method of a comparison has of its own. None where they are no such number, or stand beside
     max_steps: that is refused when its training is planned."""
-    epochs = None if isinstance(method, str) or "max_steps" in method.train else method.train.get("epochs")
-    return float(epochs) if type(epochs) in (int, float) and 0 < epochs <= 1e6 else None
+    epochs: Any = None if isinstance(method, str) or "max_steps" in method.train else method.train.get("epochs")
+    usable = isinstance(epochs, int | float) and not isinstance(epochs, bool) and 0 < epochs <= 1e6
+    return float(epochs) if usable else None
 
 
 def _steps(epochs: float, rows: int, batch: int) -> int:

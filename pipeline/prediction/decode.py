@@ -13,7 +13,6 @@ its draw, and are the same for every row and every token. Each member keeps its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +45,8 @@ class Decoder:
     pad_id: int
     """Written in front of shorter prompts."""
     space: TokenSpace = "probability"
+    weights: Sequence[float] | None = None
+    """Of the members, together 1; None: all alike."""
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Encoded]) -> Decoding:
@@ -120,29 +121,36 @@ class Decoding:
             else:
                 last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
                 states = states_at(model, ids, mask, positions, last, self.cache)[:, 0]
-        self.log_probs = averaged(head_of(model), states.view(size, rows, -1), self.decoder.space)
+        states = states.view(size, rows, -1)
+        self.log_probs = averaged(head_of(model), states, self.decoder.space, self.decoder.weights)
 
 
-def averaged(head: Callable[[Tensor], Tensor], states: Tensor, space: TokenSpace) -> Tensor:
+def averaged(
+    head: Callable[[Tensor], Tensor], states: Tensor, space: TokenSpace, weights: Sequence[float] | None = None
+) -> Tensor:
     """The members' average distribution of the next token: (M, B, D) last states -> (B, V) log-probabilities.
 
-    `probability`: log (1/M) Σ_m p_m. `logit`: (1/M) Σ_m log p_m, normalised again.
+    `probability`: log Σ_m w_m p_m. `logit`: Σ_m w_m log p_m, normalised again.
+
+    Args:
+        weights: w, together 1; None: 1/M each.
     """
     members, rows = states.shape[:2]
+    shares = torch.tensor(weights or [1.0 / members] * members, dtype=torch.float64, device=states.device)
     total: Tensor | None = None
     at_once = max(1, HEAD_ROWS // rows)  # members whose (rows, vocabulary) tables are held together
     for begin in range(0, members, at_once):
         logits = head(states[begin : begin + at_once].flatten(0, 1))
         logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        logs = logs.view(-1, rows, logs.shape[-1])
+        logs, own = logs.view(-1, rows, logs.shape[-1]), shares[begin : begin + at_once, None, None]
         if space == "probability":
-            part = torch.logsumexp(logs, dim=0)
+            part = torch.logsumexp(logs + own.log().to(logs.dtype), dim=0)
             total = part if total is None else torch.logaddexp(total, part)
         else:
-            part = logs.sum(0)
+            part = (logs * own.to(logs.dtype)).sum(0)
             total = part if total is None else total + part
     assert total is not None, "there is a member at least"
-    return total - math.log(members) if space == "probability" else torch.log_softmax(total / members, dim=-1)
+    return total if space == "probability" else torch.log_softmax(total, dim=-1)
 
 
 @contextmanager

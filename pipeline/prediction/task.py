@@ -18,6 +18,7 @@ from pipeline.adapters.attach import Adapters
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.config.deepspeed import shards_parameters
+from pipeline.config.extensions import TASKS, load
 from pipeline.data.cache import cached_examples
 from pipeline.data.encode import Encoded, encode_candidates, encode_training_rows, supervised_share
 from pipeline.data.encode_classifier import (
@@ -239,26 +240,30 @@ class RegressionTask(ClassificationTask):
 
 
 def open_task(config: RunConfig, splits: Splits, device: torch.device) -> Task:
-    """Load the base model as `model.kind` says.
+    """Load the base model as `model.kind` says. A task of an installed package is made as the one in whose place it
+    comes: of a base, a row's tokens at most, the label smoothing, `PassSettings` and, of a causal model, the rule for
+    choices.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not as this kind; a rule for choices that it has no use for.
+        ConfigError: the package's task cannot be imported; the model cannot be loaded, or not as this kind; a rule for
+            choices that it has no use for.
         DataError: a classifier, and rows that share neither choices nor a score; a causal model, and rows that only a
             model with a head reads.
     """
     sharded, longest = shards_parameters(config.train.deepspeed), config.data.max_tokens
     rows = [row for split in (splits.train, splits.validation, splits.calibration, splits.test) for row in split]
-    smoothing = config.train.label_smoothing
+    smoothing, named = config.train.label_smoothing, config.model.kind.partition(":")[2]
+    own: Callable[..., Task] | None = load(TASKS, named) if named else None  # before any weight is read
     if model_kind(config.model) == "classifier":
         refuse_choice_score(config.data)
         base = load_base(config.model, device, output_count(rows), sharded)
         longest = min(longest, position_limit(base.model) or longest)
-        kind = RegressionTask if rows[0].kind == "regression" else ClassificationTask
-        return kind(base, longest, smoothing, _passes(config, base))
+        head = own or (RegressionTask if rows[0].kind == "regression" else ClassificationTask)
+        return head(base, longest, smoothing, _passes(config, base))
     refuse_for_causal(rows)
     base = load_base(config.model, device, sharded=sharded)
     check_halves(base.model, device)
-    return CausalLMTask(base, longest, smoothing, _passes(config, base), config.data.choice_score)
+    return (own or CausalLMTask)(base, longest, smoothing, _passes(config, base), config.data.choice_score)
 
 
 def _passes(config: RunConfig, base: BaseModel) -> PassSettings:
@@ -267,8 +272,9 @@ def _passes(config: RunConfig, base: BaseModel) -> PassSettings:
 
 
 def training_examples(task: Task, rows: Sequence[Row], data: DataConfig) -> Sequence[Encoded]:
-    """`Task.examples`, kept for the next start where `data.cache` says so."""
-    if not data.cache:
+    """`Task.examples`, kept for the next start where `data.cache` says so; not of a task of an installed package, whose
+    next version may read rows otherwise."""
+    if not data.cache or type(task).__module__ != __name__:
         return task.examples(rows)
     return cached_examples(rows, task.examples, task.base.tokenizer, f"{type(task).__name__} {task.max_tokens}")
 

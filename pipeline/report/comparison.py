@@ -15,6 +15,7 @@ from pipeline.report.sentences import interval_text, number_text, pick, write_re
 from pipeline.report.systems import System, base_system, method_label
 from pipeline.report.tables import (
     HEADINGS,
+    UNCERTAINTY_NOTE,
     Cell,
     align,
     closing_lines,
@@ -163,8 +164,7 @@ def _footnote(result: Entries, names: dict[str, str]) -> list[str]:
     if result["kind"] == "choice":
         lines.append(f"T: temperature, fitted on {rows['calibration']} calibration rows and shrunk towards 1 (~: those "
                      "rows do not carry it).")
-        lines.append("Uncertainty, before scaling: entropy and mutual information (MI) in nats; AURC: mean error rate of"
-                     " the surest rows; AUROC of errors by confidence.")
+        lines += UNCERTAINTY_NOTE
     return lines
 
 

@@ -18,7 +18,8 @@ from pipeline.scores.calibration import Reliability
 
 _INK, _FAINT = "#010203", "#040506"
 """Stand-ins, replaced by the page's own colours so that dark pages work."""
-COLOURS = {"base": "#8a8f98", "plain": "#d1700f", "mean_field": "#1f77c9", "masks": "#0a9484", "adapters": "#b0569b"}
+COLOURS = {"base": "#8a8f98", "plain": "#d1700f", "mean_field": "#1f77c9", "masks": "#0a9484", "adapters": "#b0569b",
+           "greedy": "#b59410", "fitted": "#7d6fd0", "adaptive": "#5f8f3e"}
 """Colour-blind-safe, readable on white and on black; by the first part of a system's key."""
 METHOD_COLOURS = ("#d1700f", "#1f77c9", "#0a9484", "#b0569b", "#b59410", "#7d6fd0", "#c8504f", "#5f8f3e")
 """Of compared methods; the first is plain LoRA's."""

@@ -13,8 +13,9 @@ from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance, remarks
 from pipeline.report.scoring import BEFORE, BOOTSTRAP_SEED, Resamples, ScoredSystem, resample, score_system
 from pipeline.report.sentences import REFERENCES, tuning_line, write_reading
-from pipeline.report.systems import build_systems, ensemble_space, method_name
+from pipeline.report.systems import build_systems, ensemble_space, indices, method_name
 from pipeline.report.uncertainty.scores import risk_coverage_entries, rows_entry, uncertainty_entries
+from pipeline.report.weighted import adaptive_systems, weighted_systems
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import LEVEL
@@ -40,9 +41,11 @@ _BOUNDS = {
 
 def build_result(inputs: ReportInputs) -> tuple[dict[str, Any], list[ScoredSystem]]:
     """Score every system: the content of result.json, and what plots need besides."""
-    scored = [score_system(inputs, system) for system in build_systems(inputs)]
+    all_draws = len(indices(inputs.members, "mask_draw"))
+    systems = [*build_systems(inputs), *weighted_systems(inputs), *adaptive_systems(inputs, [all_draws])]
+    scored = [score_system(inputs, system) for system in systems]
     singles = [one for one in scored if one.system.key in (*REFERENCES, "mean_field")]
-    own = {"ensemble": ensemble_entry(inputs, scored), "left_out": _left_out(inputs)}
+    own = {"ensemble": ensemble_entry(inputs, scored), "left_out": left_out(inputs)}
     result = {**score_entries(inputs, scored, singles), **own}
     result |= {"remarks": remarks(inputs, result)}
     reading = [*write_reading(result), tuning_line(inputs.search)]
@@ -86,19 +89,20 @@ def score_entries(
 
 
 def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: dict[str, Resamples]) -> dict[str, Any]:
-    used = sorted({index for candidate in one.system.candidates for index in candidate})
-    trained = "mean_field" if one.system.key.startswith("masks_") else one.system.curve  # draws of the same training
-    curve = inputs.curves.get(trained or "")
+    used, passes = one.system.used, one.system.passes if one.system.mean_passes is None else one.system.mean_passes
+    own = {inputs.members[index].group for index in used} <= {"mean_field", "mask_draw"}  # of the same training
+    curve = inputs.curves.get("mean_field" if own else one.system.curve or "")
     return {
         "key": one.system.key,
         "name": one.system.name,
         "short_name": one.system.short_name,
-        "passes": one.system.passes,
+        "passes": passes if isinstance(passes, int) else round(passes, 1),
         "subsets": len(one.system.candidates),
         "train_seeds": list(one.system.seeds),
         "members": [inputs.members[index].name for index in used],
+        "weights": None if one.system.weights is None else [share for share in one.system.weights if share > 0.0],
         "train_seconds": None if curve is None else curve.seconds,
-        "evaluate_seconds": inputs.splits["test"].seconds * one.system.passes / len(inputs.members),
+        "evaluate_seconds": inputs.splits["test"].seconds * passes / len(inputs.members),
         "temperature": _temperature_entry(one),
         "top_choices": _top_choices(inputs, one),
         **{
@@ -185,7 +189,7 @@ def _comparison(
     }  # fmt: skip
 
 
-def _left_out(inputs: ReportInputs) -> list[str]:
+def left_out(inputs: ReportInputs) -> list[str]:
     """What this report cannot show, and why, in sentences."""
     groups = {member.group for member in inputs.members}
     reasons = {

@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.report.inputs import ReportInputs
-from pipeline.report.systems import System, ensemble_space
+from pipeline.report.systems import System, ensemble_space, predicted
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import Floats, Ints, Refitted, RowMean, Statistic, bootstrap, row_weights
 from pipeline.scores.calibration import CalibrationError, PluginCalibrationError
 from pipeline.scores.classification import ROW_SCORES, BinaryScore, row_nll
-from pipeline.scores.ensemble import EnsembleCurve, Space, average
+from pipeline.scores.ensemble import EnsembleCurve
 from pipeline.scores.raters import rater_scores
 from pipeline.scores.regression import Correlation, RootMeanSquare, row_squared_error
 from pipeline.scores.seeds import Runs
@@ -97,13 +97,13 @@ class ScoredSystem:
 def score_system(inputs: ReportInputs, system: System) -> ScoredSystem:
     """Average first, then scale by the temperature fitted to the averaged calibration predictions."""
     space = ensemble_space(inputs)
-    calibration, temperatures = _predict(inputs.splits["calibration"], system, space), None
+    calibration, temperatures = predicted(system, inputs.splits["calibration"], space), None
     if inputs.kind == "choice":
         rows = inputs.splits["calibration"]
         temperatures = temperature.fit_temperatures(calibration, rows.labels, units=rows.units)
     predictions: dict[tuple[str, str], Floats] = {}
     for name in ("validation", "test"):
-        predictions[name, BEFORE] = _predict(inputs.splits[name], system, space)
+        predictions[name, BEFORE] = predicted(system, inputs.splits[name], space, crossed=name == "validation")
         if temperatures is not None:
             predictions[name, AFTER] = temperature.apply_temperature(predictions[name, BEFORE], temperatures)
     return ScoredSystem(inputs, system, calibration, temperatures, predictions)
@@ -160,11 +160,6 @@ def _cell_losses(inputs: ReportInputs, split: LabelledSplit, predictions: Floats
     if inputs.kind == "regression":
         return row_squared_error(predictions, split.labels)
     return -predictions[..., 0] if inputs.kind == "completion" else row_nll(predictions, split.labels)
-
-
-def _predict(split: LabelledSplit, system: System, space: Space) -> Floats:
-    """(Q, L, C), one average per candidate."""
-    return np.stack([average(split.outputs[list(candidate)], space) for candidate in system.candidates])
 
 
 def _statistics(inputs: ReportInputs, split: LabelledSplit, predictions: Floats) -> dict[str, Statistic]:

@@ -20,6 +20,7 @@ def write_reading(result: dict[str, Any]) -> list[str]:
     each reference; what was chosen; limits. All other differences stand in the table."""
     lines = [_own_scores(result), *(_verdicts(result, versus) for versus in REFERENCES)]
     lines += [" ".join(filter(None, (_validation(result), _chosen_size(result), _chosen_adapters(result))))]
+    lines += [_adaptive(result)]
     return [line for line in [*lines, _limits(result)] if line]
 
 
@@ -127,6 +128,17 @@ def _chosen_adapters(result: dict[str, Any]) -> str:
     if not systems:
         return ""
     return f"Of {systems[-1]['passes']} searched adapters validation takes {systems[0]['passes']}, by the same rule."
+
+
+def _adaptive(result: dict[str, Any]) -> str:
+    """What drawing until a row is settled saves and costs, of all draws."""
+    found = (result["ensemble"] or {}).get("adaptive")
+    if not found:
+        return ""
+    last = found[-1]
+    return (f"Drawn until a row's answer is settled, {last['size']} masks take {number_text(last['passes'], 1)} passes "
+            f"per test row; {number_text(100.0 * last['changed']['value'], 1)} % of answers change, and the NLL by "
+            f"{interval_text(last['nll']['after'], signed=True)} after scaling.")
 
 
 def _limits(result: dict[str, Any]) -> str:

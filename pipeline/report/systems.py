@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.config import AdapterConfig
 from pipeline.config.adapter import KIND_NAMES
 from pipeline.report.inputs import ReportInputs
 from pipeline.run_folder.comparison import REFERENCE
 from pipeline.run_folder.labelled import LabelledSplit
 from pipeline.run_folder.members import Group, PredictedMember
+from pipeline.scores.adaptive import adaptive_average, passes_needed
+from pipeline.scores.bootstrap import Floats
 from pipeline.scores.ensemble import Space, average, choose_adapters, choose_cheapest, subsets
 from pipeline.scores.selection import SelectBy
 
@@ -31,7 +35,7 @@ _ALL_SIZES_UP_TO = 16
 
 @dataclass(frozen=True)
 class System:
-    """A predictor: the average of a few members.
+    """A predictor: the average of a few members, or of as many of them as a row needs.
 
     Where any `passes` of several mask draws would do, there are many candidates: scores are averaged over them, and
     intervals are those of one of them. Runs of several training seeds are candidates of another kind: what is wanted
@@ -48,6 +52,15 @@ class System:
     """Key of its training curve among the inputs."""
     seeds: tuple[int, ...] = ()
     """Training seed of each candidate, where there is one candidate per training run; empty: interchangeable ones."""
+    weights: tuple[float, ...] | None = None
+    """Of the members of its one candidate; None: all alike."""
+    crossed: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """On validation rows, which have decided `weights`: those of the even units' rows, which rows of odd units have
+    decided, and the reverse (`scores.selection: halves`)."""
+    margin: float | None = None
+    """Members of its one candidate are taken until a row is settled by this margin (`scores.adaptive`)."""
+    mean_passes: float | None = None
+    """Passes per test row, where a margin decides."""
 
     @property
     def runs(self) -> list[list[int]]:
@@ -56,9 +69,32 @@ class System:
         return [[number] for number in numbers] if self.seeds else [numbers]
 
     @property
+    def used(self) -> list[int]:
+        """Members that predict for it, in order."""
+        if self.weights is None:
+            return sorted({index for candidate in self.candidates for index in candidate})
+        return [index for index, share in zip(self.candidates[0], self.weights, strict=True) if share > 0.0]
+
+    @property
     def passes(self) -> int:
-        """Forward passes per row."""
-        return len(self.candidates[0])
+        """Forward passes per row; where a margin decides, at most."""
+        return len(self.candidates[0]) if self.weights is None else len(self.used)
+
+
+def predicted(system: System, split: LabelledSplit, space: Space, crossed: bool = False) -> Floats:
+    """What each candidate of a system says of a split: (Q, L, C).
+
+    Args:
+        crossed: the split is the one that has decided the weights: by those that have not seen the row.
+    """
+    outputs = [split.outputs[list(candidate)] for candidate in system.candidates]
+    if system.margin is not None:
+        return np.stack([adaptive_average(one, passes_needed(one, system.margin)) for one in outputs])
+    found = np.stack([average(one, space, system.weights) for one in outputs])
+    if crossed and system.crossed is not None:
+        for cells, weights in zip(split.halves(), system.crossed, strict=True):
+            found[0, cells] = average(outputs[0][:, cells], space, weights)
+    return found
 
 
 def method_name(adapter: AdapterConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,13 @@ _SCORES = {
     "completion": ("nll", "perplexity"),
     "regression": ("pearson", "spearman", "rmse"),
 }
+_NAME = 26
+"""Characters of a name on one line, where the terminal is too narrow for longer ones."""
+UNCERTAINTY_NOTE = (
+    "uncertainty: before scaling; entropy and mutual information (MI) in nats; AURC:",
+    "mean error rate of the surest rows, over how many they are; AUROC: the chance",
+    "that a wrong answer is less confident than a right one (0.5 tells nothing).",
+)
 _WIDTH = 80
 """Columns of the terminal, which the tables of uncertainty keep to."""
 _UNSCALED = ("accuracy", "matthews", "f1")
@@ -103,23 +111,29 @@ def temperature_text(temperature: Mapping[str, Any]) -> str:
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a plain-text table, the headings first: its first column to the left, the others to the right.
 
-    Columns for which the terminal is too narrow (taken as 80 wide where there is none) stand in a table below, behind
-    the first column again.
+    Where the terminal is too narrow (80 columns where there is none), long names take several lines, and columns that
+    find no room stand in a table below, behind the names again.
     """
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     most = max(80, shutil.get_terminal_size((80, 24)).columns)
+    names = [[row[0]] for row in rows]
+    if sum(widths) + 2 * (len(widths) - 1) > most:
+        names = [textwrap.wrap(row[0], _NAME, subsequent_indent="  ", break_on_hyphens=False) or [""] for row in rows]
+        widths[0] = max(len(line) for name in names for line in name)
     parts: list[list[int]] = [[]]
-    for column, width in enumerate(widths[1:], start=1):
-        if parts[-1] and widths[0] + sum(2 + widths[other] for other in parts[-1]) + 2 + width > most:
+    for column in range(1, len(widths)):
+        if parts[-1] and widths[0] + sum(2 + widths[other] for other in (*parts[-1], column)) > most:
             parts.append([])
         parts[-1].append(column)
-    found: list[str] = []
+    lines: list[str] = []
     for columns in parts:
-        lines = ["  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in columns)]) for row in rows]
-        rule = "─" * len(lines[0])
-        found += [lines[0], rule, *lines[1:], rule]
-    return found
+        rule = "─" * (widths[0] + sum(2 + widths[column] for column in columns))
+        for number, ((first, *more), row) in enumerate(zip(names, rows, strict=True)):
+            cells = (row[column].rjust(widths[column]) for column in columns)
+            lines += ["  ".join([first.ljust(widths[0]), *cells]), *more, *([] if number else [rule])]
+        lines.append(rule)
+    return lines
 
 
 def summary_table(result: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
@@ -217,11 +231,10 @@ def _footnote(result: dict[str, Any]) -> list[str]:
     return [
         f"{rows}, 95 % intervals; NLL in nats; ECE debiased, {result['ece']['bins']} equal-mass bins (≤: its upper "
         "bound, where the estimate is 0);",
-        "uncertainty, before scaling: entropy and what members say apart (MI) in nats; AURC: mean error rate of the surest"
-        " rows; AUROC: whether confidence tells wrong answers from right ones (0.5: not at all);",
         f"T: temperature, fitted on {result['rows']['calibration']} calibration rows and shrunk towards 1 (~: those "
         "rows do not carry it);",
         cost,
+        *UNCERTAINTY_NOTE,
     ]
 
 
@@ -282,6 +295,7 @@ def _plain_value(entry: Mapping[str, float] | None) -> str:
 
 
 def shortened(text: str, length: int) -> str:
+    """At most so many characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

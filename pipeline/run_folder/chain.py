@@ -3,6 +3,7 @@
     adapter/manifest.json     Origin; sizes and hashes of the adapter's files
     checkpoints/step_…/       Origin in counters.json; a manifest
     predictions/SPLIT.npz     Origin; the hash of who predicted, the adapters by their weights
+    predictions/generated_…   the same, and how texts were searched for (generated.py)
     result.json               Origin; the hash of the adapter; the hash of each predictions file
     export/manifest.json      Origin; the hashes of the adapter and of the result that the temperature is from
 

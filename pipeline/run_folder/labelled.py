@@ -14,7 +14,7 @@ from pipeline.errors import RunFolderError
 from pipeline.run_folder.predictions import EVALUATE_AGAIN, Kind, Predictions
 from pipeline.scores.bootstrap import Floats, Ints, RowMean, Statistic, unit_count
 from pipeline.scores.ensemble import Space
-from pipeline.scores.selection import SelectBy, choice_loss, regression_loss
+from pipeline.scores.selection import SelectBy, choice_loss, halves, regression_loss
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class LabelledSplit:
     def unit_count(self) -> int:
         """Independent units among the rows."""
         return unit_count(self.rows, self.units)
+
+    @property
+    def first_of_units(self) -> Ints:
+        """The first row of each independent unit."""
+        return np.arange(self.rows) if self.units is None else np.unique(self.units, return_index=True)[1]
+
+    def halves(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which cells are of rows of the even, and of the odd units (`selection: halves`): (L,) twice."""
+        even, odd = halves(self.rows, self.units)
+        if self.offsets is None:
+            return even, odd
+        return np.repeat(even, np.diff(self.offsets)), np.repeat(odd, np.diff(self.offsets))
 
     def loss(self, outputs: Floats, by: SelectBy) -> Statistic:
         """By what these rows choose between predictors: less is better.

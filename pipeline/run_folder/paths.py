@@ -8,6 +8,7 @@ runs/NAME/
   adapter/                    the result, PEFT format
   related.json                other adapters that evaluation compares with, by name, path and hash
   predictions/SPLIT.npz       per-member log-probabilities, no test labels
+  predictions/generated_test.jsonl   texts that were written for test rows, where asked for
   result.json  report.html
   diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
   harness.json                what eval found on tasks of lm-evaluation-harness

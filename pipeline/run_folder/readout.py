@@ -11,6 +11,7 @@ from pipeline.run_folder.members import places_of_draws, read_members
 from pipeline.run_folder.paths import RunPaths
 from pipeline.run_folder.predictions import read_predictions
 from pipeline.scores import temperature
+from pipeline.scores.bootstrap import Floats
 from pipeline.scores.choices import ChoiceScore
 from pipeline.scores.ensemble import Space, average
 
@@ -19,9 +20,10 @@ ACTS_ON = "log-probabilities normalised over the choices of a row: members avera
 
 def exported_readout(
     paths: RunPaths, rows: Iterable[Any], configured: Space, draws: Sequence[int | None], adapter_sha256: str,
-    rule: ChoiceScore = "sum",
+    rule: ChoiceScore = "sum", weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """`average`, the space in which these members can be averaged, and `temperature` with its 95 % interval.
+    """`weights` of these members, `average`, the space in which they can be averaged, and `temperature` with its 95 %
+    interval.
 
     Where there is no temperature, `temperature` is None and `reason` says why.
 
@@ -31,25 +33,29 @@ def exported_readout(
         draws: the exported members of the run's own adapter; None is the mean-field one.
         adapter_sha256: of the weights that are exported.
         rule: `data.choice_score`, by which choices are scored.
+        weights: of the members, where validation chose some that do not count alike.
     """
+    shares = [1.0 / len(draws)] * len(draws) if weights is None else list(weights)
     try:
         predictions = read_predictions(paths.predictions, "calibration").scored_by(rule)
         split = join_labels(predictions, rows, f"{paths.predictions}: calibration")
         members = read_members(paths.predictions)
     except RunFolderError as error:
-        return {"average": configured, "temperature": None, "reason": f"no calibration predictions: {error}"}
+        said = f"no calibration predictions: {error}"
+        return {"weights": shares, "average": configured, "temperature": None, "reason": said}
     places = places_of_draws(members, adapter_sha256)
     space = split.averaging_space(configured)
+    known: dict[str, Any] = {"weights": shares, "average": space}
     if split.kind != "choice":
-        return {"average": space, "temperature": None, "reason": f"{split.kind} rows have no choices to scale over"}
+        return {**known, "temperature": None, "reason": f"{split.kind} rows have no choices to scale over"}
     if missing := [draw for draw in draws if draw not in places]:
         said = ", ".join("the mean-field adapter" if draw is None else f"draw {draw}" for draw in missing)
-        return {"average": space, "temperature": None, "reason": f"not predicted: {said}. Evaluate again."}
-    return {"average": space, "temperature": _fitted(split, [places[draw] for draw in draws], space)}
+        return {**known, "temperature": None, "reason": f"not predicted: {said}. Evaluate again."}
+    averaged = average(split.outputs[[places[draw] for draw in draws]], space, weights)
+    return {**known, "temperature": _fitted(split, averaged)}
 
 
-def _fitted(split: LabelledSplit, members: Sequence[int], space: Space) -> dict[str, Any]:
-    averaged = average(split.outputs[list(members)], space)
+def _fitted(split: LabelledSplit, averaged: Floats) -> dict[str, Any]:
     value = temperature.fit_temperature(averaged, split.labels, split.units)
     low, high = temperature.posterior_interval(averaged, split.labels, value, split.units)
     return {

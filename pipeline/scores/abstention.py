@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from pipeline.scores.bootstrap import Floats
 
@@ -99,10 +100,8 @@ def least_risk(
 
 def upper_bounds(answered: NDArray[np.int64], wrong: NDArray[np.int64], level: float) -> Floats:
     """Clopper-Pearson's one-sided upper bounds of the risk; 1 where nothing, or nothing right, was answered."""
-    from scipy.stats import beta
-
     right = answered - wrong
-    return np.where(right > 0, beta.ppf(level, wrong + 1, np.maximum(right, 1)), 1.0)
+    return np.where(right > 0, betaincinv(wrong + 1, np.maximum(right, 1), level), 1.0)
 
 
 def _starts(count: int, rows: int, risk: float, error: float) -> list[int]:

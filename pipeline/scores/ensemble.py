@@ -26,16 +26,26 @@ _ROUNDING = 1e-9
 """Members that agree make ensembles that differ by rounding alone."""
 
 
-def average(log_probs: Floats, space: Space = "probability") -> Floats:
+def average(log_probs: Floats, space: Space = "probability", weights: Sequence[float] | None = None) -> Floats:
     """The members' average prediction: (M, N, C) -> (N, C), normalised.
 
-    `probability`: log (1/M) sum_m p_m, the mixture. `logit`: the mean of log p_m, normalised again (the
-    geometric mean). A choice that no member has stays at -inf. `value`: the mean of (M, N, 1) predicted numbers.
+    `probability`: log sum_m w_m p_m, the mixture. `logit`: sum_m w_m log p_m, normalised again (the geometric mean). A
+    choice that no member has stays at -inf. `value`: sum_m w_m of (M, N, 1) predicted numbers.
+
+    Args:
+        weights: w, at least 0 and together 1; None: 1/M each. Members of weight 0 are not looked at.
     """
     logs = log_probs.astype(np.float64)
-    if space == "probability":
-        return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))
-    mean = logs.mean(axis=0)
+    if weights is None:
+        if space == "probability":
+            return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))
+        mean = logs.mean(axis=0)
+    else:
+        shares = np.asarray(weights, dtype=np.float64)
+        logs, shares = logs[shares > 0.0], shares[shares > 0.0, None, None]
+        if space == "probability":
+            return np.logaddexp.reduce(logs + np.log(shares), axis=0)
+        mean = (shares * logs).sum(axis=0)
     return mean if space == "value" else mean - np.logaddexp.reduce(mean, axis=-1, keepdims=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import Floats, Ints, Negative, RowMean, Statistic
@@ -50,16 +51,21 @@ def cross_scaled(log_probs: Floats, labels: Ints, units: Ints | None = None) -> 
     The units are halved (every second one), and each half is scaled by the temperature of the other. So two predictors
     that differ in sharpness alone have nearly the same loss, and none is judged by rows that its temperature has seen.
     """
-    numbers = np.arange(len(labels)) if units is None else units
     scaled = log_probs.astype(np.float64)
-    halves = [numbers % 2 == half for half in (0, 1)]
-    if not all(half.any() for half in halves):
+    even, odd = halves(len(labels), units)
+    if not (even.any() and odd.any()):
         return scaled
-    for own, other in (halves, halves[::-1]):
+    for own, other in ((even, odd), (odd, even)):
         shared = None if units is None else units[other]
         fitted = temperature.fit_temperatures(log_probs[:, other], labels[other], units=shared)
         scaled[:, own] = temperature.apply_temperature(log_probs[:, own], fitted)
     return scaled
+
+
+def halves(rows: int, units: Ints | None = None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of N rows are of the even, and of the odd units: (N,) twice. What one half decides, the other may judge."""
+    even = (np.arange(rows) if units is None else units) % 2 == 0
+    return even, ~even
 
 
 def _mean(values: Floats) -> RowMean:

@@ -1,8 +1,8 @@
 """Whether uncertainty finds errors and foreign rows: AUROC, and risk by coverage with the area under it. Pure numpy.
 
-`doubt` (..., N) is any number per row, the higher the less sure: minus the confidence, an entropy, a mutual information;
-it may be infinite, not NaN. Rows that doubt cannot tell apart stand in every order: what is given is the mean over
-these orders, so that neither the order of a file nor a sort decides.
+`doubt` (..., N) is any number per row, the higher the less sure: minus the confidence, an entropy, a mutual
+information; it may be infinite, not NaN. Rows that doubt cannot tell apart stand in every order: what is given is the
+mean over these orders, so that neither the order of a file nor a sort decides.
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ def risk_coverage(doubt: Floats, wrong: Floats) -> tuple[Floats, Floats]:
 def _masses(doubt: Floats, marked: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """(S, G) weight of the marked rows, and of the others, among each group of equally doubtful rows, surest first."""
     order, starts = _ties(doubt)
-    sorted_weights, one = weights[:, order], marked[order].astype(np.float64)
-    return (np.add.reduceat(sorted_weights * one, starts, axis=1),
-            np.add.reduceat(sorted_weights * (1.0 - one), starts, axis=1))
+    everything = weights[:, order]
+    those = everything * marked[order]
+    if len(starts) < len(order):
+        everything, those = (np.add.reduceat(mass, starts, axis=1) for mass in (everything, those))
+    return those, everything - those
 
 
 def _ties(doubt: Floats) -> tuple[Ints, Ints]:

@@ -24,9 +24,15 @@ from pipeline.ensemble.exported import reading_entry
 from pipeline.ensemble.readout import read_result
 from pipeline.ensemble.rows import RowForm
 from pipeline.errors import RunFolderError
-from pipeline.export.parity import PROBE_PROMPTS, TOLERANCE, measure_parity
-from pipeline.export.peft import ensemble_entry, planned_exports, write_exports
+from pipeline.export.alone.folder import Form, stand_alone
+from pipeline.export.order import Exported, Loaded, Order, Served
+from pipeline.export.parity import TOLERANCE
+from pipeline.export.peft import ensemble_entry
+from pipeline.export.served import reported_scores
+from pipeline.export.targets import target_of, verified
 from pipeline.files import MANIFEST, publish_folder, sha256_file, write_json
+from pipeline.model.content import base_content
+from pipeline.model.kind import model_kind
 from pipeline.model.load import compute_dtype
 from pipeline.prediction.task import open_task
 from pipeline.prediction.unseen import require_unseen
@@ -38,63 +44,97 @@ from pipeline.terminal import say
 
 
 def export_run(run_dir: Path, trusted: bool = False) -> None:
-    """Write export/: adapter/, draws/draw_NNN/, manifest.json with measured parity.
+    """Write export/: the folders of export.forms, and manifest.json with what was measured of each.
 
     Raises:
-        RunFolderError: the adapter is missing, damaged, of another configuration or other data; result.json was made
-            from another one, or from other predictions; a method whose members are no plain LoRA.
-        ParityError: parity is outside the tolerance, or an export equals the base.
+        UserError: a form that this run cannot be exported in; the adapter is missing, damaged, of another configuration
+            or other data; result.json was made from another one, or from other predictions.
+        ParityError: a stock tool computes something else than we do, or an export equals the base.
     """
     paths = RunPaths(run_dir)
     config = load_saved(paths.config, trusted)
     splits = load_splits(config.data)
     origin = Origin(config.training_sha256(), splits.fingerprint)
     stored, result = adapter_and_result(paths, config, splits, origin)
-    update_status(paths, "export", "running")
-    world = start_world()
-    trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
-    task = open_task(with_values(config, {"model.compute_dtype": compared_in}), splits, world.device)
-    identity = replace(task.base.identity, compute_dtype=trained_in)
-    adapters = attach_stored(task.base, [stored], config.train.seed, config.adapter.fused)
-    exported = planned_exports(config.export, config.ensemble.size, result, stored)
-    if not exported:
+    order = Order(config, splits, stored, as_plain_lora(stored), result, model_kind(config.model), trusted)
+    planned: dict[str, list[Exported]] = {
+        name: found for name in config.export.forms if (found := target_of(name).plan(order))
+    }
+    count = sum(map(len, planned.values()))
+    if not count:
         raise RunFolderError("export.forms", list(config.export.forms), "leaves nothing to export", "Add adapter.")
+    update_status(paths, "export", "running")
+    loaded = load(order)
 
-    def readout(draws: Sequence[int | None]) -> dict[str, Any]:
+    def readout(draws: Sequence[int | None], weights: Sequence[float] | None = None) -> dict[str, Any]:
         space, rule = config.ensemble.average, config.data.choice_score
-        return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule)
+        return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule, weights)
 
     def fill(folder: Path) -> None:
-        plain = as_plain_lora(stored)
-        if stored.spec.kind != plain.spec.kind:
-            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {plain.spec.rank}")
-        write_exports(folder, exported, adapters, plain, identity.resolved, task.passes.key)
-        say(f"loading {len(exported)} exported adapters with stock PEFT in a clean process")
-        parity = measure_parity(folder, exported, task, adapters, splits.calibration[:PROBE_PROMPTS], trusted)
-        manifest = {
+        if stored.spec.kind != order.plain.spec.kind:
+            rank = order.plain.spec.rank
+            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
+        members = [
+            one for name, ones in planned.items() if TARGETS[name].use and not TARGETS[name].merged for one in ones
+        ]
+        for name, exported in planned.items():
+            target_of(name).write(loaded, folder, exported)
+        measured = verified(loaded, folder, planned)
+        alone, ensemble = readout([None]), ensemble_entry(members, readout, config.export, result)
+        forms = {
+            name: stand_alone(
+                loaded, folder, target_of(name), exported, Form.of(exported, measured, alone, ensemble, result)
+            )
+            for name, exported in planned.items()
+        }
+        write_json(folder / MANIFEST, {
             "origin": origin.as_dict(),
-            "base": identity.as_dict(),
+            "base": base_entry(loaded),
             "reading": reading_entry(config, RowForm.of_run(config, splits)),
             "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
             "settings_sha256": config.export_sha256(),
             "adapter": {
-                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": plain.spec.rank,
-                **readout([None]),
+                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": order.plain.spec.rank,
+                **alone,
             },
-            "exports": [
-                {"folder": e.folder, "draw": e.member.draw, **p} for e, p in zip(exported, parity, strict=True)
-            ],
-            "ensemble": ensemble_entry(exported, readout),
+            "exports": [plain_entry(one, result) for one in measured],
+            "forms": forms,
+            "ensemble": ensemble,
             "tolerance": TOLERANCE,
-            "compared_in": compared_in,
+            "compared_in": loaded.task.base.identity.compute_dtype,
             "note": "scores and temperatures hold for the base named here, quantized as stated",
-        }
-        write_json(folder / MANIFEST, manifest)
+        })
 
     publish_folder(paths.export, fill)
     leave_world()
-    say(f"{len(exported)} adapters exported, parity within {TOLERANCE:.0%}")
+    say(f"{count} folders exported, each loaded by its own tool and within {TOLERANCE:.0%} of what was evaluated")
+
+
+def load(order: Order) -> Loaded:
+    """The order with its model, in the precision of the comparison."""
+    config, world = order.config, start_world()
+    trained_in, compared_in = (str(dtype).removeprefix("torch.") for dtype in precisions(config.model, world.device))
+    task = open_task(with_values(config, {"model.compute_dtype": compared_in}), order.splits, world.device)
+    adapters = attach_stored(task.base, [order.stored], config.train.seed, config.adapter.fused)
+    identity = replace(task.base.identity, compute_dtype=trained_in)
+    content = base_content(config.model, getattr(task.base.model.config, "_commit_hash", None))
+    return Loaded(**vars(order), task=task, adapters=adapters, identity=identity, content=content)
+
+
+def base_entry(loaded: Loaded) -> dict[str, Any]:
+    """What the manifest says of the base: what it is, how it is loaded, and under `path` where it lay for this run."""
+    identity = {name: value for name, value in loaded.identity.as_dict().items() if name != "resolved"}
+    return {**identity, **loaded.content, "revision": loaded.content["commit"] or identity["revision"]}
+
+
+def plain_entry(measured: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the manifest; of another base than the evaluated one, its scores beside those that were reported."""
+    served: Served | None = measured.get("served")
+    if served is None:
+        return measured
+    scores = {"scores": served.scores, "evaluated": reported_scores(result, "mean_field")}
+    return {**measured, "served": {**served.readout, **scores}}
 
 
 def adapter_and_result(

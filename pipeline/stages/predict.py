@@ -22,7 +22,7 @@ from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.splits import load_splits
 from pipeline.distributed.nodes import check_nodes, owned_folders
-from pipeline.ensemble.readout import EvaluatedRun
+from pipeline.ensemble.readout import EvaluatedRun, free_text
 from pipeline.ensemble.rows import RowForm, checked, chunks
 from pipeline.errors import EXIT_OK, ConfigError, RunFolderError, Stopped
 from pipeline.files import cut_torn_line, full_disk_named, open_append, read_json, read_json_lines, write_json
@@ -55,6 +55,8 @@ def predict(request: Request) -> int:
     splits = load_splits(config.data)
     run = EvaluatedRun.open(RunPaths(request.run), config, splits)
     readout, form = run.readout(), RowForm.of_run(config, splits)
+    if readout.kind == "completion":
+        raise free_text(request.run)
     threshold = None if request.abstain is None else run.threshold(readout, request.abstain)
     with owned_folders([request.run], "predict", config.launch):
         source = _source(request.input, request.run, config.launch.nodes)

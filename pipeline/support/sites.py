@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.config.method import LEGAL, Site
+from pipeline.config.method import LEGAL, Site, patterns_at
 from pipeline.config.model import ModelConfig
 from pipeline.errors import ConfigError, LoradropError, UserError
 from pipeline.model.load import pin_training_mode, quantization_config, switch_off_dropout
@@ -90,8 +90,8 @@ def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa")
 
 def legal_sites(rate: float = RATE) -> Iterator[Site]:
     """Every position × pattern × compensation, DropAttention with and without its stop-gradient."""
-    for position, (patterns, compensations) in LEGAL.items():
-        for pattern in patterns:
+    for position, (_, compensations) in LEGAL.items():
+        for pattern in patterns_at(position):
             for compensation in compensations:
                 for stop in (True, False) if position == "attention_weights" else (True,):
                     fields = {"position": position, "pattern": pattern, "compensation": compensation}

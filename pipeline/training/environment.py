@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pipeline.config import extensions
+
 PACKAGES = ("loradrop", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "ray", "numpy")
 
 
@@ -17,7 +19,7 @@ def describe_environment(base: dict[str, Any], data_fingerprint: str, world_size
     """Versions, machine, base model and data identity, as plain values."""
     return {
         "python": sys.version.split()[0],
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))} | extensions.packages(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "threads_per_process": torch.get_num_threads(),

@@ -18,10 +18,13 @@ from pipeline.adapters.layout import replicate_layout
 from pipeline.adapters.members import MaskKey, Member, MemberAxisError
 from pipeline.adapters.peft_format import StoredAdapter, in_inverse_convention
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.config import RunConfig
 from pipeline.config.evaluate import ExportConfig
 from pipeline.config.method import Site
+from pipeline.data.splits import Splits
 from pipeline.errors import RunFolderError
-from pipeline.export.peft import planned_exports
+from pipeline.export.order import Exported, Order
+from pipeline.export.peft import plan_adapter, plan_draws
 from pipeline.loss.objective import SupervisedLM
 from pipeline.training.batch import lay_out
 
@@ -172,11 +175,16 @@ def test_a_mask_free_read_out_is_a_plain_lora_and_a_draw_is_none() -> None:
     stored = in_inverse_convention(spec, ["x"], 1)
     assert stored.alpha == 6.0 and stored.sites == (rank_site(rate=0.25),)
     adapter = StoredAdapter(stored, {}, "", None)
-    assert [e.member for e in planned_exports(ExportConfig(), 4, {}, adapter)] == [Member(0)]
+    assert plan_adapter(ordered(adapter)) == [Exported("adapter", Member(0))] and not plan_draws(ordered(adapter))
     with pytest.raises(RunFolderError, match="lora_rank per token is no plain LoRA"):
-        planned_exports(ExportConfig(draws=2), 4, {}, adapter)
+        plan_draws(ordered(adapter, draws=2))
     columns = replace(adapter, spec=replace(stored, sites=(rank_site("column"),)))
-    assert len(planned_exports(ExportConfig(draws=2), 4, {}, columns)) == 3
+    assert [one.member for one in plan_draws(ordered(columns, draws=2))] == [Member(0, 0), Member(0, 1)]
+
+
+def ordered(adapter: StoredAdapter, draws: int | None = None) -> Order:
+    config = RunConfig(export=ExportConfig(draws=draws))
+    return Order(config, Splits([], [], [], [], ""), adapter, adapter, {}, "causal", False)
 
 
 def test_masks_are_recomputed_under_checkpointing_and_need_row_keys() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import build_config, dump_config, load_config
+from pipeline.config import AdapterConfig, RunConfig, TrainConfig, build_config, dump_config, load_config
 from pipeline.config.load import config_keys, merge_trees, overridden_tree, with_values
 from pipeline.config.method import LEGAL, PRESETS, Site
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, ErrorList, UserError
 
 
 @pytest.mark.parametrize(
@@ -182,3 +183,26 @@ def test_a_key_under_its_old_name_is_told_the_new_one(override: str, parts: list
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_only_averaged_probabilities_settle_a_row() -> None:
+    assert build_config({"ensemble": {"adaptive": 0.05}}).ensemble.adaptive == 0.05
+    with pytest.raises(ConfigError, match=r"ensemble\.adaptive = 0\.05: cannot be promised where .* is logit"):
+        build_config({"ensemble": {"adaptive": 0.05, "average": "logit"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: AdapterConfig(rank=0), "rank = 0: input should be greater than or equal to 1. Its meaning: R of"),
+        (lambda: AdapterConfig(lora_r=8), "lora_r = 8: is not a known key. Here: adapter.rank."),
+        (lambda: AdapterConfig(rnak=8), "Did you mean rank?"),
+        (lambda: AdapterConfig(method="hidenkey"), "unknown method 'hidenkey'"),
+        (lambda: AdapterConfig(method=({"position": "lora_A", "rate": 0.5},) * 2), "has two sites on the same layers"),
+        (lambda: RunConfig(adapter={"rank": 0}), "adapter.rank = 0: input should be"),
+        (lambda: TrainConfig(max_steps=0, epochs=0), "max_steps = 0: .*\nepochs = 0: "),
+    ],
+)
+def test_sections_made_in_python_are_refused_in_our_words(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ConfigError if "epochs" not in said else ErrorList, match=said):
+        make()

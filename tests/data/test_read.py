@@ -78,11 +78,12 @@ def test_split_files_may_be_compressed_and_torn_ones_are_named(tmp_path: Path) -
     splits = load_splits(DataConfig(path=str(tmp_path)))
     assert len(splits.test) == 40 and splits.test[0].named.endswith(")") and "test.jsonl.gz:" in splits.test[0].named
     whole = (tmp_path / "test.jsonl.gz").read_bytes()
-    for content in (whole[:-20], whole[:200] + bytes(40) + whole[240:], b"no gzip"):
+    for content in (whole[:-20], whole[:60] + bytes(20) + whole[80:], b"no gzip"):
         (tmp_path / "test.jsonl.gz").write_bytes(content)
         assert "test.jsonl.gz': cannot be read (" in refusal(tmp_path)
     (tmp_path / "test.jsonl").write_text("")
     assert "holds test.jsonl and test.jsonl.gz: Keep one" in refusal(tmp_path).replace(". Keep", ": Keep")
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
     assert "(or be text and compressed: .gz, .bz2, .xz behind that)" in refusal(tmp_path / "a.parquet.gz")
     assert is_local("rows.csv.bz2")
 

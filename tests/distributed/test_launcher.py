@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -41,6 +42,10 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     monkeypatch.setattr("pipeline.distributed.launcher.has_accelerator", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert process_count(LaunchConfig()) == 2
+    command = launcher_command(["pipeline.stages", "train"], tmp_path, LaunchConfig(processes=3))
+    assert "deepspeed.launcher.launch" in command and command[-5:-2] == ["--module", "pipeline.stages", "train"]
+    coded = next(word for word in command if word.startswith("--world_info=")).partition("=")[2]
+    assert json.loads(base64.urlsafe_b64decode(coded)) == {"localhost": [0, 1, 2]}
     assert launcher_environment(LaunchConfig()) == {**told, "OMP_NUM_THREADS": "4"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tomllib
@@ -27,6 +28,7 @@ def test_every_name_is_there() -> None:
     for name in loradrop.__all__:
         assert getattr(loradrop, name).__doc__ or name == "__version__", name
     assert set(loradrop.__all__) <= set(dir(loradrop))
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
     with pytest.raises(AttributeError, match="no attribute 'fit'"):
         loradrop.fit  # noqa: B018
 

@@ -23,11 +23,18 @@ KEY = MaskKey(7, "test")
 MEMBERS = [Member(None), Member(0), Member(0, 0), Member(1), Member(0, 3)]
 SPECS = (AdapterSpec(rank=4, alpha=8.0, sites=LORA_DROPOUT), AdapterSpec(rank=2, alpha=8.0))
 BY_TOKEN = (AdapterSpec(rank=4, alpha=8.0, sites=(Site(position="lora_input", rate=0.4),)), SPECS[1])
+HIDDEN_KEY = (
+    AdapterSpec(rank=4, alpha=8.0, sites=(
+        Site(position="attention_logits", pattern="column", rate=0.4), Site(position="ffn_hidden", rate=0.3),
+    )), SPECS[1],
+)  # fmt: skip
+MEAN_FIELD = [Member(None), Member(0), Member(1)]
 PROMPTS = [[5, 9, 3, 8], [11, 4], [7, 7, 30, 12, 13, 50, 6]]
 CHOSEN = [[20, 3], [6, 40], [9, 9]]
 """Tokens that each row goes on with."""
 
 
+FAMILIES = ("llama", "qwen3", "gpt2", "mistral", "gemma2", "mixtral")
 SINGLE = ("gemma2", "mixtral")
 """Families that transformers does not run in float64: padding becomes NaN, or there is no kernel."""
 
@@ -42,11 +49,14 @@ def prompts(ids: Sequence[Sequence[int]] = PROMPTS) -> list[Encoded]:
     return [Encoded(f"row-{n}", tuple(one), (IGNORE_INDEX,) * len(one)) for n, one in enumerate(ids)]
 
 
-def one_by_one(adapters: Adapters, row: int, ids: Sequence[int], space: TokenSpace) -> Tensor:
+def one_by_one(
+    adapters: Adapters, row: int, ids: Sequence[int], space: TokenSpace = "probability",
+    members: Sequence[Member] = MEMBERS,
+) -> Tensor:
     """(V,): every member in a pass of its own over one whole sequence, no padding, no cache; then the mean."""
     tokens, positions = torch.tensor([ids]), torch.arange(len(ids))[None]
     logs = []
-    for member in MEMBERS:
+    for member in members:
         plan = with_row_keys(adapters.plan([member], 1, KEY), example_keys([f"row-{row}"]), positions)
         with adapters.axis.active(plan), torch.no_grad():
             logits = adapters.model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0, -1]
@@ -58,23 +68,24 @@ def one_by_one(adapters: Adapters, row: int, ids: Sequence[int], space: TokenSpa
 
 
 @pytest.mark.parametrize(
-    ("family", "specs", "space"),
+    ("family", "specs", "space", "members"),
     [
-        *((family, SPECS, "probability") for family in ("llama", "qwen3", "gpt2", "mistral", "gemma2", "mixtral")),
-        ("llama", SPECS, "logit"), ("llama", BY_TOKEN, "probability"),
+        *((family, SPECS, "probability", MEMBERS) for family in FAMILIES), ("llama", SPECS, "logit", MEMBERS),
+        ("llama", BY_TOKEN, "probability", MEMBERS), ("llama", HIDDEN_KEY, "probability", MEMBERS),
+        ("llama", HIDDEN_KEY, "probability", MEAN_FIELD),
     ],
 )
 def test_steps_are_the_average_of_members_run_one_by_one(
-    family: str, specs: tuple[AdapterSpec, ...], space: TokenSpace
+    family: str, specs: tuple[AdapterSpec, ...], space: TokenSpace, members: list[Member]
 ) -> None:
     adapters = adapted(family, specs)
-    state = Decoder(adapters, MEMBERS, KEY, 2, space).prefill(prompts())
-    assert (state.cache is None) == (specs is BY_TOKEN)
+    state = Decoder(adapters, members, KEY, 2, space).prefill(prompts())
+    assert (state.cache is None) == (specs is not SPECS and members is MEMBERS)
     for taken in range(3):
         if taken:
             state.step(torch.tensor([one[taken - 1] for one in CHOSEN]))
         for row, (prompt, more) in enumerate(zip(PROMPTS, CHOSEN, strict=True)):
-            wanted = one_by_one(adapters, row, [*prompt, *more[:taken]], space)
+            wanted = one_by_one(adapters, row, [*prompt, *more[:taken]], space, members)
             tolerance = 2e-5 if family in SINGLE else 1e-10
             torch.testing.assert_close(state.log_probs[row], wanted, rtol=0, atol=tolerance)
     assert not adapters.model.training
@@ -89,7 +100,7 @@ def test_rows_leave_and_branch(specs: tuple[AdapterSpec, ...]) -> None:
     state.select(torch.tensor([1, 2]))
     state.step(torch.tensor([3, 3]))
     for place, middle in enumerate((20, 33)):
-        wanted = one_by_one(adapters, 0, [*PROMPTS[0], middle, 3], "probability")
+        wanted = one_by_one(adapters, 0, [*PROMPTS[0], middle, 3])
         torch.testing.assert_close(state.log_probs[place], wanted, rtol=0, atol=1e-10)
 
 

@@ -80,7 +80,12 @@ def test_processes_share_prompts(writing: Writing, together: bool, monkeypatch: 
     whole, _ = writing.write(ROWS, SYSTEMS)
     monkeypatch.setattr(generation.zero, "is_sharded", lambda model: together)
     shares: list[Any] = []
-    monkeypatch.setattr(generation, "gather_objects", lambda value: shares.append(value) or [value])
+
+    def gathered(value: Any) -> list[Any]:
+        shares.append(value)
+        return [value]
+
+    monkeypatch.setattr(generation, "gather_objects", gathered)
     for rank in range(2):
         replace(writing, world=replace(lone_world(), process_rank=rank, world_size=2)).write(ROWS, SYSTEMS)
     assert [len(share[0]) for share in shares] == ([10, 10] if together else [6, 4])

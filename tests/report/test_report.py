@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,10 @@ def write_run(root: Path, label="smoke run: no result", seed=0, draws=DRAWS):
         log_probs = log_softmax(np.stack([np.zeros_like(logits), logits], axis=-1)).astype(np.float32)
         write_predicted(root, split, ChoicePredictions(tuple(ids), log_probs, seconds=12.5))
         answers = ("bad", "good")
-        splits[split] = [Row(id=i, choices=answers, label=int(y)) for i, y in zip(ids, labels, strict=True)][::-1]
+        splits[split] = [
+            Row(i, f"<script>{i}</script> &\nGood?", answers, int(y), label_counts=(3.0 - y, 1.0 + 2 * y))
+            for i, y in zip(ids, labels, strict=True)
+        ][::-1]
     write_training(paths, 0.5)
     write_training(RunPaths(root.parent / "plain"), 0.9)
     write_links(root)
@@ -207,7 +211,8 @@ def test_ensemble_curve_is_measured_on_every_cached_size(finished):
     result = finished.result
     curve = result["ensemble"]
     assert curve["sizes"] == list(range(1, 9))
-    assert [one["key"] for one in curve["candidates"]] == ["mean_field", *(f"masks_{size}" for size in (1, 2, 4, 8))]
+    offered = ["mean_field", *(f"masks_{size}" for size in (1, 2, 4, 8)), "greedy", "fitted"]
+    assert [one["key"] for one in curve["candidates"]] == offered
     assert curve["chosen"] in {one["key"] for one in curve["candidates"]}
     singles = [log_loss(labels, p) for p, labels in (direct_predictions(finished, "test", [i]) for i in range(3, 11))]
     assert curve["test"]["before"]["nll"][0] == pytest.approx(np.mean(singles))
@@ -253,6 +258,31 @@ def test_page_shows_label_configuration_and_environment_escaped(finished):
     assert "tuned as those of the method were: 6 settings each" in page
 
 
+def test_page_has_the_texts_of_rows_escaped_and_the_result_their_ids(finished):
+    page, result = finished.paths.report.read_text(), finished.result
+    for name in ("disagreement", "confidently_wrong"):
+        assert len(result["rows_to_see"][name]) == 10
+        for one in result["rows_to_see"][name]:
+            assert f"<blockquote>&lt;script&gt;{one['id']}&lt;/script&gt; &amp;\nGood?</blockquote>" in page
+    assert "Good?" not in finished.paths.result.read_text() and re.search(r"Members: [1-8] × (good|bad)", page)
+    curve = result["risk_coverage"]["masks_8"]
+    wrong = 1.0 - system(result, "masks_8")["test"]["before"]["accuracy"]["value"]
+    assert curve["coverage"][-1] == 1.0 and curve["risk"][-1] == pytest.approx(wrong) and "plot-risk-coverage" in page
+
+
+def test_agreement_with_raters_is_scored_before_and_after_scaling(finished):
+    result, people = finished.result, finished.result["raters"]["entropy"]
+    assert "Agreement with human raters" in finished.paths.report.read_text()
+    assert f"The raters' own entropy is {people:.3f} nats" in format_table(result)
+    probabilities, labels = direct_predictions(finished, "test", range(3, 11))
+    shares = np.stack([3.0 - labels, 1.0 + 2 * labels], axis=1) / (4.0 + labels)[:, None]
+    scores = system(result, "masks_8")["test"]
+    expected = -(shares * np.log(probabilities)).sum(axis=1).mean()
+    assert scores["before"]["rater_cross_entropy"]["value"] == pytest.approx(expected) and expected > people
+    assert people == pytest.approx(-(shares * np.log(shares)).sum(axis=1).mean())
+    assert scores["after"]["rater_divergence"]["value"] != scores["before"]["rater_divergence"]["value"]
+
+
 def test_reading_says_what_the_intervals_say(finished):
     result = finished.result
     text = " ".join(result["reading"])
@@ -279,12 +309,18 @@ def test_terminal_table_has_a_line_per_system(finished):
     lines = format_table(result).splitlines()
     assert not any("\\n" in line for line in lines), "line breaks of our own are line breaks"
     assert lines[0] == "smoke run: no result"
-    assert all(any(line.startswith(s["name"]) for line in lines) for s in result["systems"])
-    table = lines[1 : lines.index(next(line for line in lines if line.startswith("200 test rows")))]
+    start = lines.index(next(line for line in lines if line.startswith("uncertainty ")))
+    own = [line for line in lines[start:] if not line.startswith(("200", "T:", "train s", "Chance", "! ", "Next"))]
+    assert max(len(line) for line in own) <= 80 and sum(s["name"][:30] in "".join(own) for s in result["systems"]) == 8
+    table = lines[1:start]
     assert max(len(line) for line in table) <= 80
-    assert any(re.search(r"\[.*\].*\[.*\]", line) for line in table if line.startswith("LoRA"))
+    assert all(re.search(r"\[.*\].*\[.*\]", line) for line in table[2:5]), "an accuracy and an NLL in one line"
+    for name in (system["name"] for system in result["systems"]):
+        first, *more = textwrap.wrap(name, 26, subsequent_indent="  ", break_on_hyphens=False)
+        places = [n for n, line in enumerate(table) if line.startswith(f"{first}  ")]
+        assert any(table[n + 1 : n + 1 + len(more)] == more for n in places)
     for heading in ("passes", "Accuracy", "NLL", "ECE (debiased)", "train s", "test s"):
-        assert sum(heading in line.split("  ") for line in map(str.strip, table)) >= 1
+        assert any(heading in re.split(" {2,}", line) for line in table)
 
 
 def test_a_wide_terminal_has_one_table_and_a_narrow_one_all_columns(monkeypatch):
@@ -298,14 +334,19 @@ def test_a_wide_terminal_has_one_table_and_a_narrow_one_all_columns(monkeypatch)
     monkeypatch.setenv("COLUMNS", "60")
     assert align(rows) == narrow
     assert align([["", "x" * 90], ["a", "b"]])[2].endswith("b"), "a column alone is as wide as it is"
+    rows[2][0] = "a name that is too long for one line, and that tells something"
+    lines = align(rows)
+    assert max(map(len, lines)) <= 80 and lines[3:6] == [
+        f"{'a name that is too long':24}  {'':30}", "  for one line, and that", "  tells something",
+    ]
 
 
 
 def test_terminal_table_shows_control_characters_of_labels_and_names(finished):
     systems = [{**one, "name": f"{one['name']}\x1b[31m\nforged"} for one in finished.result["systems"]]
     text = format_table({**finished.result, "label": "mine\u202e\nforged", "systems": systems})
-    assert text.startswith(r"mine\u202e\nforged") and r"\x1b[31m\nforged" in text
-    assert "\x1b" not in text and len(text.splitlines()) == len(format_table(finished.result).splitlines())
+    assert text.startswith(r"mine\u202e\nforged") and r"\x1b[31m" in text
+    assert "\x1b" not in text and not any(line.startswith("forged") for line in text.splitlines())
 
 
 def test_absent_parts_are_left_out_in_words(run):

@@ -281,7 +281,8 @@ def test_the_deep_ensemble_is_the_plain_loras_of_all_seeds_averaged(
     assert versus["difference"] == pytest.approx(deep["test"]["before"]["nll"]["value"] - own)
     assert versus["low"] < versus["difference"] < versus["high"]
     table, page = format_comparison(result), (tmp_path / "report.html").read_text()
-    assert "Deep ensemble of 2 plain LoRAs  " in table and "its intervals are over rows alone" in table
+    assert "Deep ensemble of 2 plain  " in table and "\n  LoRAs\n" in table
+    assert "its intervals are over rows alone" in table
     assert "Train steps" in page and "Deep ensemble of 2 plain LoRAs" in page
     assert any("deep ensemble of 2 plain LoRAs" in line for line in result["reading"])
     assert not any("Deep ensemble left out" in line for line in result["left_out"])

@@ -45,6 +45,10 @@ def test_the_temperature_is_that_of_the_exported_draws(paths: RunPaths) -> None:
         assert "normalised over the choices" in found["temperature"]["acts_on"]
     own = exported_readout(paths, rows, "logit", [None], "own")["temperature"]["value"]
     assert own == pytest.approx(fit_temperature(tables.astype(np.float32)[1], labels))
+    weighted = exported_readout(paths, rows, "logit", [None, 2], "own", weights=[0.25, 0.75])
+    assert weighted["weights"] == [0.25, 0.75] and found["weights"] == pytest.approx([1 / 3] * 3)
+    mixed = average(tables.astype(np.float32)[[1, 1, 1, 4]][[0, 3, 3, 3]], "logit")
+    assert weighted["temperature"]["value"] == pytest.approx(fit_temperature(mixed, labels))
     missing = exported_readout(paths, rows, "logit", [3, 4], "own")
     assert missing["temperature"] is None and missing["reason"] == "not predicted: draw 4. Evaluate again."
     assert "the mean-field adapter" in exported_readout(paths, rows, "logit", [None], "another")["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def corpus(seed: int, prompts: int = 12) -> tuple[list[str], list[list[str]]]:
     return texts, references
 
 
-def padded(references: list[list[str]]) -> list[list[str | None]]:
+def padded(references: list[list[str]]) -> Any:
     """As sacrebleu wants them: a document per reference, None where a prompt has fewer."""
     most = max(map(len, references))
     return [[one[n] if n < len(one) else None for one in references] for n in range(most)]

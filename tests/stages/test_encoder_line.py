@@ -182,7 +182,8 @@ def test_the_whole_line_with_an_encoder(
     tmp_path: Path, encoder_settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(["run", "--run-dir", str(run), *encoder_settings, "export.draws=2"]) == 0
+    forms = "export.forms=[adapter,draws,merged]"
+    assert main(["run", "--run-dir", str(run), *encoder_settings, "export.draws=2", forms]) == 0
     log = (run / "logs" / "train.log").read_text()
     assert "13 layers and classifier" in log and "12 NF4 modules" in log and "supervised by one of 2 classes" in log
     assert "processes    2 (DeepSpeed ZeRO-2" in log
@@ -198,7 +199,10 @@ def test_the_whole_line_with_an_encoder(
     spread = log_probs[1:].std(axis=0).max()
     assert np.isfinite(log_probs).all() and spread > 1e-4, "every member has predictions of its own"
     manifest = json.loads((run / "export" / "manifest.json").read_text())
-    assert len(manifest["exports"]) >= 3 and all(export["ratio"] <= 0.05 for export in manifest["exports"])
+    assert len(manifest["exports"]) == 4 and all(export["ratio"] < 1e-3 for export in manifest["exports"])
+    assert all(form["use"]["max_difference"] < 1e-4 for form in manifest["forms"].values())
+    merged = json.loads((run / "export" / "merged" / "config.json").read_text())
+    assert merged["id2label"] == {"0": "negative", "1": "positive"} and "ForSequence" in merged["architectures"][0]
     assert manifest["base"]["classes"] == 2 and "classifier" in manifest["base"]["unquantized"]
     assert not manifest_faults(run / "export")
 

@@ -28,19 +28,23 @@ def meant(key: str, keys: Sequence[str]) -> str:
     """What of `keys` the name stands for, as a sentence: in other tools, in other sections, misspelt; or empty."""
     section, _, leaf = key.rpartition(".")
     found = FOREIGN.get(key) or FOREIGN.get(leaf)
-    if found is not None and (not found.here or any(here in keys for here in found.here)):
-        return str(found)
+    if found is not None and (not found.here or any(here in keys or _leaf(here) in keys for here in found.here)):
+        return str(found)  # of a section alone, keys are without its name
     beside = nearest(key, [known for known in keys if known.rpartition(".")[0] == section]) if section else None
     if beside:
         return f"Did you mean {beside}?"
     deepest = 1 if section else 2  # `model.name` is not meant to be logging.wandb.name
-    same = [known for known in keys if known.rpartition(".")[2] == leaf and known.count(".") <= deepest]
+    same = [known for known in keys if _leaf(known) == leaf and known.count(".") <= deepest]
     if len(same) == 1:
         return f"Here: {same[0]}."
     if 1 < len(same) <= MOST_NAMED:
         return f"There are {', '.join(same)}."
     near = nearest(key, keys)
     return f"Did you mean {near}?" if near else ""
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def nearest(key: str, keys: Sequence[str]) -> str | None:

@@ -59,15 +59,16 @@ def risk_coverage_entries(inputs: ReportInputs, scored: Sequence[ScoredSystem]) 
 def rows_entry(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> Entries | None:
     """The test rows to look at: those that members know most different things about, and the surest wrong answers.
 
-    Of the system with the most passes, which has something to disagree about; among single ones of the run's own
-    adapter (of a comparison, of the last). Before scaling, and of the first of several candidates. Rows by their ids:
+    Of the system of the most members that count alike, which have something to disagree about; among single ones of
+    the run's own adapter (of a comparison, of the last). Before scaling, and of the first of several candidates. Rows by their ids:
     texts are in the page alone.
     """
     if inputs.kind != "choice":
         return None
-    most = max(one.system.passes for one in scored)
-    shown = next((one for one in scored if one.system.passes == most > 1), None) or \
-        next((one for one in scored if one.system.key == "mean_field"), scored[-1])
+    alike = [one for one in scored if one.system.weights is None and one.system.margin is None]
+    most = max(one.system.passes for one in alike)
+    shown = next((one for one in alike if one.system.passes == most > 1), None) or \
+        next((one for one in alike if one.system.key == "mean_field"), alike[-1])
     split, candidate = inputs.splits["test"], list(shown.system.candidates[0])
     members, log_probs = split.outputs[candidate].astype(np.float64), shown.predictions["test", BEFORE][0]
     apart, wrong = mutual_information(members), row_correct(log_probs, split.labels) < 0.5
@@ -108,10 +109,11 @@ def _statistics(inputs: ReportInputs, one: ScoredSystem, run: list[int]) -> dict
         "auroc_confidence": Auroc(doubt, wrong),
         "auroc_entropy": Auroc(unsure, wrong),
     }
-    if one.system.passes > 1:
-        members = [split.outputs[list(one.system.candidates[number])] for number in run]
-        apart = np.stack([mutual_information(outputs) for outputs in members])
-        found["expected_entropy"] = RowMean(np.stack([entropy(outputs).mean(axis=0) for outputs in members]))
+    if one.system.passes > 1 and one.system.margin is None:  # else other rows have other members
+        members, weights = [split.outputs[list(one.system.candidates[number])] for number in run], one.system.weights
+        apart = np.stack([mutual_information(outputs, weights) for outputs in members])
+        alone = [np.average(entropy(outputs), axis=0, weights=weights) for outputs in members]
+        found["expected_entropy"] = RowMean(np.stack(alone))
         found["mutual_information"] = RowMean(apart)
         found["auroc_mutual_information"] = Auroc(apart, wrong)
     return found

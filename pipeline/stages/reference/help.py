@@ -97,7 +97,7 @@ TEXTS = {
     ),
     "report": Text(
         f"Scores the predictions, fits temperatures, chooses by validation; writes result.json and report.html."
-        f" {FROM_RUN} select, evaluate and ensemble.average, may be given anew.",
+        f" {FROM_RUN} select, evaluate, ensemble.average and ensemble.adaptive, may be given anew.",
         ("ensemble", "select", "evaluate"), ("report --run-dir runs/mine",),
     ),
     "export": Text(
@@ -107,6 +107,14 @@ TEXTS = {
     "predict": Text(
         "Answers rows of a file with the chosen, calibrated ensemble of a trained run, one line of JSON per row.",
         ("launch",), ("predict --run-dir runs/mine --input rows.csv --output out.jsonl",),
+    ),
+    "serve": Text(
+        "Answers over HTTP with the ensemble of a reported run or of an export: /v1/classify, OpenAI's /v1/completions"
+        " and /v1/chat/completions (the members' average, token by token), /metrics, and a page at /. The key that"
+        " clients have to show comes from --api-key-file or LORADROP_API_KEY; without one it listens at this machine"
+        " alone. SIGTERM ends it when what was accepted is answered. Limits are given as key=value (docs/serving.md):"
+        " waiting, gather_ms, body_bytes, body_seconds, seconds, rows, tokens, new_tokens, sequences.",
+        (), ("serve --run-dir runs/mine", "serve --run-dir runs/mine/export --port 9000"),
     ),
     "eval": Text(
         "Scores tasks of lm-evaluation-harness (pip install \"loradrop[eval]\"), by name or from a task file: the base,"

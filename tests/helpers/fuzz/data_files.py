@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
+import gzip
 import io
 import json
+import lzma
 from random import Random
 from typing import Any
 
@@ -20,6 +23,8 @@ def make(random: Random) -> Case:
     name, content = random.choice((_jsonl, _jsonl, _json, _table, _table, _parquet, _parquet))(random)
     if random.random() < 0.15:
         content = mutated(content, random)
+    if name != "rows.parquet" and random.random() < 0.1:
+        name, content = _packed(name, content, random)
     place = name
     items = [Item(name, "bytes", content)]
     match random.randrange(20):
@@ -40,6 +45,16 @@ def make(random: Random) -> Case:
             items = [Item(place, "bytes", content)]
     shown = json.dumps(place) if place.isprintable() is False and "\udcff" not in place else place
     return Case("data_files", ("--dry-run", "train", "--run-dir", "run", *SETTINGS, f"data.path={shown}"), tuple(items))
+
+
+def _packed(name: str, content: bytes, random: Random) -> tuple[str, bytes]:
+    """Compressed, half of them torn or under another name."""
+    end, packed = random.choice((
+        (".gz", gzip.compress(content, mtime=0)), (".bz2", bz2.compress(content)), (".xz", lzma.compress(content)),
+    ))
+    if random.random() < 0.3:
+        packed = mutated(packed, random)
+    return name + (end if random.random() < 0.8 else random.choice((".gz", ".bz2", ".xz", ".zst"))), packed
 
 
 def _damaged_row(random: Random, number: int) -> str:

@@ -1,0 +1,1 @@
+"""llama.cpp's files: an adapter, and the model that it is merged into."""

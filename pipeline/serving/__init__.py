@@ -1,0 +1,1 @@
+"""The ensemble of a run or an export behind HTTP: one process, one device, one thread that owns the model."""
