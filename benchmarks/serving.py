@@ -180,7 +180,7 @@ def measure(run: Path, clients: int, seconds: float, words: list[str]) -> int:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, help="a causal model's run, or the export in it (default: of a tiny one)")
+    parser.add_argument("--run-dir", type=Path, help="a causal model's run, or its export (default: of a tiny one)")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("words", nargs="*", metavar="key=value", help="of `loradrop serve`")
