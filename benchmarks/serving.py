@@ -52,7 +52,7 @@ class Seen:
 
 
 def tiny_run(folder: Path) -> Path:
-    """A tiny model that was trained, evaluated and reported: a minute."""
+    """The export of a tiny model with 8 draws, whatever validation chose: a minute."""
     model, rows = write_tiny_model(folder / "model"), write_tiny_data(folder / "rows.jsonl", 300)
     settings = [
         f"model.path={model}", f"data.path={rows}", "data.train_rows=64", "data.validation_rows=40",
@@ -61,16 +61,18 @@ def tiny_run(folder: Path) -> Path:
         "ensemble.size=8", "adapter.rank=4", "evaluate.bootstrap_samples=200", "model.compute_dtype=float32",
         "launch.processes=1",
     ]
-    for stage, words in (("train", settings), ("evaluate", []), ("report", [])):
+    draws = ["export.draws=8", "export.forms=[draws]"]
+    for stage, words in (("train", settings), ("evaluate", []), ("report", []), ("export", draws)):
         command = [sys.executable, "-m", "pipeline.cli", stage, "--run-dir", str(folder / "run"), *words]
         subprocess.run(command, check=True, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return folder / "run"
+    return RunPaths(folder / "run").export
 
 
 def questions(run: Path) -> list[tuple[str, dict[str, Any], Any]]:
     """(path, body, what must be answered; None: not known yet)."""
     ensemble = Ensemble.load(run)
-    test = load_splits(load_saved(RunPaths(run).config).data).test
+    paths = RunPaths(run if RunPaths(run).config.exists() else run.parent)
+    test = load_splits(load_saved(paths.config).data).test
     rows = [{"id": row.id, "prompt": row.prompt, "choices": list(row.choices)} for row in test[:ROWS]]
     known = [answer.probabilities for answer in ensemble.predict(rows) if isinstance(answer, Answer)]
     asked = {"max_tokens": WRITTEN, "temperature": 0, "logprobs": 0}
@@ -164,7 +166,7 @@ def measure(run: Path, clients: int, seconds: float, words: list[str]) -> int:
     assert accepted is not None, closing
     answered = sum(seen.statuses.values())
     lost = int(accepted.group(1)) - PROMPTS - answered + seen.statuses[503]
-    print(f"{clients} clients, {seconds:g} s\n")
+    print(f"{clients} clients, {seconds:g} s; {said.splitlines()[-1]}\n")
     print("| route | answers | per second | p50 | p99 | longest |\n|---|---|---|---|---|---|")
     for path, times in sorted(seen.seconds.items()):
         p50, p99 = np.percentile(times, [50, 99])
@@ -178,7 +180,7 @@ def measure(run: Path, clients: int, seconds: float, words: list[str]) -> int:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, help="a causal model's run that was reported (default: a tiny one)")
+    parser.add_argument("--run-dir", type=Path, help="a causal model's run, or its export (default: of a tiny one)")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("words", nargs="*", metavar="key=value", help="of `loradrop serve`")
