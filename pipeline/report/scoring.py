@@ -15,8 +15,8 @@ from pipeline.scores import temperature
 from pipeline.scores.bootstrap import Floats, Ints, Refitted, RowMean, Statistic, bootstrap, row_weights
 from pipeline.scores.calibration import CalibrationError, PluginCalibrationError
 from pipeline.scores.classification import ROW_SCORES, BinaryScore, row_nll
+from pipeline.scores.disagreement import rater_scores
 from pipeline.scores.ensemble import EnsembleCurve
-from pipeline.scores.raters import rater_scores
 from pipeline.scores.regression import Correlation, RootMeanSquare, row_squared_error
 from pipeline.scores.seeds import Runs
 

@@ -47,6 +47,9 @@ def written(folder: Path, task: str) -> list[str]:
         files = {f"{name}.jsonl": intents(name) for name in ("train", "validation", "test")}
         files["oos.jsonl"] = lines([{"text": f"odd {n}", "label": "oos"} for n in numbers])
         more = [f"evaluate.also.oos.path={folder}"]
+    elif task == "e2e":
+        text = "meaning_representation,human_reference\n" + "".join(f"name[{n}],The {n} is a pub.\n" for n in numbers)
+        files, more = {"train.csv": text, "test.csv": text.replace("name", "inn")}, []
     elif task == "arc-easy-letters":
         rows: list[dict[str, object]] = [
             {"question": f"Which {n}?", "choices": {"text": list("xyz"), "label": list("ABC")}, "answerKey": "B"}
@@ -66,7 +69,7 @@ def written(folder: Path, task: str) -> list[str]:
 
 
 def test_every_task_is_tried_here() -> None:
-    assert TASKS == ["arc-easy", "arc-easy-letters", "banking77", "clinc150", "openbookqa", "rte", "trec"]
+    assert TASKS == ["arc-easy", "arc-easy-letters", "banking77", "clinc150", "e2e", "openbookqa", "rte", "trec"]
     told = (RECIPES / "tasks" / "README.md").read_text(encoding="utf-8")
     assert all(f"`{task}`" in told for task in TASKS)
 

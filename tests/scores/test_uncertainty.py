@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 from pipeline.run_folder.labelled import rater_shares
 from pipeline.scores.bootstrap import bootstrap_interval, row_weights
 from pipeline.scores.calibration import PluginCalibrationError
-from pipeline.scores.raters import rater_scores, row_cross_entropy, row_divergence
+from pipeline.scores.disagreement import rater_scores, row_cross_entropy, row_divergence
 from pipeline.scores.uncertainty import Auroc, RiskCoverageArea, doubt_of_choice, risk_coverage
 
 
