@@ -104,7 +104,7 @@ def _unsure(signal: str, one: ScoredSystem, rows: LabelledSplit) -> Floats:
     """(Q, N): more is less sure."""
     if signal == "mutual_information":
         members = [rows.outputs[list(candidate)] for candidate in one.system.candidates]
-        return np.stack([mutual_information(outputs) for outputs in members])
+        return np.stack([mutual_information(outputs, one.system.weights) for outputs in members])
     scaled = one.predictions["test", AFTER]
     return entropy(scaled) if signal == "entropy" else -np.exp(scaled.max(axis=-1))
 
