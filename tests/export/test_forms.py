@@ -95,10 +95,12 @@ def tamper_with(copy: Path, fault: str) -> None:
         weights.unlink()
     elif fault == "zero effect":
         save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+        restamped(copy / "adapter")
         restamped(copy)
     elif fault == "wrong rank":
         cut = {name: value[:2] if "lora_A" in name else value[:, :2] for name, value in load_file(weights).items()}
         save_file({name: value.contiguous() for name, value in cut.items()}, weights)
+        restamped(copy / "adapter")
         restamped(copy)
     elif fault == "wrong base":
         manifest = read_json(copy / MANIFEST)

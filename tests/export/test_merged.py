@@ -133,7 +133,7 @@ def test_members_of_a_form_have_the_weights_of_the_ensemble() -> None:
         "temperature": {"value": 2.0},
     }
     result = {
-        "ensemble": {"chosen": "masks_2", "chosen_size": 2},
+        "ensemble": {"chosen": "masks_2", "members": [2, None]},
         "systems": [{"key": "masks_2", "test": {"before": {"nll": {"value": 0.5}}}}],
     }
     alone = {"average": "logit", "temperature": None}

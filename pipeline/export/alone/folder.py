@@ -74,7 +74,7 @@ class Form:
         draws = [of_folder[name] for name in ensemble["members"]]
         members = [own.get(draw, name) for draw, name in zip(draws, ensemble["members"], strict=True)]
         known = result.get("ensemble") or {}
-        key = known["chosen"] if known.get("chosen_size") == len(draws) else f"masks_{len(draws)}"
+        key = known["chosen"] if known.get("members") == draws else f"masks_{len(draws)}"
         return cls(members, draws, list(ensemble["weights"]), ensemble, reported_scores(result, key))
 
 
