@@ -98,7 +98,7 @@ def test_training_and_evaluation_may_have_other_sources(monkeypatch: pytest.Monk
     assert [len(splits.validation), len(splits.calibration), len(splits.test)] == [4, 3, 5]
     row = next(row for row in splits.test if row.prompt.startswith("Q 7?"))
     assert row.prompt == "Q 7?\nA. w\nD. z\nAnswer:" and row.choices[row.label or 0] == " D"
-    with pytest.raises(ValueError, match="must name validation, calibration and test"):
+    with pytest.raises(ConfigError, match="must name validation, calibration and test"):
         EvaluationDataConfig(path="b/mmlu", splits={"test": "test"})
 
 
@@ -130,7 +130,7 @@ def test_epochs_become_steps_of_the_rows_that_are_left_to_train_on(tmp_path: Pat
 
 
 def test_epochs_and_steps_contradict_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="keep one of them"):
+    with pytest.raises(ConfigError, match="keep one of them"):
         TrainConfig(epochs=2.0, max_steps=10)
     path = write_jsonl(tmp_path / "rows.jsonl", [choice(i) for i in range(50)])
     sizes = {"train": "null", "validation": 4, "calibration": 4, "test": 4}

@@ -374,9 +374,9 @@ def test_a_site_that_means_nothing_is_refused(values: dict[str, object], part: s
 def test_two_sites_on_the_same_layers_are_refused_and_divided_layers_are_not() -> None:
     first, second = (Site(position="ffn_hidden", rate=0.1, layers=layers) for layers in ((0.0, 0.5), (0.5, 1.0)))
     assert Method(sites=(first, second)).sites == (first, second)
-    with pytest.raises(ValueError, match="ffn_hidden has two sites"):
+    with pytest.raises(ConfigError, match="ffn_hidden has two sites"):
         Method(sites=(first, Site(position="ffn_hidden", rate=0.2)))
-    with pytest.raises(ValueError, match="ffn_hidden has two sites"):
+    with pytest.raises(ConfigError, match="ffn_hidden has two sites"):
         AdapterConfig(method="hiddenkey_minus+hiddencut")
 
 
