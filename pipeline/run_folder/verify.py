@@ -220,11 +220,11 @@ def _predictions(paths: RunPaths, origin: Origin | None, config: RunConfig | Non
         except RunFolderError as error:
             yield Finding(name, "damaged", str(error))
             continue
-        own = origin
+        expected = origin
         if origin is not None and path.stem.startswith(ALSO):  # rows of its own
-            own = Origin(origin.config_sha256, str(found.made_from.get("data_sha256")))
-        result = _with_origin(Finding(name, "whole", f"{found.members} members"), found.made_from, own)
-        if result.state == "whole" and own and found.made_from != predictions_from(own, members):
+            expected = Origin(origin.config_sha256, str(found.made_from.get("data_sha256")))
+        result = _with_origin(Finding(name, "whole", f"{found.members} members"), found.made_from, expected)
+        if result.state == "whole" and expected and found.made_from != predictions_from(own, members):
             result = Finding(name, "foreign", "was made by other members than members.json names")
         yield result
     if texts_path(paths.predictions, "test").exists():
