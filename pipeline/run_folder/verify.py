@@ -224,7 +224,7 @@ def _predictions(paths: RunPaths, origin: Origin | None, config: RunConfig | Non
         if origin is not None and path.stem.startswith(ALSO):  # rows of its own
             expected = Origin(origin.config_sha256, str(found.made_from.get("data_sha256")))
         result = _with_origin(Finding(name, "whole", f"{found.members} members"), found.made_from, expected)
-        if result.state == "whole" and expected and found.made_from != predictions_from(own, members):
+        if result.state == "whole" and expected and found.made_from != predictions_from(expected, members):
             result = Finding(name, "foreign", "was made by other members than members.json names")
         yield result
     if texts_path(paths.predictions, "test").exists():
