@@ -175,7 +175,7 @@ def test_run_folders(tmp_path: Path) -> None:
         with pytest.raises(UserError) as found:
             read()
         assert said in str(found.value)
-    assert "Rows with choices, or a score, can be predicted." in str(free_text(tmp_path))
+    assert "Rows with choices, or a score, can be predicted; `loradrop serve` writes texts." in str(free_text(tmp_path))
 
 
 def test_files_of_predict(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_hub_and_embedded_names_are_not_opened() -> None:
     for name in ("squad", "nyu-mll/glue:rte", "stanfordnlp/imdb-v1.1", "embedded:movie-reviews"):
         assert not is_local(name)
         check_data(DataConfig(path=name))
-    assert "is not embedded. There is embedded:movie-reviews." in refusal("embedded:movies")
+    assert "is not embedded. There are embedded:movie-reviews, embedded:amazon-reviews, " in refusal("embedded:movies")
 
 
 def test_the_first_faults_of_each_kind_are_shown_with_their_lines(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.adapters.members import Member
 from pipeline.config import RunConfig, load_config
 from pipeline.config.load import with_values
 from pipeline.data.rows import Row
-from pipeline.data.splits import Splits, load_splits
+from pipeline.data.splits import load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import ADAPTER_WEIGHTS, sha256_file
 from pipeline.prediction import rounds
@@ -141,7 +141,7 @@ def test_a_trained_run_is_evaluated_again_under_another_ensemble_size(
 
 def test_of_more_members_those_that_are_asked_for_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin, rows = Origin("config", "rows"), [Row(str(n), "text", ("a", "b"), n % 2) for n in range(4)]
-    splits, config = Splits([], rows, rows, rows, "rows"), RunConfig()
+    splits, config = dict.fromkeys(("validation", "calibration", "test"), rows), RunConfig()
     described = [
         PredictedMember("base", "base"), PredictedMember("mean-field", "mean_field", "adapter", "f00d"),
         *(PredictedMember(f"draw {d}", "mask_draw", "adapter", "f00d", d, {"seed": 0}) for d in range(8)),
@@ -160,7 +160,7 @@ def test_of_more_members_those_that_are_asked_for_are_kept(tmp_path: Path, monke
     )
 
     def kept(*lineups: rounds.Lineup) -> dict[str, Predictions]:
-        return evaluate._kept(paths, list(lineups), splits, config, origin)[1]
+        return evaluate._kept(paths, list(lineups), splits, config, origin, {})[1]
 
     write_members(paths.predictions, every.described)
     write_predictions(paths.predictions, "validation", made)
@@ -175,7 +175,7 @@ def test_of_more_members_those_that_are_asked_for_are_kept(tmp_path: Path, monke
     assert not kept(rounds.Lineup([], [*described[:2], other], {})), "masks of another seed"
 
     monkeypatch.setattr(evaluate, "draws_stop", lambda lineups, made, *rest: made == 2)  # draws that stop are found
-    found, there = evaluate._kept(paths, [lineup(2), lineup(4), every], splits, config, origin)
+    found, there = evaluate._kept(paths, [lineup(2), lineup(4), every], splits, config, origin, {})
     assert [len(one.draws) for one in found] == [4] and there["test"].members == 7
     write_members(paths.predictions, described[:-1])
     assert not kept(lineup(4)), "members.json is not of these predictions"
