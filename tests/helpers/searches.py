@@ -18,7 +18,7 @@ from helpers import ROOT
 from helpers.tune_stub import write_data
 from tune.ledger import Ledger
 
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = 400
 
 SPACE = """
 adapter.rate: {uniform: [0.1, 0.6]}

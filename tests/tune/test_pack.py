@@ -105,7 +105,10 @@ def test_a_driver_that_is_killed_repeats_no_finished_trial_and_no_step_before_a_
     assert not {name for name, *_ in starts(tmp_path)[begun:]} & finished.keys(), "a finished trial ran again"
     for steps in steps_of(tmp_path).values():
         assert sorted(set(steps)) == [*range(1, 9)] and len(steps) <= 8 + 2, "more was lost than since a checkpoint"
-    assert [[r["step"] for r in trial["reports"]] for trial in result_of(tmp_path)["trials"]] == [[2, 4, 6, 8]] * 4
+    for trial in result_of(tmp_path)["trials"]:  # a report that was on its way to the ledger dies with the driver
+        reported = [r["step"] for r in trial["reports"]]
+        assert reported == sorted({*reported}) and reported[-1] == 8 and {*reported} <= {2, 4, 6, 8}
+        assert len(reported) >= 3, "more than the one report that was on its way is missing"
 
 
 def test_a_trial_that_is_killed_fails_alone_and_the_same_command_ends_it(tmp_path: Path) -> None:
