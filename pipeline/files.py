@@ -197,7 +197,7 @@ def publish_folder(target: Path, fill: Callable[[Path], None], needed: int = 0) 
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             fill(aside)
-            _write_manifest(aside)
+            write_manifest(aside)
             os.chmod(aside, 0o755)
             old = None
             if target.exists():
@@ -260,7 +260,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
+    """Sizes and hashes of all files of a folder, on disk before they are recorded, into its manifest."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):

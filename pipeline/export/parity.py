@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,13 @@ def our_logits(loaded: Loaded, prompts: Sequence[list[int]], members: Sequence[M
     return np.stack(found, 1)
 
 
+def our_log_probs(loaded: Loaded, prompts: Sequence[list[int]], members: Sequence[Member]) -> NDArray[Any]:
+    """(M, N, V) log-probabilities of the token behind each prompt, in float64."""
+    logits = torch.from_numpy(our_logits(loaded, prompts, members))
+    found: NDArray[Any] = torch.log_softmax(logits.double(), -1).numpy()
+    return found
+
+
 def stock_logits(
     identity: BaseIdentity, prompts: Sequence[list[int]], device: str, folders: Sequence[Path], trusted: bool
 ) -> dict[str, NDArray[Any]]:
@@ -102,29 +109,45 @@ def stock_logits(
     Raises:
         ParityError: they cannot load the base, or an adapter.
     """
+    names = ", ".join(Path(folder).name for folder in folders) or Path(identity.resolved).name
+    return in_clean_process(Path(__file__).with_name("stock_peft.py"), {
+        "base": identity.resolved,
+        "quantization": identity.quantization,
+        "compute_dtype": identity.compute_dtype,
+        "double_quantization": identity.double_quantization,
+        "device": device,
+        "trust_remote_code": trusted,
+        "classes": identity.classes,
+        "unquantized": identity.unquantized,
+        "adapters": [str(folder) for folder in folders],
+        "input_ids": list(prompts),
+    }, f"{names} cannot be loaded by stock transformers and PEFT")
+
+
+def in_clean_process(
+    script: Path, job: Mapping[str, Any], failure: str, python: str = sys.executable
+) -> dict[str, NDArray[Any]]:
+    """The arrays that a stock tool writes for a job, in a process of its own that imports nothing of ours.
+
+    Args:
+        script: takes the name of a JSON file: the job, and under `out` where the arrays belong.
+        failure: beginning of the error, before what the process has said.
+        python: that has the tool.
+
+    Raises:
+        ParityError: the process fails, or cannot be started.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the other process needs the room
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "logits.npz"
-        job: dict[str, Any] = {
-            "base": identity.resolved,
-            "quantization": identity.quantization,
-            "compute_dtype": identity.compute_dtype,
-            "double_quantization": identity.double_quantization,
-            "device": device,
-            "trust_remote_code": trusted,
-            "classes": identity.classes,
-            "unquantized": identity.unquantized,
-            "adapters": [str(folder) for folder in folders],
-            "input_ids": list(prompts),
-            "out": str(out),
-        }
-        (Path(scratch) / "job.json").write_text(json.dumps(job))
-        script = Path(__file__).with_name("stock_peft.py")
-        command = [sys.executable, "-I", str(script), str(Path(scratch) / "job.json")]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the other process needs the room
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            names = ", ".join(Path(folder).name for folder in folders) or Path(identity.resolved).name
-            raise ParityError(f"{names} cannot be loaded by stock transformers and PEFT:\n{done.stderr[-2000:]}")
+        given, out = Path(scratch) / "job.json", Path(scratch) / "out.npz"
+        given.write_text(json.dumps({**job, "out": str(out)}))
+        command = [python, "-I", str(script), str(given)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise ParityError(f"{python} cannot be started: {error}") from error
+        if done.returncode or not out.exists():
+            raise ParityError(f"{failure}:\n{done.stderr[-2000:]}")
         with np.load(out, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("base", "adapters")}
+            return dict(arrays)

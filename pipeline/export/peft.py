@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.members import Member
-from pipeline.adapters.peft_format import masked_matrices, write_adapter
+from pipeline.adapters.peft_format import StoredAdapter, in_inverse_convention, masked_matrices, write_adapter
 from pipeline.config import ExportConfig
 from pipeline.config.method import WEIGHT_POSITIONS
 from pipeline.ensemble.readout import chosen_members
@@ -54,18 +54,35 @@ def plan_draws(order: Order) -> list[Exported]:
 
 
 def write_peft(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> None:
-    """One PEFT folder per export; a draw's masks are folded into its matrices."""
-    adapters, stored = loaded.adapters, loaded.plain
-    masks = adapters.plan([e.member for e in exported], 1, loaded.task.passes.key).masks
-    without_sites = replace(stored.spec, sites=())
-    for m, export in enumerate(exported):
-        target = folder / export.folder
+    """One PEFT folder per export."""
+    for target, stored in loras(loaded, folder, exported):
+        write_lora(loaded, target, stored)
+
+
+def loras(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> Iterator[tuple[Path, StoredAdapter]]:
+    """The folder of each export, made, and the LoRA that its member is; a draw's masks are folded into its matrices."""
+    plain, adapters = mean_field(loaded), loaded.adapters
+    masks = adapters.plan([one.member for one in exported], 1, loaded.task.passes.key).masks
+    for m, one in enumerate(exported):
+        target = folder / one.folder
         target.mkdir(parents=True)
-        is_draw = export.member.draw is not None
-        matrices = masked_matrices(stored.matrices, masks, m) if is_draw else stored.matrices
-        spec = without_sites if is_draw else stored.spec
-        base = str(loaded.content["name"])
-        write_adapter(target, matrices, spec, adapters.layer_count, base, adapters.suffixes, stored.head)
+        if one.member.draw is None:
+            yield target, plain
+        else:
+            own, spec = loaded.plain, replace(loaded.plain.spec, sites=())
+            yield target, replace(own, matrices=masked_matrices(own.matrices, masks, m), spec=spec)
+
+
+def write_lora(loaded: Loaded, target: Path, stored: StoredAdapter) -> None:
+    """A PEFT folder of an adapter of the run's base."""
+    adapters, base = loaded.adapters, str(loaded.content["name"])
+    write_adapter(target, stored.matrices, stored.spec, adapters.layer_count, base, adapters.suffixes, stored.head)
+
+
+def mean_field(loaded: Loaded) -> StoredAdapter:
+    """The adapter without masks, its scaling the one that tools without masks apply (`in_inverse_convention`)."""
+    plain = loaded.plain
+    return replace(plain, spec=in_inverse_convention(plain.spec, list(plain.matrices), loaded.adapters.layer_count))
 
 
 def ensemble_entry(

@@ -16,7 +16,7 @@ from pipeline.data.rows import Row
 from pipeline.export.order import Loaded, Served
 from pipeline.prediction.task import open_task
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
-from pipeline.run_folder.readout import ACTS_ON
+from pipeline.run_folder.readout import fitted_temperature
 from pipeline.scores import temperature
 from pipeline.scores.bootstrap import Floats
 from pipeline.scores.calibration import ece
@@ -54,16 +54,8 @@ def served_by(loaded: Loaded, folder: Path) -> Served:
     if test.kind != "choice":
         reason = f"{test.kind} rows have no choices to scale over"
         return Served({"average": space, "temperature": None, "reason": reason}, {"before": before}, outputs)
-    own = calibration.outputs[0]
-    value = temperature.fit_temperature(own, calibration.labels, calibration.units)
-    low, high = temperature.posterior_interval(own, calibration.labels, value, calibration.units)
-    scaled = scores_of(test, temperature.apply_temperature(test.outputs[0], value), bins)
-    fitted = {
-        "value": value, "low": low, "high": high, "acts_on": ACTS_ON, "calibration_rows": calibration.rows,
-        "calibration_units": calibration.unit_count,
-        "carried": temperature.is_carried(own, calibration.labels, value, calibration.units),
-        "at_bound": temperature.at_bound(value),
-    }  # fmt: skip
+    fitted = fitted_temperature(calibration, calibration.outputs[0])
+    scaled = scores_of(test, temperature.apply_temperature(test.outputs[0], fitted["value"]), bins)
     return Served({"average": space, "temperature": fitted}, {"before": before, "after": scaled}, outputs)
 
 

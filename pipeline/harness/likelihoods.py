@@ -14,7 +14,7 @@ from pipeline.adapters.members import Member, replicate_rows
 from pipeline.data.collate import collate
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.sampler import length_sorted_chunks
-from pipeline.model.head import at, head_of, hidden_states
+from pipeline.model.head import at, evaluating, head_of, hidden_states
 from pipeline.prediction.causal import replicated
 from pipeline.prediction.passes import PassSettings, predict_completions
 from pipeline.prediction.task import CausalLMTask
@@ -63,23 +63,18 @@ class Likelihoods:
 
     def _decode(self, pairs: Sequence[Pair], settings: PassSettings) -> None:
         model, count = self.adapters.model, len(self.members)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                masks = self.adapters.plan(self.members, 1, settings.key)
-                lengths = [len(context) + len(text) for context, text in pairs]
-                for chunk in length_sorted_chunks(lengths, settings.budget_tokens, count):
-                    batch = collate([encoded(pairs[i]) for i in chunk], settings.pad_id)
-                    plan, tensors = replicated(self.adapters, masks, batch)
-                    with self.adapters.axis.active(plan):
-                        names = ("input_ids", "attention_mask", "position_ids")
-                        hidden = hidden_states(model, *(tensors[name] for name in names))
-                    states = hidden.view(count, len(chunk), *hidden.shape[1:])
-                    for row, i in enumerate(chunk):
-                        self.greedy[pairs[i]] = self._chosen(states[:, row], pairs[i][1])
-        finally:
-            model.train(was_training)
+        with torch.no_grad(), evaluating(model):
+            masks = self.adapters.plan(self.members, 1, settings.key)
+            lengths = [len(context) + len(text) for context, text in pairs]
+            for chunk in length_sorted_chunks(lengths, settings.budget_tokens, count):
+                batch = collate([encoded(pairs[i]) for i in chunk], settings.pad_id)
+                plan, tensors = replicated(self.adapters, masks, batch)
+                with self.adapters.axis.active(plan):
+                    names = ("input_ids", "attention_mask", "position_ids")
+                    hidden = hidden_states(model, *(tensors[name] for name in names))
+                states = hidden.view(count, len(chunk), *hidden.shape[1:])
+                for row, i in enumerate(chunk):
+                    self.greedy[pairs[i]] = self._chosen(states[:, row], pairs[i][1])
 
     def _chosen(self, states: Tensor, text: Sequence[int]) -> dict[str, bool]:
         """Of one row, from the states (M, T, D) of its tokens, which end with `text`."""

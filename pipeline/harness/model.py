@@ -15,6 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pipeline.harness.likelihoods import Likelihoods, Pair
 from pipeline.harness.texts import written
+from pipeline.model.head import positions_of
 
 LONGEST = 2048
 """Tokens, where a model does not say how many positions it has; as in the harness."""
@@ -30,8 +31,7 @@ class MembersLM(TemplateLM):
         super().__init__()
         self._likelihoods, self._system, self._greedy = likelihoods, system, greedy
         self.tokenizer: Any = likelihoods.task.base.tokenizer
-        config = likelihoods.task.base.model.config.get_text_config()
-        self.max_length = int(getattr(config, "max_position_embeddings", None) or LONGEST)
+        self.max_length = positions_of(likelihoods.task.base.model) or LONGEST
 
     @property
     def eot_token_id(self) -> int:

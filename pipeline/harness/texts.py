@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pipeline.data.encode import IGNORE_INDEX, Encoded
 from pipeline.data.sampler import length_sorted_chunks
 from pipeline.harness.likelihoods import Likelihoods
-from pipeline.prediction.decode import Decoder, evaluating
+from pipeline.model.head import evaluating
+from pipeline.prediction.decode import Decoder
 from pipeline.prediction.generation import end_tokens
 from pipeline.prediction.search import SearchSettings, search
 

@@ -18,6 +18,25 @@ HEAD_ROWS = 256
 """Hidden states turned into logits at a time (memory: rows × vocabulary)."""
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode within the block; a model that is in it already costs nothing."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Tokens of the longest text that a causal model has positions for; None where its configuration does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack below the output head."""
     return getattr(model, model.base_model_prefix)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from pipeline.model.head import at, hidden_states, states_at
+from pipeline.model.head import at, evaluating, hidden_states, states_at
 
 Part = tuple[Tensor, Tensor, Tensor]
 """Keys and values (rows, G, T, D) of an earlier pass, and which of its rows each row of this pass continues."""
@@ -78,16 +78,12 @@ def may_share(model: nn.Module) -> bool:
         places = torch.tensor([[6, 7], [4, 5]], device=device)
         return last, states_at(model, own, seen, places, end, continued(following, rows, keep=False))
 
-    was_training = model.training
-    model.eval()  # checkpointing in training does without a cache
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):  # checkpointing in training does without a cache
             whole = hidden_states(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).float()
             last, end = (found.float() for found in shared())
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False  # code of its own, to which a cache is something else
-    finally:
-        model.train(was_training)
     wanted = at(whole, torch.tensor([[5, 7], [6, 7]], device=device))
     closeness = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
     return torch.allclose(torch.cat([last, end], dim=1), wanted, rtol=0.0, atol=closeness * float(whole.abs().max()))

@@ -13,20 +13,19 @@ its draw, and are the same for every row and every token. Each member keeps its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from pipeline.adapters.attach import Adapters, with_row_keys
 from pipeline.adapters.members import MaskKey, Member, MemberPlan, replicate_rows
 from pipeline.data.collate import collate, example_keys
 from pipeline.data.encode import Encoded
-from pipeline.model.head import HEAD_ROWS, head_of, hidden_states, states_at
+from pipeline.model.head import HEAD_ROWS, evaluating, head_of, hidden_states, states_at
 from pipeline.prediction.passes import masks_tokens
 
 TokenSpace = Literal["probability", "logit"]
@@ -151,16 +150,3 @@ def averaged(
             total = part if total is None else total + part
     assert total is not None, "there is a member at least"
     return total if space == "probability" else torch.log_softmax(total, dim=-1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode within the block; a model that is in it already costs nothing."""
-    if not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()

@@ -18,8 +18,9 @@ from pipeline.data.sampler import length_sorted_chunks
 from pipeline.distributed import zero
 from pipeline.distributed.world import World, agree, gather_objects
 from pipeline.errors import ConfigError, Stopped
+from pipeline.model.head import evaluating, positions_of
 from pipeline.prediction.causal import KEY_COST
-from pipeline.prediction.decode import Decoder, TokenSpace, evaluating
+from pipeline.prediction.decode import Decoder, TokenSpace
 from pipeline.prediction.search import SearchSettings, search
 from pipeline.prediction.task import OnChunk, Task
 from pipeline.run_folder.generated import Text
@@ -130,7 +131,7 @@ def _costs(prompts: Sequence[Encoded], settings: GenerateConfig) -> list[int]:
 
 def _require_room(model: nn.Module, prompts: Sequence[Encoded], settings: GenerateConfig) -> None:
     """Raises `ConfigError` where a prompt and the longest text exceed the positions of the model."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    positions = positions_of(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     if positions is not None and longest + settings.max_tokens > positions:
         room = positions - longest

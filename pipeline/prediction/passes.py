@@ -18,6 +18,7 @@ from pipeline.data.sampler import length_sorted_chunks
 from pipeline.distributed import zero
 from pipeline.distributed.world import largest
 from pipeline.model.classifier import head_outputs
+from pipeline.model.head import evaluating
 from pipeline.prediction.causal import KEY_COST, Answered, PaddedPass, SharingPass, replicated
 from pipeline.prediction.pace import Pace
 from pipeline.prediction.sequences import Scored, common_beginning, plan_sequences
@@ -152,21 +153,16 @@ def _passes(
         prepare: the plan of the members for one row each -> a chunk's pass; called with gradients off and evaluation
             mode on.
     """
-    was_training = adapters.model.training
-    adapters.model.eval()
-    try:
-        with torch.no_grad():
-            run = prepare(adapters.plan(members, 1, settings.key))
-            done = 0
-            for chunk, counts in _chunks(adapters.model, costs, len(members), settings):
-                found = run(chunk)
-                if counts:
-                    yield chunk, found
-                    done += len(chunk)
-                if settings.on_chunk is not None:
-                    settings.on_chunk(done, len(costs))
-    finally:
-        adapters.model.train(was_training)
+    with evaluating(adapters.model), torch.no_grad():
+        run = prepare(adapters.plan(members, 1, settings.key))
+        done = 0
+        for chunk, counts in _chunks(adapters.model, costs, len(members), settings):
+            found = run(chunk)
+            if counts:
+                yield chunk, found
+                done += len(chunk)
+            if settings.on_chunk is not None:
+                settings.on_chunk(done, len(costs))
 
 
 def _chunks(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.report.also.scores import also_entries
 from pipeline.report.choices import ensemble_entry
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import chance, remarks
@@ -85,6 +86,7 @@ def score_entries(
             {**_system_entry(inputs, one, resamples), "uncertainty": unsure[one.system.key]} for one in scored
         ],
         "comparisons": [*_comparisons(scored, test, "test"), *_comparisons(singles, validation, "validation")],
+        **({"also": also_entries(inputs, scored, test)} if inputs.also else {}),
     }
 
 

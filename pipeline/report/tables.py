@@ -277,6 +277,14 @@ def _score_cell(score: str, entry: Mapping[str, float]) -> Cell:
     return number_text(entry["value"], digits), f"{low} – {high}{runs}"
 
 
+def interval_cell(entry: Mapping[str, float] | None, signed: bool = False) -> Cell:
+    """A value with its interval below; a dash where there is none."""
+    if entry is None:
+        return "–", ""
+    low, value, high = (number_text(entry[end], signed=signed) for end in ("low", "value", "high"))
+    return value, f"{low} … {high}" if signed else f"{low} – {high}"
+
+
 def _difference_cell(entry: Mapping[str, Any]) -> Cell:
     low, high = (number_text(entry[end], signed=True) for end in ("low", "high"))
     few = "\nfew seeds" if entry["excludes_zero"] and not entry["claims"] else ""

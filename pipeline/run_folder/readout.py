@@ -52,10 +52,11 @@ def exported_readout(
         said = ", ".join("the mean-field adapter" if draw is None else f"draw {draw}" for draw in missing)
         return {**known, "temperature": None, "reason": f"not predicted: {said}. Evaluate again."}
     averaged = average(split.outputs[[places[draw] for draw in draws]], space, weights)
-    return {**known, "temperature": _fitted(split, averaged)}
+    return {**known, "temperature": fitted_temperature(split, averaged)}
 
 
-def _fitted(split: LabelledSplit, averaged: Floats) -> dict[str, Any]:
+def fitted_temperature(split: LabelledSplit, averaged: Floats) -> dict[str, Any]:
+    """The temperature of an average (N, C) by calibration rows, with its interval and how far it can be trusted."""
     value = temperature.fit_temperature(averaged, split.labels, split.units)
     low, high = temperature.posterior_interval(averaged, split.labels, value, split.units)
     return {

@@ -15,7 +15,9 @@ from jinja2 import TemplateError
 from pipeline.data.tokens import prompt_ids
 from pipeline.ensemble.ensemble import Answer, Ensemble, as_dict
 from pipeline.errors import UserError
+from pipeline.model.head import positions_of
 from pipeline.prediction.decode import Decoder, TokenSpace
+from pipeline.prediction.generation import end_tokens
 from pipeline.prediction.task import CausalLMTask, Task
 from pipeline.scores.abstention import Threshold
 from pipeline.serving.decoding import SharedDecode
@@ -168,7 +170,7 @@ class Service:
         most = self._new_tokens(body, max(map(len, prompts)))
         self._require_tokens(sum(len(prompt) + most for prompt in prompts), field)
         channel, tokenizer = Channel(asyncio.get_running_loop()), self.ensemble.task.base.tokenizer
-        ends, jobs = self._end_ids(), []
+        ends, jobs = end_tokens(self._tokenizer, self.ensemble.task.base.model), []
         for place, prompt in enumerate(prompts):
             sampling = body.sampling  # of several prompts each has a seed of its own
             if sampling.seed is not None:
@@ -207,8 +209,7 @@ class Service:
 
     def _new_tokens(self, body: WritingBody, prompt: int) -> int:
         """Tokens that the answer may have behind a prompt of so many."""
-        config: Any = self.ensemble.task.base.model.config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+        positions = positions_of(self.ensemble.task.base.model) or 2**31
         room = positions - prompt
         asked = body.longest or max(1, min(room, self.limits.new_tokens))
         if asked > self.limits.new_tokens:
@@ -218,12 +219,6 @@ class Service:
             what = f"a prompt of {prompt} tokens and max_tokens = {asked} are more than the {positions} of the model"
             raise Refused(400, what, "max_tokens", "context_length_exceeded")
         return asked
-
-    def _end_ids(self) -> frozenset[int]:
-        generation = getattr(self.ensemble.task.base.model, "generation_config", None)
-        given = getattr(generation, "eos_token_id", None)
-        ids = given if isinstance(given, list) else [given]
-        return frozenset(one for one in [*ids, self._tokenizer.eos_token_id] if isinstance(one, int))
 
     def _require_tokens(self, tokens: int, field: str) -> None:
         if tokens > self.limits.tokens:

@@ -6,7 +6,7 @@ the LoRA that it is then: one rank, padded with zeros to one that serving engine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,44 +71,56 @@ def export_run(run_dir: Path, trusted: bool = False) -> None:
         return exported_readout(paths, splits.calibration, space, draws, stored.sha256, rule, weights)
 
     def fill(folder: Path) -> None:
-        if stored.spec.kind != order.plain.spec.kind:
-            rank = order.plain.spec.rank
-            say(f"AdaLoRA of rank {shown_rank(stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
-        members = [
-            one for name, ones in planned.items() if target_of(name).use and not target_of(name).merged for one in ones
-        ]
-        for name, exported in planned.items():
-            target_of(name).write(loaded, folder, exported)
-        measured = verified(loaded, folder, planned)
-        alone, ensemble = readout([None]), ensemble_entry(members, readout, config.export, result)
-        forms = {
-            name: stand_alone(
-                loaded, folder, target_of(name), exported, Form.of(exported, measured, alone, ensemble, result)
-            )
-            for name, exported in planned.items()
-        }
         write_json(folder / MANIFEST, {
             "origin": origin.as_dict(),
-            "base": base_entry(loaded),
-            "reading": reading_entry(config, RowForm.of_run(config, splits)),
-            "adapter_sha256": stored.sha256,
             "result_sha256": sha256_file(paths.result) if result else None,
-            "settings_sha256": config.export_sha256(),
-            "adapter": {
-                "kind": stored.spec.kind, "rank": shown_rank(stored.spec), "exported_rank": order.plain.spec.rank,
-                **alone,
-            },
-            "exports": [plain_entry(one, result) for one in measured],
-            "forms": forms,
-            "ensemble": ensemble,
-            "tolerance": TOLERANCE,
-            "compared_in": loaded.task.base.identity.compute_dtype,
-            "note": "scores and temperatures hold for the base named here, quantized as stated",
+            **write_forms(folder, loaded, planned, readout),
         })
 
     publish_folder(paths.export, fill)
     leave_world()
     say(f"{count} folders exported, each loaded by its own tool and within {TOLERANCE:.0%} of what was evaluated")
+
+
+def write_forms(
+    folder: Path, loaded: Loaded, planned: Mapping[str, Sequence[Exported]],
+    readout: Callable[[Sequence[int | None], Sequence[float] | None], dict[str, Any]],
+) -> dict[str, Any]:
+    """Write what is planned, have each form proven by its own tool, and make it stand alone: entries of the manifest.
+
+    Args:
+        planned: form -> its folders.
+        readout: draws and their weights -> how they are read out together (`run_folder.readout: exported_readout`).
+
+    Raises:
+        ParityError: a stock tool computes something else than we do, or an export equals the base.
+    """
+    config, result, kind, rank = loaded.config, loaded.result, loaded.stored.spec.kind, loaded.plain.spec.rank
+    if kind != loaded.plain.spec.kind:
+        say(f"AdaLoRA of rank {shown_rank(loaded.stored.spec)} (asked for/kept) becomes a LoRA of rank {rank}")
+    targets = {name: target_of(name) for name in planned}
+    for name, exported in planned.items():
+        targets[name].write(loaded, folder, exported)
+    measured = verified(loaded, folder, planned)
+    members = [one for name, ones in planned.items() if targets[name].use and not targets[name].merged for one in ones]
+    alone, ensemble = readout([None], None), ensemble_entry(members, readout, config.export, result)
+    forms = {
+        name: stand_alone(loaded, folder, targets[name], ones, Form.of(ones, measured, alone, ensemble, result))
+        for name, ones in planned.items()
+    }
+    return {
+        "base": base_entry(loaded),
+        "reading": reading_entry(config, RowForm.of_run(config, loaded.splits)),
+        "adapter_sha256": loaded.stored.sha256,
+        "settings_sha256": config.export_sha256(),
+        "adapter": {"kind": kind, "rank": shown_rank(loaded.stored.spec), "exported_rank": rank, **alone},
+        "exports": [plain_entry(one, result) for one in measured],
+        "forms": forms,
+        "ensemble": ensemble,
+        "tolerance": TOLERANCE,
+        "compared_in": loaded.task.base.identity.compute_dtype,
+        "note": "scores and temperatures hold for the base named here, quantized as stated",
+    }
 
 
 def load(order: Order) -> Loaded:
@@ -128,7 +140,7 @@ def base_entry(loaded: Loaded) -> dict[str, Any]:
     return {**identity, **loaded.content, "revision": loaded.content["commit"] or identity["revision"]}
 
 
-def plain_entry(measured: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def plain_entry(measured: dict[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of the manifest; of another base than the evaluated one, its scores beside those that were reported."""
     served: Served | None = measured.get("served")
     if served is None:

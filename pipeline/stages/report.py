@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import MANIFEST, read_json, sha256_file, write_json, write_text
-from pipeline.report.also.scores import also_entries
 from pipeline.report.also.tables import format_also
 from pipeline.report.comparison import build_comparison, format_comparison
 from pipeline.report.generated import format_texts, texts_entry
@@ -34,8 +33,6 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         result, scored = build_result(inputs)
     else:
         result, scored = build_comparison(inputs, inputs.trainings)
-    if also := also_entries(inputs, scored):
-        result["also"] = also
     if inputs.texts is not None:
         names = {system["key"]: system["name"] for system in result["systems"]}
         result["texts"] = texts_entry(inputs.texts, inputs.config, names)
@@ -47,15 +44,20 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def print_report(run_dir: Path) -> None:
-    """The table on the terminal of a run's or comparison's result.json, and where its page lies."""
-    paths = RunPaths(run_dir)
+def print_result(paths: RunPaths) -> None:
+    """The tables of result.json."""
     result = read_json(paths.result)
     print(format_comparison(result) if paths.comparison.exists() else format_table(result))
     if "also" in result:
         print(format_also(result))
     if "texts" in result:
         print(format_texts(result["texts"]))
+
+
+def print_report(run_dir: Path) -> None:
+    """The table on the terminal of a run's or comparison's result.json, and where its page lies."""
+    paths = RunPaths(run_dir)
+    print_result(paths)
     print(f"\n  report   {one_line(os.path.relpath(paths.report))}")
     manifest = paths.export / MANIFEST
     if manifest.exists() and read_json(manifest).get("result_sha256") != sha256_file(paths.result):

@@ -116,13 +116,9 @@ def say_trained(run_dir: Path) -> None:
 
 def print_outcome(folders: Folders, seconds: float) -> None:
     """The short table and the three paths that matter."""
-    from pipeline.report.also.tables import format_also
-    from pipeline.report.tables import format_table
+    from pipeline.stages.report import print_result
 
-    result = read_json(RunPaths(folders.run).result)
-    print(format_table(result))
-    if "also" in result:
-        print(format_also(result))
+    print_result(RunPaths(folders.run))
     print(f"\nfinished in {duration(seconds)}")
     for what, path in (("report", "report.html"), ("adapter", "adapter"), ("export", "export")):
         print(f"  {what:8} {one_line(os.path.relpath(folders.run / path))}")

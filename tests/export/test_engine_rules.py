@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from pipeline.adapters.heads import HeadState
 from pipeline.adapters.peft_format import StoredAdapter, read_adapter, write_adapter
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.config.method import Site
 from pipeline.errors import ConfigError
 from pipeline.export.engines import sglang, vllm
 from pipeline.export.engines.rules import faults, refuse
 from pipeline.export.engines.served import uniform
+from pipeline.export.peft import mean_field
 from pipeline.files import read_json, write_json
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,6 +40,18 @@ def _written(folder: Path, stored: StoredAdapter) -> Path:
     folder.mkdir()
     write_adapter(folder, stored.matrices, stored.spec, 2, "base", {}, stored.head)
     return folder
+
+
+def test_an_adapter_that_was_trained_without_rescaling_is_served_with_its_mean_field_scaling() -> None:
+    """Engines and llama.cpp know no masks: alpha / R alone scales, so the share that masks keep belongs into it."""
+    sites = tuple(Site(position=side, rate=0.5, compensation="none") for side in ("lora_A", "lora_B"))
+    stored = replace(_stored(), spec=replace(_stored().spec, sites=sites))
+    loaded: Any = SimpleNamespace(plain=stored, adapters=SimpleNamespace(layer_count=2))
+    served = uniform(mean_field(loaded), vllm.RANKS)
+    for name, (A, B) in stored.matrices.items():
+        a, b = served.matrices[name]
+        after = served.spec.alpha / served.spec.rank * b.double() @ a.double()
+        assert torch.allclose(0.25 * 8.0 / 3.0 * B.double() @ A.double(), after, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [

@@ -200,7 +200,7 @@ def broken_stage(
 KILL_POINTS = {
     "mid-step": ("train", "pipeline.training.loop.lay_out", 12, "before"),
     "mid-save: state written, no manifest": ("train", "pipeline.training.checkpoint.save_file", 3, "after"),
-    "between manifest and rename": ("train", "pipeline.files._write_manifest", 5, "after"),
+    "between manifest and rename": ("train", "pipeline.files.write_manifest", 5, "after"),
     "between rename and pointer": ("train", "pipeline.training.checkpoint.point", 3, "before"),
     "between pointer and retention": ("train", "pipeline.training.checkpoint.prune", 3, "before"),
     "in validation": ("train", "pipeline.prediction.causal.collate", 10, "before"),

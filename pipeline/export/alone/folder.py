@@ -23,9 +23,10 @@ from pipeline.export.alone.card import model_card
 from pipeline.export.alone.script import use_script
 from pipeline.export.order import Exported, Loaded, ParityError, Target
 from pipeline.export.served import reported_scores
-from pipeline.files import MANIFEST, sha256_file, write_json, write_text
+from pipeline.files import write_json, write_manifest, write_text
 from pipeline.model.load import resolve_model_path
 from pipeline.scores.bootstrap import Floats
+from pipeline.scores.ensemble import average
 from pipeline.scores.temperature import apply_temperature
 
 EXAMPLE_TOLERANCE = {"float32": 0.005}
@@ -117,11 +118,7 @@ def stand_alone(
     write_text(root / "README.md", model_card(target.name, loaded.config, reading, form.scores, rows, loading))
     if "example" in reading:
         entry["use"] = _run(root, reading, resolve_model_path(loaded.config.model))
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    write_json(root / MANIFEST, {"files": {  # so that the folder can be verified wherever it is copied to
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
-    }})
+    write_manifest(root)  # so that the folder can be verified wherever it is copied to
     return entry
 
 
@@ -138,11 +135,7 @@ def _our_outputs(loaded: Loaded, row: Row, draws: Sequence[int | None]) -> Float
 
 def _read_out(outputs: Floats, reading: Mapping[str, Any]) -> list[float]:
     """What (M, L, C) outputs of one row come to: probabilities, a number, or log-probabilities of tokens."""
-    weights = np.array(reading["weights"])[:, None, None]
-    if reading["average"] == "probability":
-        averaged = np.logaddexp.reduce(outputs + np.log(weights), axis=0)
-    else:
-        averaged = (outputs * weights).sum(axis=0)
+    averaged = average(outputs, reading["average"], reading["weights"])
     if reading["kind"] == "choice":
         averaged = np.exp(apply_temperature(averaged, reading["temperature"] or 1.0))
     return [float(value) for value in averaged.ravel() if np.isfinite(value)]

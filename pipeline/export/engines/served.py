@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from pipeline.adapters.members import Member
-from pipeline.adapters.peft_format import StoredAdapter, masked_matrices, write_adapter
+from pipeline.adapters.peft_format import StoredAdapter
 from pipeline.export.engines import sglang, vllm
 from pipeline.export.engines.rules import Engine, base_argument, faults, largest_rank, notes, refuse
 from pipeline.export.order import Exported, Loaded, Order, ParityError, Target
 from pipeline.export.parity import verify_peft
-from pipeline.export.peft import plan_draws
+from pipeline.export.peft import loras, plan_draws, write_lora
 from pipeline.files import write_text
 from pipeline.model.load import load_skeleton
 from pipeline.terminal import say
@@ -56,17 +56,9 @@ def uniform(stored: StoredAdapter, ranks: Sequence[int]) -> StoredAdapter:
 
 def write(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> None:
     """An engine's folders: the adapter, and the draws where they are exported, as `uniform` LoRA; the command."""
-    engine, adapters = _engine(exported[0]), loaded.adapters
-    masks = adapters.plan([one.member for one in exported], 1, loaded.task.passes.key).masks
-    for m, one in enumerate(exported):
-        target = folder / one.folder
-        target.mkdir(parents=True)
-        matrices = loaded.plain.matrices
-        if one.member.draw is not None:
-            matrices = masked_matrices(matrices, masks, m)
-        served = uniform(replace(loaded.plain, matrices=matrices), engine.ranks)
-        base = loaded.content["name"]
-        write_adapter(target, served.matrices, served.spec, adapters.layer_count, base, adapters.suffixes)
+    engine = _engine(exported[0])
+    for target, stored in loras(loaded, folder, exported):
+        write_lora(loaded, target, uniform(stored, engine.ranks))
     write_text(folder / engine.name / COMMAND, "\n".join(_command(loaded, exported)) + "\n")
 
 

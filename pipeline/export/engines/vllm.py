@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from pipeline.adapters.members import Member
 from pipeline.export.engines.rules import Engine
 from pipeline.export.gguf.model import base_weights
-from pipeline.export.order import Exported, Loaded, ParityError
-from pipeline.export.parity import judged, our_logits, probe_prompts
+from pipeline.export.order import Exported, Loaded
+from pipeline.export.parity import in_clean_process, judged, our_log_probs, probe_prompts
 from pipeline.files import ADAPTER_CONFIG, read_json
 from pipeline.model.load import BaseIdentity
 from pipeline.terminal import say
@@ -58,8 +56,7 @@ def run(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> list[dict
         return None
     say(f"loading {len(exported)} folders with vLLM in a process of its own")
     prompts = probe_prompts(loaded)
-    logits = torch.from_numpy(our_logits(loaded, prompts, [Member(None), *(one.member for one in exported)]))
-    ours = torch.log_softmax(logits.double(), -1).numpy()
+    ours = our_log_probs(loaded, prompts, [Member(None), *(one.member for one in exported)])
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
         _write_base(loaded, base)
@@ -80,22 +77,10 @@ def served_by_vllm(
     Raises:
         ParityError: vLLM cannot be run, or does not take a folder.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        job, out = Path(scratch) / "job.json", Path(scratch) / "out.npz"
-        job.write_text(json.dumps({
-            "base": str(base), "adapters": [str(one) for one in folders], "input_ids": list(prompts),
-            "vocabulary": vocabulary, "rank": max(int(read_json(one / ADAPTER_CONFIG)["r"]) for one in folders),
-            "out": str(out),
-        }))
-        line = [python, "-I", str(Path(__file__).with_name("stock_vllm.py")), str(job)]
-        try:
-            done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        except OSError as error:
-            raise ParityError(f"${PYTHON} = {python} cannot be started: {error}") from error
-        if done.returncode or not out.exists():
-            raise ParityError(f"vLLM cannot load the export:\n{done.stderr[-2000:]}")
-        with np.load(out, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("log_probabilities", "version")}
+    return in_clean_process(Path(__file__).with_name("stock_vllm.py"), {
+        "base": str(base), "adapters": [str(one) for one in folders], "input_ids": list(prompts),
+        "vocabulary": vocabulary, "rank": max(int(read_json(one / ADAPTER_CONFIG)["r"]) for one in folders),
+    }, f"vLLM (${PYTHON} = {python}) cannot load the export", python)
 
 
 def _write_base(loaded: Loaded, folder: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +19,8 @@ from pipeline.export.gguf.adapter import check_adapter, write_adapter_gguf
 from pipeline.export.gguf.model import PRE_TOKENIZERS, base_weights, merged, write_model_gguf
 from pipeline.export.gguf.names import Shape
 from pipeline.export.order import Exported, Loaded, Order, ParityError, Target
-from pipeline.export.parity import judged, our_logits, probe_prompts
+from pipeline.export.parity import in_clean_process, judged, our_log_probs, probe_prompts
+from pipeline.export.peft import mean_field
 from pipeline.files import write_text
 from pipeline.model.load import load_skeleton
 from pipeline.terminal import say
@@ -70,10 +68,10 @@ def write_gguf(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> No
     for one in exported:
         target = folder / one.folder
         target.mkdir(parents=True)
-        write_adapter_gguf(target / ADAPTER, loaded.plain, Shape.of(model.config), "loradrop adapter")
+        write_adapter_gguf(target / ADAPTER, mean_field(loaded), Shape.of(model.config), "loradrop adapter")
         rules = PRE_TOKENIZERS.get(loaded.identity.path)
         if rules is not None:
-            weights = merged(base_weights(model), loaded.plain)
+            weights = merged(base_weights(model), mean_field(loaded))
             tokenizer = (Path(loaded.identity.resolved), rules)
             write_model_gguf(target / MERGED, weights, model.config, torch.float16, "loradrop merged", tokenizer)
         write_text(target / COMMAND, "\n".join(_commands(loaded, rules is not None)) + "\n")
@@ -88,7 +86,7 @@ def verify_gguf(loaded: Loaded, folder: Path, exported: Sequence[Exported]) -> l
         ParityError: beyond the tolerance, an adapter without effect, or files that llama.cpp does not read.
     """
     prompts = probe_prompts(loaded)[:PROMPTS]
-    base, tuned = (_log_softmax(logits) for logits in our_logits(loaded, prompts, [Member(None), Member(0)]))
+    base, tuned = our_log_probs(loaded, prompts, [Member(None), Member(0)])
     if np.array_equal(base, tuned):
         raise ParityError(f"{exported[0].folder}: the adapter has no effect")
     if importlib.util.find_spec(TOOL) is None:
@@ -145,24 +143,11 @@ def llama_cpp(
     Raises:
         ParityError: it does not read the files.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        job, out = Path(scratch) / "job.json", Path(scratch) / "out.npz"
-        longest = max(len(ids) for ids in [*prompts, *(ids for _, ids in texts)])
-        job.write_text(json.dumps({
-            "model": str(model), "adapters": list(adapters), "input_ids": list(prompts), "texts": list(texts),
-            "context": 64 * (longest // 64 + 2), "vocabulary": vocabulary, "threads": torch.get_num_threads(),
-            "out": str(out),
-        }))
-        command = [sys.executable, "-I", str(Path(__file__).with_name("stock.py")), str(job)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode or not out.exists():
-            raise ParityError(f"llama.cpp cannot load the export:\n{done.stderr[-2000:]}")
-        with np.load(out, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("log_probabilities", "text_gaps")}
-
-
-def _log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
-    return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+    longest = max(len(ids) for ids in [*prompts, *(ids for _, ids in texts)])
+    return in_clean_process(Path(__file__).with_name("stock.py"), {
+        "model": str(model), "adapters": list(adapters), "input_ids": list(prompts), "texts": list(texts),
+        "context": 64 * (longest // 64 + 2), "vocabulary": vocabulary, "threads": torch.get_num_threads(),
+    }, "llama.cpp cannot load the export")
 
 
 def _commands(loaded: Loaded, whole: bool) -> list[str]:

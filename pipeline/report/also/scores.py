@@ -29,11 +29,13 @@ SHOWN = {
 SIGNALS = ("entropy", "mutual_information", "confidence")
 """What tells rows from elsewhere; the less confident of two rows is taken for the one from elsewhere."""
 
-def also_entries(inputs: ReportInputs, scored: Sequence[ScoredSystem]) -> dict[str, Any]:
-    """Name of each set -> its rows, and per system scores, differences to the test split, and detection."""
-    if not inputs.also:
-        return {}
-    test = resample(inputs, scored, "test")
+
+def also_entries(inputs: ReportInputs, scored: Sequence[ScoredSystem], test: Resamples) -> dict[str, Any]:
+    """Name of each set -> its rows, and per system scores, differences to the test split, and detection.
+
+    Args:
+        test: the systems' scores on resamples of the test split.
+    """
     return {
         split.removeprefix(ALSO): {
             "path": one.path, "rows": one.rows.rows, "units": one.rows.unit_count, "labels": one.labels,

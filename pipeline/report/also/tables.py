@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.report.also.scores import SIGNALS
 from pipeline.report.scoring import AFTER, BEFORE
-from pipeline.report.sentences import ece_text, interval_text, number_text
-from pipeline.report.tables import HEADINGS, Cell, align
+from pipeline.report.sentences import ece_text, interval_text
+from pipeline.report.tables import HEADINGS, Cell, align, interval_cell, shortened
 from pipeline.terminal import one_line
 
 NAME = 23
@@ -23,7 +23,7 @@ def format_also(result: Mapping[str, Any]) -> str:
         labels = "" if one["labels"] else "; no labels"
         rows = [["", *_headings(one)]]
         for system in one["systems"]:
-            rows.append([_short(system["name"]), *(text for text, _ in _cells(one, system))])
+            rows.append([shortened(system["name"], NAME), *(text for text, _ in _cells(one, system))])
         head = f"also {name}: {one['rows']} rows of {one['path']}{units}{labels}"
         blocks += ["", one_line(head), *align(rows), *_against_test(result, one)]
     return "\n".join(blocks)
@@ -41,11 +41,9 @@ def also_tables(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             cells: list[Cell] = [(system["name"], ""), (str(system["passes"]), "")]
             for score in shown:
                 entry = _scores(system)[score]
-                less = entry.get("minus_test")
-                cells += [_cell(entry), ("–", "") if less is None else _cell(less, signed=True)]
+                cells += [interval_cell(entry), interval_cell(entry.get("minus_test"), signed=True)]
             for signal in _signals(one):
-                found = system["detection"].get(signal)
-                cells.append(("–", "") if found is None else _cell(found["auroc"]))
+                cells.append(interval_cell((system["detection"].get(signal) or {}).get("auroc")))
             rows.append(cells)
         tables.append({"name": name, **{key: one[key] for key in ("path", "rows", "units", "labels", "left_out")},
                        "table": (headings, rows)})
@@ -91,17 +89,8 @@ def _against_test(result: Mapping[str, Any], one: Mapping[str, Any]) -> list[str
         for score, entry in _scores(system).items() if "minus_test" in entry
     ]
     if parts:
-        lines += [f"{_short(system['name'])}, minus its test split:", f"  {', '.join(parts)}"]
+        lines += [f"{shortened(system['name'], NAME)}, minus its test split:", f"  {', '.join(parts)}"]
     if one["labels"] and "detection" in system:
         auroc = interval_text(system["detection"]["entropy"]["auroc"], 2)
         lines.append(f"  told from test rows by entropy: AUROC {auroc}")
     return lines
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
-
-
-def _cell(entry: Mapping[str, Any], signed: bool = False) -> Cell:
-    low, value, high = (number_text(entry[end], signed=signed) for end in ("low", "value", "high"))
-    return value, f"{low} – {high}" if not signed else f"{low} … {high}"

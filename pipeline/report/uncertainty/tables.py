@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.data.rows import Row
 from pipeline.report.sentences import number_text
-from pipeline.report.tables import Cell, shortened
+from pipeline.report.tables import Cell, interval_cell, shortened
 
 NAMES = {
     "entropy": "Entropy", "expected_entropy": "Expected entropy", "mutual_information": "Mutual information",
@@ -28,7 +28,7 @@ def uncertainty_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[C
     if result["kind"] != "choice":
         return None
     rows = [
-        [(system["name"], ""), *(_cell(system["uncertainty"].get(score)) for score in NAMES)]
+        [(system["name"], ""), *(interval_cell(system["uncertainty"].get(score)) for score in NAMES)]
         for system in result["systems"]
     ]
     return ["System", *NAMES.values()], rows
@@ -41,7 +41,7 @@ def rater_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]
     kinds = [(score, scaling) for score in RATER_NAMES for scaling in ("before", "after")]
     headings = [RATER_NAMES[score] + (", scaled" if scaling == "after" else "") for score, scaling in kinds]
     rows = [
-        [(system["name"], ""), *(_cell(system["test"][scaling][score]) for score, scaling in kinds)]
+        [(system["name"], ""), *(interval_cell(system["test"][scaling][score]) for score, scaling in kinds)]
         for system in result["systems"]
     ]
     return ["System", *headings], rows
@@ -74,12 +74,6 @@ def _shown(entry: Mapping[str, Any], row: Row) -> dict[str, Any]:
         "range": f"{number_text(min(probability), 2)} – {number_text(max(probability), 2)}",
         "mutual_information": number_text(entry["mutual_information"]),
     }
-
-
-def _cell(entry: Mapping[str, float] | None) -> Cell:
-    if entry is None:
-        return "–", ""
-    return number_text(entry["value"]), f"{number_text(entry['low'])} – {number_text(entry['high'])}"
 
 
 def _middle_cut(text: str, length: int) -> str:
