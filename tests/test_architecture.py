@@ -52,7 +52,7 @@ NEVER = {
     "stages": {"support", "setup"},
 }
 """Rules 2 and 3: rooms of the line -> what they never import, though it does not stand to their right."""
-STARTERS = {"run", "compare", "table"}
+STARTERS = {"run", "compare", "distill", "table"}
 """Rule 5: stage files that may import other stage files; `processes` and `table` are no stages."""
 ONE_DOOR = {
     "deepspeed": ("pipeline.distributed.zero",),

@@ -95,6 +95,8 @@ STAGES = {
               "saved", "pipeline.stages.export:export_run", writes=("run",), loads_model=True, needs_adapter=True),
         Stage("predict", "the chosen, calibrated ensemble on new rows (--input, --output, --abstain)", "none", "own",
               "pipeline.stages.predict:predict"),
+        Stage("distill", "the chosen, calibrated ensemble taught to one plain adapter, in RUN-distilled (--unlabelled)",
+              "none", "own", "pipeline.stages.distill:distill"),
         Stage("serve", "the chosen, calibrated ensemble behind HTTP, OpenAI's routes among others (--host, --port)",
               "none", "own", "pipeline.serving.command:serve"),
         Stage("eval", "tasks of lm-evaluation-harness, by every member and their average (--tasks)", "none", "own",
