@@ -73,7 +73,7 @@ NO_TORCH = (
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
     "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows", "pipeline.serving.command",
-    "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
+    "pipeline.stages.reference.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
     "pipeline.stages.doctor", "pipeline.harness.command",
     "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
     "tune.__main__", "tune.search", "tune.study",

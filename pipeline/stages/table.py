@@ -118,7 +118,7 @@ STAGES = {
               "pipeline.stages.reference.schema:show_schema"),
         Stage("recipes", "what --config NAME takes", "none", "own", "pipeline.stages.reference.recipes:show_recipes"),
         Stage("test", "the project's own tests, arithmetic also on AVX2 kernels (--fast: no slow tier)", "none", "own",
-              "pipeline.stages.test:run_tests"),
+              "pipeline.stages.reference.test:run_tests"),
         Stage("predict_rows", "", "all", "saved", "pipeline.stages.predict:predict_rows", writes=("run",),
               loads_model=True, needs_adapter=True),
         Stage("pack", "", "one", "saved", "pipeline.stages.pack:pack_stage", loads_model=True),
