@@ -113,7 +113,7 @@ TEXTS = {
         " and trains one plain adapter to say the same, in RUN-distilled: a run like any other, for evaluate, report,"
         " export and predict. train.*, and adapter's rank, alpha and target_modules, may be given anew.",
         ("train", "launch"),
-        ("distill --run-dir runs/mine", "distill --run-dir runs/mine --unlabelled more.jsonl train.max_steps=400"),
+        ("distill --run-dir runs/mine", "distill --run-dir runs/mine --unlabelled more.jsonl"),
     ),
     "serve": Text(
         "Answers over HTTP with the ensemble of a reported run or of an export: /v1/classify, OpenAI's /v1/completions"
