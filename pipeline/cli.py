@@ -58,7 +58,8 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="STAGE key=value", help=argparse.SUPPRESS)
     option("--config", "a YAML file, or a recipe (loradrop recipes)", [*new, "data", "doctor"], metavar="FILE-or-NAME")
     folder = "the run folder (default: runs/ + the recipe's name)"
-    option("--run-dir", folder, [*new, *saved, "data", "verify", "predict", "serve", "eval", "doctor"], metavar="DIR")
+    named = [*new, *saved, "data", "verify", "predict", "distill", "serve", "eval", "doctor"]
+    option("--run-dir", folder, named, metavar="DIR")
     option("--quick", "a smoke run of a few minutes, labelled as no result", new, action="store_true")
     option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
     option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
@@ -67,6 +68,7 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     option("--input", "rows as the run has them; -: JSON Lines on stdin", ["predict"], metavar="FILE")
     option("--output", "JSON Lines, continued where they end", ["predict"], metavar="FILE")
     option("--abstain", "share of answers that may be wrong", ["predict", "serve"], type=float, metavar="RISK")
+    option("--unlabelled", "more rows to teach, as for predict", ["distill"], metavar="FILE")
     option("--host", "where to listen (default 127.0.0.1: this machine alone)", ["serve"], metavar="ADDRESS")
     option("--port", "(default 8000; 0: any that is free)", ["serve"], type=int, metavar="N")
     option("--api-key-file", "its first line is the key that clients have to show", ["serve"], metavar="FILE")
@@ -110,7 +112,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
     request = Request(
         arguments.config, arguments.run_dir, tuple(overrides), arguments.quick, arguments.dry_run, arguments.rows,
         arguments.fast, json=arguments.json, input=arguments.input, output=arguments.output, abstain=arguments.abstain,
-        host=arguments.host, port=arguments.port, api_key_file=arguments.api_key_file,
+        unlabelled=arguments.unlabelled, host=arguments.host, port=arguments.port, api_key_file=arguments.api_key_file,
         tasks=arguments.tasks, include_path=arguments.include_path, limit=arguments.limit,
         num_fewshot=arguments.num_fewshot,
     )

@@ -52,7 +52,7 @@ NEVER = {
     "stages": {"support", "setup"},
 }
 """Rules 2 and 3: rooms of the line -> what they never import, though it does not stand to their right."""
-STARTERS = {"run", "compare", "table"}
+STARTERS = {"run", "compare", "distill", "table"}
 """Rule 5: stage files that may import other stage files; `processes` and `table` are no stages."""
 ONE_DOOR = {
     "deepspeed": ("pipeline.distributed.zero",),
@@ -73,7 +73,7 @@ NO_TORCH = (
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
     "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows", "pipeline.serving.command",
-    "pipeline.stages.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
+    "pipeline.stages.reference.test", "pipeline.interface.loradrop", "pipeline.interface.loradrop.commands",
     "pipeline.stages.doctor", "pipeline.harness.command",
     "pipeline.doctor.finding", "pipeline.doctor.machine", "pipeline.doctor.steps",
     "tune.__main__", "tune.search", "tune.study",

@@ -126,6 +126,22 @@ def training_layout(
     return paired_layout(layout, consistency) if paired else layout  # type: ignore[arg-type]
 
 
+def weighed(layout: RowLayout, weights: Sequence[float]) -> RowLayout:
+    """The same rows, each with its example's weight in every part of the loss.
+
+    Args:
+        weights: of the examples, as `source` numbers them.
+    """
+    if all(weight == 1.0 for weight in weights):
+        return layout
+
+    def of_rows(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(value * weights[source] for value, source in zip(values, layout.source, strict=True))
+
+    pairings = tuple(replace(pairing, weights=of_rows(pairing.weights)) for pairing in layout.pairings)
+    return replace(layout, weights=of_rows(layout.weights), pairings=pairings)
+
+
 def weightless(layout: RowLayout) -> RowLayout:
     """The same rows, none of which counts in any part of the loss."""
     nothing = (0.0,) * len(layout.weights)

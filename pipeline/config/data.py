@@ -88,6 +88,9 @@ class DataConfig(Section):
     divided; weights count in the training split."""
     columns: Columns | None = None
     """Names of the columns of a .csv or .tsv file without a header line, such as [source, label, mark, sentence]."""
+    train_path: Name | None = None
+    """A file whose rows {prompt, choices, label, …} are trained on in place of those of the train split, such as
+    `distill` writes with a probability per choice. The other splits stay what they are without it."""
     template: TemplateConfig | None = None
     """How columns become rows. Needed only where the columns' names do not say it: docs/data.md lists what is read
     without one. What is left out here is filled in by what the columns say."""
@@ -139,10 +142,12 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Keys that came later are left out where they say nothing: older runs keep their identity."""
-        return _without(dump(self), "sources", "columns")
+        return _without(dump(self), "sources", "columns", "train_path")
 
     @model_validator(mode="after")
     def _check_splits(self) -> DataConfig:
+        if self.train_path is not None and self.streaming:
+            raise ValueError("data.streaming reads data.path; leave data.train_path out, or set data.streaming=false")
         if self.splits is not None and "train" not in self.splits:
             raise ValueError("data.splits must name train: what is not named is drawn from it")
         if self.sources and self.streaming:

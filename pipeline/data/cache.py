@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encode import Encoded
+from pipeline.data.encode import Answers, Encoded
 from pipeline.data.rows import Row
 from pipeline.errors import SetupError
 from pipeline.fetch import alone, cache_folder
@@ -29,8 +29,9 @@ from pipeline.files import manifest_faults, publish_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODING = 2
-"""Counts up with every change of how rows become tokens; 2: choices of which one begins another are closed."""
+ENCODING = 3
+"""Counts up with every change of how rows become tokens; 2: choices of which one begins another are closed; 3: rows
+of which several answers are learnt."""
 MOST_BYTES = 20 * 2**30
 """Size of all entries together, beyond which those used longest ago are removed."""
 FILE = "examples.arrow"
@@ -55,6 +56,11 @@ class StoredExamples(Sequence[Encoded]):
         """(N,) tokens of each example."""
         return np.diff(self._starts)
 
+    @property
+    def several_answers(self) -> bool:
+        """Whether several answers are learnt of some row."""
+        return bool(self._columns["weights"].null_count < len(self))
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
@@ -71,11 +77,14 @@ class StoredExamples(Sequence[Encoded]):
             raise IndexError(index)
         index %= len(self)
         tokens = slice(int(self._starts[index]), int(self._starts[index + 1]))
-        types, score = (self._columns[name][index].as_py() for name in ("token_types", "score"))
-        return Encoded(
-            self._columns["example"][index].as_py(), tuple(self._ids[tokens].tolist()),
-            tuple(self._labels[tokens].tolist()), None if types is None else tuple(types), score,
+        name, types, score, weights, lengths = (
+            self._columns[name][index].as_py() for name in ("example", "token_types", "score", "weights", "lengths")
         )
+        whole = Encoded(
+            name, tuple(self._ids[tokens].tolist()), tuple(self._labels[tokens].tolist()),
+            None if types is None else tuple(types), score,
+        )
+        return whole if weights is None else _apart(whole, weights, lengths)
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
@@ -86,6 +95,13 @@ def lengths_of(examples: Sequence[Encoded]) -> Sequence[int]:
     if isinstance(examples, StoredExamples):
         return examples.lengths.tolist()
     return [len(example.input_ids) for example in examples]
+
+
+def has_several_answers(examples: Sequence[Encoded]) -> bool:
+    """Whether several answers are learnt of some row, without reading those that are stored."""
+    if isinstance(examples, StoredExamples):
+        return examples.several_answers
+    return any(isinstance(example, Answers) for example in examples)
 
 
 def cached_examples(
@@ -139,7 +155,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def write_examples(examples: Sequence[Encoded], file: Path) -> None:
-    """One Arrow IPC file with a column per field of `Encoded`."""
+    """One Arrow IPC file with a column per field of `Encoded`, and the weight and length of each of several answers."""
     import pyarrow
 
     tokens = pyarrow.large_list(pyarrow.int32())
@@ -148,7 +164,13 @@ def write_examples(examples: Sequence[Encoded], file: Path) -> None:
         "token_types": pyarrow.list_(pyarrow.int8()), "score": pyarrow.float64(),
     }
     columns = [pyarrow.array([getattr(e, name) for e in examples], kind) for name, kind in types.items()]
-    table = pyarrow.table(columns, names=list(types))
+    several = [example.answers if isinstance(example, Answers) else None for example in examples]
+    for kind, values in (
+        (pyarrow.float64(), [told and [one.weight for one in told] for told in several]),
+        (pyarrow.int32(), [told and [len(one.input_ids) for one in told] for told in several]),
+    ):
+        columns.append(pyarrow.array(values, pyarrow.list_(kind)))
+    table = pyarrow.table(columns, names=[*types, "weights", "lengths"])
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(1, len(table)))
 
@@ -163,6 +185,17 @@ def remove_old(folder: Path, keep: Path, most_bytes: int = MOST_BYTES) -> None:
         if entry != keep:
             shutil.rmtree(entry, ignore_errors=True)  # a process that has it mapped keeps its pages
             del sizes[entry]
+
+
+def _apart(whole: Encoded, weights: Sequence[float], lengths: Sequence[int]) -> Answers:
+    """The answers of a row again, which are stored one behind the other."""
+    told, start = [], 0
+    for weight, length in zip(weights, lengths, strict=True):
+        part = slice(start, start + length)
+        types = None if whole.token_types is None else whole.token_types[part]
+        told.append(Encoded(whole.example, whole.input_ids[part], whole.labels[part], types, weight=weight))
+        start += length
+    return Answers(whole.example, whole.input_ids, whole.labels, whole.token_types, told=tuple(told))
 
 
 def _opened(target: Path) -> StoredExamples:

@@ -12,7 +12,7 @@ from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.shapes.reading import as_read, said_of, with_templates
 from pipeline.data.sources import Source, check_name, head_rows, is_local, local_files, rows_of, sources_of
-from pipeline.data.splits import EVALUATED_SPLITS, Splits, divide, refuse_mixed, weighted
+from pipeline.data.splits import EVALUATED_SPLITS, Splits, divide, refuse_mixed, weighted, with_training_rows
 from pipeline.data.template import check_template
 from pipeline.errors import DataError, ErrorList, UserError, joined
 
@@ -73,7 +73,7 @@ def look_at(config: DataConfig, limit: int | None = None, classifier: bool | Non
     if not all(is_local(source.path) for source in sources):
         return read
     if all(whole.values()):
-        splits = weighted(divide(files, config), sources)
+        splits = with_training_rows(weighted(divide(files, config), sources), config)
         return replace(read, lines=[*lines, _sizes(splits, files, config)])
     _refuse_short(files, whole, config)
     return read

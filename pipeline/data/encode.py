@@ -6,7 +6,7 @@ Supervision is decided by position, never by token id: the pad token is often th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.data.chat import chat_segments
@@ -39,6 +39,8 @@ class Encoded:
     """Segment of each token, where the tokenizer tells the two texts of a pair apart."""
     score: float | None = None
     """Number to be predicted, of a regression row."""
+    weight: float = 1.0
+    """In the loss: of an answer that is one of several, its probability."""
 
     @property
     def supervised(self) -> int:
@@ -46,9 +48,50 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
     @property
+    def weighed(self) -> float:
+        """Supervised tokens, as far as they count in the loss."""
+        return self.weight * self.supervised
+
+    @property
+    def answers(self) -> tuple[Encoded, ...]:
+        """What is trained on in the row's place: itself alone (see `Answers` for several)."""
+        return (self,)
+
+    @property
     def parts(self) -> tuple[Encoded, ...]:
         """The examples that share the row: itself alone (see `pipeline.data.packing` for several)."""
         return (self,)
+
+
+@dataclass(frozen=True)
+class Answers(Encoded):
+    """A row of which several answers are learnt, each as its `weight` says, together 1: all are trained on in one step.
+
+    `input_ids` and `labels` are those of its answers, one behind the other.
+    """
+
+    told: tuple[Encoded, ...] = ()
+
+    @property
+    def weighed(self) -> float:
+        """Supervised tokens of an answer, in the mean over answers."""
+        return sum(answer.weighed for answer in self.told)
+
+    @property
+    def answers(self) -> tuple[Encoded, ...]:
+        """Those that are not impossible."""
+        return self.told
+
+
+def weigh(answers: Sequence[Encoded], probabilities: Sequence[float]) -> Encoded:
+    """The answers of a row as one example, by how probable each is; what is impossible is left out, and one that is
+    certain is an example like any other."""
+    told = [replace(one, weight=q) for one, q in zip(answers, probabilities, strict=True) if q > 0.0]
+    if len(told) == 1:
+        return replace(told[0], weight=1.0)
+    ids, labels = (tuple(token for one in told for token in getattr(one, name)) for name in ("input_ids", "labels"))
+    types = None if told[0].token_types is None else tuple(kind for one in told for kind in one.token_types or ())
+    return Answers(told[0].example, ids, labels, types, told=tuple(told))
 
 
 class AnswerTooLong(DataError):
@@ -68,13 +111,13 @@ def encode_training(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: in
     Supervised are: the tokens of the right choice, and the end token behind it where `encode_candidates` closes the
     row's choices; the completion and one end token; every assistant turn of a chat. A longer row loses the beginning of
     its prompt (BOS stays); a choice row is cut for its longest choice, so that training and evaluation see the same
-    prompt.
+    prompt. Of a row with `label_probabilities` it is every choice, weighed by them (`weigh`).
 
     Raises:
         DataError: an answer that does not fit, a text without tokens, a chat the template cannot render.
     """
     candidates = encode_candidates(row, tokenizer, max_tokens)
-    return candidates[row.label or 0]
+    return weigh(candidates, row.label_probabilities) if row.label_probabilities else candidates[row.label or 0]
 
 
 def encode_candidates(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Encoded]:

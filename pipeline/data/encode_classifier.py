@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import DataConfig
-from pipeline.data.encode import IGNORE_INDEX, Encoded
+from pipeline.data.encode import IGNORE_INDEX, Encoded, weigh
 from pipeline.data.rows import Row
 from pipeline.data.tokens import framed_ids
 from pipeline.errors import ConfigError, DataError
@@ -107,7 +107,8 @@ def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
 
 
 def encode_classification(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
-    """`encode_text` with its class: `labels[0]` is the index of the right choice, so that `supervised` is 1.
+    """`encode_text` with its class: `labels[0]` is the index of the right choice, so that `supervised` is 1. Of a row
+    with `label_probabilities` it is every class, weighed by them: the loss is cross-entropy with that distribution.
 
     Raises:
         DataError: as `encode_text`, or a row without a label.
@@ -115,6 +116,9 @@ def encode_classification(row: Row, tokenizer: PreTrainedTokenizerBase, max_toke
     text = encode_text(row, tokenizer, max_tokens)
     if row.label is None:
         raise DataError(f"{row.named}: label", None, "is missing", "Give the index of the right choice.")
+    if row.label_probabilities:
+        classes = [replace(text, labels=(number, *text.labels[1:])) for number in range(len(row.choices))]
+        return weigh(classes, row.label_probabilities)
     return replace(text, labels=(row.label, *text.labels[1:]))
 
 

@@ -50,6 +50,8 @@ class Row:
     independent. None: its question."""
     label_counts: tuple[float, ...] = ()
     """How many of the people asked chose each choice; empty where nobody counted. No model reads it."""
+    label_probabilities: tuple[float, ...] = ()
+    """How probable each choice is, together 1: what training learns in place of `label`; empty where `label` is all."""
     where: str = field(default="", compare=False)
     """File and line that it was read from, for people; empty where it was not read."""
 
@@ -83,7 +85,8 @@ class Row:
     def content(self) -> str:
         """Canonical JSON of all that a model may read: everything but the id, the unit, the counts of labels and the
         place."""
-        left_out = {"id", "unit", "label_counts", "where"} | (set() if self.tools else {"tools"})  # without: ids stay
+        later = {name for name in ("tools", "label_probabilities") if not getattr(self, name)}  # without: ids stay
+        left_out = {"id", "unit", "label_counts", "where"} | later
         return _canonical({name: value for name, value in vars(self).items() if name not in left_out})
 
 

@@ -15,12 +15,13 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from pipeline.config import DataConfig
+from pipeline.data.read import read_file
 from pipeline.data.rows import Row
 from pipeline.data.shapes.reading import read_sources
-from pipeline.data.sources import SPLITS, Source, head_rows, open_records, rows_of
+from pipeline.data.sources import SPLITS, Source, head_rows, local_files, open_records, rows_of
 from pipeline.errors import DataError
 
 EVALUATED_SPLITS = SPLITS[1:]
@@ -69,7 +70,7 @@ def load_splits(config: DataConfig) -> Splits:
             files.setdefault(split, []).extend(rows_of(source, records, f"{source.path} ({split})", first)[0])
     refuse_mixed(files)
     splits = divide(files, config.model_copy(update={"train_rows": None}) if config.streaming else config)
-    splits = weighted(splits, sources)
+    splits = with_training_rows(weighted(splits, sources), config)
     if splits.repeated:
         log.warning("data: dropped %d repeated rows (same text; the first of each is kept)", splits.repeated)
     if splits.leaked:
@@ -103,6 +104,32 @@ def weighted(splits: Splits, sources: Sequence[Source]) -> Splits:
         raise DataError("data.sources", None, "leave no training row", "Raise a weight.")
     parts = {split: getattr(splits, split) for split in SPLITS} | {"train": train}
     return replace(splits, train=train, fingerprint=_fingerprint(parts))
+
+
+def with_training_rows(splits: Splits, config: DataConfig) -> Splits:
+    """With the rows of `config.train_path`, where it is given, in place of the training rows; rows whose question or
+    unit another split owns are left out, and counted as leaked.
+
+    Raises:
+        DataError: faults of that file, no row that is left, or rows of another kind.
+    """
+    if config.train_path is None:
+        return splits
+    source = Source(config.train_path, None, {"train": "train"}, "data.train_path")
+    files = local_files(source)["train"]
+    rows, _ = rows_of(source, chain.from_iterable(map(read_file, files)), config.train_path)
+    others = [row for split in EVALUATED_SPLITS for row in getattr(splits, split)]
+    questions, units = {row.question for row in others}, {row.unit for row in others} - {None}
+    train = [row for row in rows if row.question not in questions and row.unit not in units]
+    if not train:
+        what = "holds no row that the other splits do not own"
+        raise DataError(source.field, source.path, what, "Give other rows.")
+    if train[0].kind != others[0].kind:
+        what = f"holds {train[0].kind} rows, and {others[0].kind} rows are evaluated"
+        raise DataError(source.field, source.path, what, "Keep one kind.")
+    parts = {split: getattr(splits, split) for split in SPLITS} | {"train": train}
+    leaked = splits.leaked + len(rows) - len(train)
+    return replace(splits, train=train, fingerprint=_fingerprint(parts), leaked=leaked)
 
 
 def sample(rows: Sequence[Row], most: int | None, seed: int) -> tuple[list[Row], str]:

@@ -1,6 +1,7 @@
 """Column values -> `Row`: four shapes need no template, `data.template` maps the others onto them.
 
-    {prompt, choices, label}     label: index from 0, or the text of a choice; label_counts optional
+    {prompt, choices, label}     label: index from 0, or the text of a choice; optional: label_counts,
+                                 label_probabilities
     {prompt, score}              score: the number to be predicted
     {prompt, completion}         references optional
     {messages}                   [{role, content}, ...], the last from the assistant; references and tools optional
@@ -29,6 +30,8 @@ from pipeline.errors import DataError
 
 SHAPES = "{prompt, choices, label}, {prompt, score}, {prompt, completion} or {messages}"
 
+ROUNDING = 0.01
+"""How far probabilities may be from 1 together: what written ones are rounded by."""
 LARGEST_SCORE = 1e15
 """A thousand of their squares are far from the end of float32, 3.4e38."""
 
@@ -104,9 +107,14 @@ def to_row(values: Mapping[str, Any], template: TemplateConfig | None, where: st
         return Row("", messages=messages, references=_references(values, where), tools=tools_of(values, where))
     if values.get("choices") is not None:
         choices = _choices(_get(values, "choices", where), where)
-        label = _label(values, label_column, choices, where)
+        shares = _label_probabilities(values, len(choices), where)
+        if shares and values.get(label_column) in (None, ""):
+            label = shares.index(max(shares))
+        else:
+            label = _label(values, label_column, choices, where)
         prompt, second = _texts(values, where)
-        return Row("", prompt, choices, label, second=second, label_counts=_label_counts(values, len(choices), where))
+        counts = _label_counts(values, len(choices), where)
+        return Row("", prompt, choices, label, second=second, label_counts=counts, label_probabilities=shares)
     if "completion" in values:
         prompt, completion = (_filled(values, name, where) for name in ("prompt", "completion"))
         return Row("", prompt, completion=completion, references=_references(values, where))
@@ -342,18 +350,38 @@ def find_label(value: Any, choices: tuple[str, ...]) -> int | None:
 
 def _label_counts(values: Mapping[str, Any], choices: int, where: str) -> tuple[float, ...]:
     """How many people chose each choice; shares will do. Empty where the row does not say."""
-    given = values.get("label_counts")
+    what = "not all 0: how many people chose each choice"
+    return _number_per_choice(values, "label_counts", choices, where, what)
+
+
+def _label_probabilities(values: Mapping[str, Any], choices: int, where: str) -> tuple[float, ...]:
+    """How probable each choice is, scaled to 1 exactly. Empty where the row does not say."""
+    what = f"together 1 (but for {ROUNDING:g}): how probable each choice is"
+    found = _number_per_choice(values, "label_probabilities", choices, where, what, ROUNDING)
+    return tuple(one / math.fsum(found) for one in found)
+
+
+def _number_per_choice(
+    values: Mapping[str, Any], column: str, choices: int, where: str, what: str, apart: float = math.inf
+) -> tuple[float, ...]:
+    """A number from 0 of each choice; empty where the row does not say.
+
+    Args:
+        what: they are, for errors.
+        apart: how far their sum may be from 1; it is never 0.
+    """
+    given = values.get(column)
     if given is None or given == "":
         return ()
-    field = f"{where}: label_counts"
-    value = from_json(_get(values, "label_counts", where), field)
-    counts = tuple(_number(one, field) for one in value) if isinstance(value, list | tuple) else ()
-    if len(counts) != choices or min(counts) < 0.0 or sum(counts) == 0.0:
+    field = f"{where}: {column}"
+    value = from_json(_get(values, column, where), field)
+    found = tuple(_number(one, field) for one in value) if isinstance(value, list | tuple) else ()
+    if len(found) != choices or min(found) < 0.0 or sum(found) == 0.0 or abs(sum(found) - 1.0) > apart:
         raise DataError(
-            field, value, f"must be {choices} numbers from 0, not all 0: how many people chose each choice",
+            field, value, f"must be {choices} numbers from 0, {what}",
             "Give a number per choice, or leave it out (rename the column where it means something else).",
         )
-    return counts
+    return found
 
 
 def _references(values: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -107,6 +107,7 @@ def _check_rows(data: DataConfig, train: TrainConfig, classifier: bool) -> None:
         (packing, classifier, "a classifier reads one text per row; train.micro_tokens saves padding, too"),
         (streaming, classifier, "a classifier needs to know that all rows have the same choices"),
         (packing, data.streaming, "rows are packed by the lengths of all of them, which a stream does not know"),
+        (packing, data.train_path is not None, "what distill writes has several answers per row, which are not packed"),
         (packing, train.epochs is not None, "train.epochs counts rows before they are packed"),
         (streaming, train.epochs is not None, "train.epochs needs the number of rows; set train.max_steps"),
     ):

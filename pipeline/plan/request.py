@@ -36,6 +36,8 @@ class Request:
     """`predict`: where answers are appended."""
     abstain: float | None = None
     """`predict`, `serve`: the risk that answered rows may have."""
+    unlabelled: str | None = None
+    """`distill`: a file with rows whose answers nobody knows."""
     host: str | None = None
     """`serve`: the address that is listened at; None: this machine alone."""
     port: int | None = None

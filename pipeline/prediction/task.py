@@ -116,7 +116,7 @@ class CausalLMTask:
     can_stream: ClassVar[bool] = True
 
     def examples(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Prompts with their right answers."""
+        """Prompts with their right answers, or with all that `label_probabilities` weigh."""
         return encode_training_rows(rows, self.base.tokenizer, self.max_tokens)
 
     def supervision(self, examples: Sequence[Encoded]) -> str:

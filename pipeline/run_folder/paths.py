@@ -11,6 +11,7 @@ runs/NAME/
   predictions/generated_test.jsonl   texts that were written for test rows, where asked for
   result.json  report.html
   diagnosis/step_000124/      only after a step that was not finite: its batch, and the first bad module
+  taught/                     of RUN-distilled: what the ensemble of RUN said of each row, and the rows made of it
   harness.json                what eval found on tasks of lm-evaluation-harness
   export/                     what is deployed: manifest.json with measured parity
 """
@@ -101,6 +102,11 @@ class RunPaths:
         return self.root / "export"
 
     @property
+    def taught(self) -> Path:
+        """What an ensemble said of the rows that the run is trained on."""
+        return self.root / "taught"
+
+    @property
     def diagnosis(self) -> Path:
         """Batches that were not finite, one folder per step."""
         return self.root / "diagnosis"
@@ -160,6 +166,11 @@ class Folders:
     def search(self) -> Path:
         """Trials and ledger."""
         return self.run.with_name(f"{self.run.name}-search")
+
+    @property
+    def distilled(self) -> Path:
+        """One plain adapter that was taught what the run's ensemble says."""
+        return self.run.with_name(f"{self.run.name}-distilled")
 
     @property
     def comparison(self) -> Path:

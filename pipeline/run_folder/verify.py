@@ -92,9 +92,12 @@ def _verify_run(folder: Path) -> Iterator[Finding]:
     yield from _result(paths, origin, config)
     if paths.export.exists():
         yield _export(paths, origin, config)
+    for taught in sorted(paths.taught.glob("*.jsonl")):
+        yield from _lines(taught, folder)
     yield from _strangers(folder, {
         "config.yaml", paths.requested.name, "environment.json", "status.json", "metrics.jsonl", "checkpoints",
         "adapter", "related.json", "predictions", "result.json", "report.html", "diagnosis", "export", "harness.json",
+        paths.taught.name,
         "logs", "tensorboard", "wandb", "wandb.json", "stop_request.json",
     })  # fmt: skip
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.data.read import read_file
 from pipeline.data.rows import Row
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import Splits, load_splits
 from pipeline.distributed.nodes import check_nodes, owned_folders
 from pipeline.ensemble.readout import EvaluatedRun, free_text
 from pipeline.ensemble.rows import RowForm, checked, chunks
@@ -62,7 +62,7 @@ def predict(request: Request) -> int:
         source = _source(request.input, request.run, config.launch.nodes)
         output = _usable(request.output)
         identity = f"{run.identity(readout)} {request.abstain}"
-        rows, done = _compare(checked(form.read(read_file(source)), request.input), output, identity)
+        rows, done = compare(checked(form.read(read_file(source)), request.input), output, identity)
         if threshold is not None:
             say(f"confidence {threshold.confidence:.4f} or more is answered: {threshold.guarantee}")
         if request.dry_run or done == rows:
@@ -93,10 +93,11 @@ def predict_rows(run_dir: Path, trusted: bool = False) -> None:
     world = start_world()
     require_shared_folder(run_dir)
     ensemble = Ensemble.load(run_dir, trust_remote_code=trusted, world=world)
+    assert ensemble.run is not None  # the folder is a run's
     threshold = None if risk is None else ensemble.threshold(risk)
     identity = f"{ensemble.identity} {risk}"
     done: int = gather_objects(cut_torn_line(output) if world.is_main else None)[0]
-    rows = checked(ensemble.form.read(read_file(Path(plan["input"]))), plan["input"])
+    rows = asked_rows(ensemble.run.splits, ensemble.form, plan["input"], plan.get("training", False))
     next(islice(rows, done, done), None)  # passes over them
     work_begins()
     if world.is_main:
@@ -123,6 +124,18 @@ def predict_rows(run_dir: Path, trusted: bool = False) -> None:
     if world.is_main:
         update_status(paths, ROWS, "done")
     leave_world()
+
+
+def asked_rows(splits: Splits, form: RowForm, source: str | None, training: bool) -> Iterator[Row]:
+    """The rows to be predicted: those of training where they are asked for, then those of a file.
+
+    Raises:
+        DataError: faults of the file.
+    """
+    if training:
+        yield from splits.train
+    if source is not None:
+        yield from checked(form.read(read_file(Path(source))), source)
 
 
 def made_from(identity: str, row: Row) -> str:
@@ -176,7 +189,7 @@ def _absolute(given: str, field: str) -> Path:
         raise ConfigError(field, given, f"cannot be used ({error})", "Write the path out.") from error
 
 
-def _compare(rows: Iterator[Row], output: Path, identity: str) -> tuple[int, int]:
+def compare(rows: Iterator[Row], output: Path, identity: str) -> tuple[int, int]:
     """(rows in all; those that are in the output already).
 
     Raises:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.adapters.layout import RowLayout, reference_of, training_layout, weightless
+from pipeline.adapters.layout import RowLayout, reference_of, training_layout, weighed, weightless
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import TrainConfig
-from pipeline.data.cache import lengths_of
+from pipeline.data.cache import has_several_answers, lengths_of
 from pipeline.data.encode import Encoded
 from pipeline.data.packing import PackedRows
 from pipeline.data.sampler import global_batch_places, process_share, token_chunks
+from pipeline.errors import ConfigError
+
+SEVERAL_ANSWERS = "rows with label_probabilities have several answers, of which a packed row would not tell the weights"
+"""Why they are not packed."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class StepBatch:
     """This process's part of a global batch; every process has equally many passes."""
 
     micros: list[MicroBatch]
-    supervised: int
-    """Supervised tokens."""
+    supervised: float
+    """Supervised tokens, each as far as it counts in the loss."""
     tokens: int
 
 
@@ -151,13 +155,16 @@ class BatchLoader:
         else:
             chunks = self._chunks_by_tokens(places, train.micro_tokens)
         rows = {position: self._source.row(*places[position]) for chunk in chunks for position in chunk}
-        micros = [
-            MicroBatch([rows[position] for position in chunk], self._layout(chunk)) if chunk else self._idle(places)
-            for chunk in chunks
-        ]
+        micros = [self._micro(chunk, rows) if chunk else self._idle(places) for chunk in chunks]
         return StepBatch(
-            micros, sum(row.supervised for row in rows.values()), sum(len(row.input_ids) for row in rows.values())
+            micros, sum(row.weighed for row in rows.values()), sum(len(row.input_ids) for row in rows.values())
         )
+
+    def _micro(self, chunk: Sequence[int], rows: Mapping[int, Encoded]) -> MicroBatch:
+        """The pass of some positions; the answers of a row stand under the draws of its position."""
+        told = [(position, answer) for position in chunk for answer in rows[position].answers]
+        layout = self._layout([position for position, _ in told])
+        return MicroBatch([answer for _, answer in told], weighed(layout, [answer.weight for _, answer in told]))
 
     def _chunks_by_tokens(self, places: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
         """This process's chunks of the global batch; chunks of one round have similar lengths on all processes."""
@@ -180,7 +187,7 @@ class BatchLoader:
     def _idle(self, places: Sequence[tuple[int, int]]) -> MicroBatch:
         """A pass without loss over the shortest row: all processes make the same passes through the same modules."""
         shortest = min(places, key=lambda place: self._source.length(*place))
-        return MicroBatch([self._source.row(*shortest)], weightless(self._layout([0])))
+        return MicroBatch([self._source.row(*shortest).answers[0]], weightless(self._layout([0])))
 
 
 def pass_tokens(layout: RowLayout, lengths: Sequence[int], end_to_end: bool) -> int:
@@ -199,7 +206,13 @@ def open_loader(
     train: TrainConfig, max_tokens: int, examples: Sequence[Encoded], spec: AdapterSpec, process_rank: int = 0,
     world_size: int = 1, stream: RowSource | None = None, end_to_end: bool = False,
 ) -> BatchLoader:
-    """The batches of a run over its training examples, or over a stream in their place."""
+    """The batches of a run over its training examples, or over a stream in their place.
+
+    Raises:
+        ConfigError: rows are to be packed, and several answers are learnt of some.
+    """
+    if train.packing and has_several_answers(examples):
+        raise ConfigError("train.packing", True, SEVERAL_ANSWERS, "Set train.packing=false.")
     source: RowSource = stream or ShuffledBatches(SingleRows(examples), "rows", train)
     if train.packing:
         packed = PackedRows(examples, lengths_of(examples), max_tokens, train.seed)

@@ -184,7 +184,7 @@ class Lane:
             seconds=round(seconds, 4),
             gradient_norm=numbers.gradient_norm,
             tokens_per_second=round(step.tokens / seconds, 1),
-            supervised_tokens=int(step.supervised),
+            supervised_tokens=round(step.supervised),
             **self.meter.read(seconds),
             **run.budget.progress(),
         )

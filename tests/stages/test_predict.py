@@ -68,18 +68,18 @@ def test_an_output_goes_on_where_it_ends_and_belongs_to_its_rows(tmp_path: Path)
     rows = [Row(f"r{n}", f"text {n}", WORDS) for n in range(3)]
     lines = [{"id": one.id, "made_from": stage.made_from("run", one)} for one in rows]
     output = tmp_path / "out.jsonl"
-    assert stage._compare(iter(rows), output, "run") == (3, 0) and stage.cut_torn_line(output) == 0
+    assert stage.compare(iter(rows), output, "run") == (3, 0) and stage.cut_torn_line(output) == 0
     stage._append(output, lines[:2])
     whole = output.read_bytes()
     output.write_bytes(whole + b'{"id": "r2", "made_')
-    assert stage._compare(iter(rows), output, "run") == (3, 2)
+    assert stage.compare(iter(rows), output, "run") == (3, 2)
     assert stage.cut_torn_line(output) == 2 and output.read_bytes() == whole
     for others, identity, line in (
         (rows, "another run", 1), ([rows[0], Row("r1", "another text", WORDS)], "run", 2), (rows[:1], "run", 2),
         ([rows[1], rows[0]], "run", 1),
     ):
         with pytest.raises(RunFolderError, match=rf"out.jsonl:{line}: was made from other rows"):
-            stage._compare(iter(others), output, identity)
+            stage.compare(iter(others), output, identity)
 
 
 def test_places_that_are_none_are_refused(tmp_path: Path) -> None:

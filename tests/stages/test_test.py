@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import SetupError
 from pipeline.plan.request import Request
-from pipeline.stages import test as stage
+from pipeline.stages.reference import test as stage
 
 
 def test_arithmetic_runs_once_more_on_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

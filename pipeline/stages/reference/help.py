@@ -108,6 +108,13 @@ TEXTS = {
         "Answers rows of a file with the chosen, calibrated ensemble of a trained run, one line of JSON per row.",
         ("launch",), ("predict --run-dir runs/mine --input rows.csv --output out.jsonl",),
     ),
+    "distill": Text(
+        "Asks the chosen, calibrated ensemble of a reported run about its training rows and those of --unlabelled,"
+        " and trains one plain adapter to say the same, in RUN-distilled: a run like any other, for evaluate, report,"
+        " export and predict. train.*, and adapter's rank, alpha and target_modules, may be given anew.",
+        ("train", "launch"),
+        ("distill --run-dir runs/mine", "distill --run-dir runs/mine --unlabelled more.jsonl"),
+    ),
     "serve": Text(
         "Answers over HTTP with the ensemble of a reported run or of an export: /v1/classify, OpenAI's /v1/completions"
         " and /v1/chat/completions (the members' average, token by token), /metrics, and a page at /. The key that"

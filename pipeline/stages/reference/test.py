@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import EXIT_FAILED, EXIT_OK, SetupError
 from pipeline.plan.request import Request
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _FAST = ["pytest", "-q", "-m", "not slow and not gpu", "-n", "2"]
 STEPS = {
     "ruff": ["ruff", "check", "."],
