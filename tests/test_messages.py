@@ -25,7 +25,8 @@ from pipeline.run_folder.members import read_members
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.paths import read_saved
 from pipeline.setup import install
-from pipeline.stages import predict, test
+from pipeline.stages import predict
+from pipeline.stages.reference import test
 
 
 @pytest.mark.parametrize(
