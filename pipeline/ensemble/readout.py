@@ -24,7 +24,7 @@ from pipeline.run_folder.comparison import read_comparison
 from pipeline.run_folder.labelled import LabelledSplit, join_labels
 from pipeline.run_folder.members import places_of_draws, read_members
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_folder.predictions import Kind, read_predictions
+from pipeline.run_folder.predictions import ChoicePredictions, Kind, Predictions, read_predictions
 from pipeline.scores import temperature
 from pipeline.scores.abstention import Threshold, candidates, choose_threshold, least_risk
 from pipeline.scores.adaptive import ROUND, adaptive_average, choose_margin, passes_needed
@@ -160,21 +160,33 @@ class EvaluatedRun:
             + "More of them (data.calibration_rows, then train again) can promise less.",
         )
 
+    def averages(self, readout: Readout, name: str) -> tuple[Predictions, float]:
+        """What the members said together of an evaluated split's choices, not scaled, as one member; passes per row."""
+        found = self._predictions(name, readout.draws)
+        outputs = found.outputs
+        passes = len(outputs) if readout.margin is None else float(passes_needed(outputs, readout.margin).mean())
+        return ChoicePredictions(found.row_ids, readout.averaged(outputs)[None]), passes
+
     def _predicted(self, name: str, draws: Sequence[int | None]) -> tuple[LabelledSplit, Floats]:
         """Rows of a split with their labels, and what the members said (M, N, C)."""
+        found = self._predictions(name, draws)
+        split = join_labels(found, getattr(self.splits, name), str(self.paths.predictions / f"{name}.npz"))
+        return split, split.outputs
+
+    def _predictions(self, name: str, draws: Sequence[int | None]) -> Predictions:
+        """What the members said of a split's rows."""
         members = read_members(self.paths.predictions)
         where = str(self.paths.predictions / f"{name}.npz")
         predictions = read_predictions(self.paths.predictions, name).scored_by(self.config.data.choice_score)
         origin = Origin(self.config.training_sha256(), self.splits.fingerprint)
         require_predictions(self.paths, name, predictions, origin, members)
-        split = join_labels(predictions, getattr(self.splits, name), where)
         places = places_of_draws(members, self.adapter_sha256)
         if missing := [draw for draw in draws if draw not in places]:
             there = sum(draw is not None for draw in places)
             who = "the adapter without masks" if missing[0] is None else f"mask draw {missing[0]}: there are {there}"
             remedy = "Ask for fewer, or raise ensemble.size and evaluate."
             raise RunFolderError(where, None, f"does not hold {who}", remedy)
-        return split, split.outputs[[places[draw] for draw in draws]]
+        return predictions.of_members([places[draw] for draw in draws])
 
 
 def free_text(who: Path | str) -> RunFolderError:

@@ -13,6 +13,7 @@ from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.errors import RunFolderError
 from pipeline.files import read_json, sha256_file
 from pipeline.report.also.rows import AlsoSplit, read_also
+from pipeline.report.teacher import with_teacher
 from pipeline.run_folder.chain import (
     Origin,
     predictions_from,
@@ -94,6 +95,7 @@ def read_inputs(run_dir: Path) -> ReportInputs:
         split: join_labels(found, getattr(labelled, split), str(paths.predictions / f"{split}.npz"))
         for split, found in predictions.items()
     }
+    members, joined = with_teacher(paths, members, joined, {split: one.row_ids for split, one in predictions.items()})
     by_id = {row.id: row for row in labelled.test}
     return ReportInputs(
         paths=paths,

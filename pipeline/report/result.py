@@ -104,7 +104,7 @@ def _system_entry(inputs: ReportInputs, one: ScoredSystem, resamples: dict[str, 
         "members": [inputs.members[index].name for index in used],
         "weights": None if one.system.weights is None else [share for share in one.system.weights if share > 0.0],
         "train_seconds": None if curve is None else curve.seconds,
-        "evaluate_seconds": inputs.splits["test"].seconds * passes / len(inputs.members),
+        "evaluate_seconds": inputs.splits["test"].seconds * passes / sum(m.group != "teacher" for m in inputs.members),
         "temperature": _temperature_entry(one),
         "top_choices": _top_choices(inputs, one),
         **{

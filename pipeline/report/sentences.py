@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-REFERENCES = ("base", "plain")
+REFERENCES = ("base", "plain", "teacher")
 """Keys of the systems that others are compared with."""
 _FEW_ROWS = 50
 """Below this a percentile bootstrap covers clearly less than 95 %."""

@@ -60,7 +60,7 @@ class System:
     margin: float | None = None
     """Members of its one candidate are taken until a row is settled by this margin (`scores.adaptive`)."""
     mean_passes: float | None = None
-    """Passes per test row, where a margin decides."""
+    """Passes per test row, where a margin decides, or the one member stands for several."""
 
     @property
     def runs(self) -> list[list[int]]:
@@ -118,12 +118,14 @@ def build_systems(inputs: ReportInputs) -> list[System]:
     """Every system that the members allow, in the order of the summary table."""
     members, config = inputs.members, inputs.config
     name, own, kind = method_name(config.adapter), mean_field_name(config.adapter), KIND_NAMES[config.adapter.kind]
+    teacher = next((member.name for member in members if member.group == "teacher"), "")
     singles: dict[Group, tuple[str, str]] = {
         "plain": (f"Plain {kind}", f"plain {kind}"),
+        "teacher": (f"Teacher: {teacher}", "its teacher"),
         "mean_field": (own, "mean-field" if own != name else own),
     }
     systems = base_system(members) + [
-        System(group, *names, ((index,),), group)
+        System(group, *names, ((index,),), group, mean_passes=members[index].extra.get("passes"))
         for group, names in singles.items() for index in indices(members, group)[:1]
     ]
     draws = indices(members, "mask_draw")

@@ -12,7 +12,7 @@ from pipeline.run_folder.predictions import REMEDY
 
 MEMBERS = "members.json"
 
-Group = Literal["base", "mean_field", "mask_draw", "plain", "searched", "compared"]
+Group = Literal["base", "mean_field", "mask_draw", "plain", "searched", "compared", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PredictedMember:
     group: Group
     """base: no adapter; mean_field: the run's adapter without masks; mask_draw: one draw of it; plain: the run
     without dropout; searched: adapters of other runs, best first; compared: of the trainings of a comparison, and
-    their draws."""
+    their draws; teacher: the average that a distilled run was taught."""
     adapter: str | None = None
     """Folder of the adapter."""
     adapter_sha256: str | None = None

@@ -107,6 +107,11 @@ class RunPaths:
         return self.root / "taught"
 
     @property
+    def teacher(self) -> Path:
+        """What that ensemble said of the rows that it and the run are scored on: predictions of one member."""
+        return self.taught / "evaluated"
+
+    @property
     def diagnosis(self) -> Path:
         """Batches that were not finite, one folder per step."""
         return self.root / "diagnosis"

@@ -3,6 +3,7 @@
     RUN-distilled/taught/teacher.jsonl    the ensemble's answers to the training rows, and to rows without answers, as
                                           `predict` writes and continues them: each with the hash of who answered what
     RUN-distilled/taught/rows.jsonl       these rows with `label_probabilities`, which data.train_path names
+    RUN-distilled/taught/evaluated/       its answers to the evaluated rows, for the report to set beside the student's
 
 The student minimises Σ q · -log P(choice) over all choices of a row (docs/data.md), with q the teacher's probabilities
 under its temperature. Its validation, calibration and test rows, and its own temperature, are those of any run.
@@ -20,7 +21,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.config.load import build_config, overridden_tree, with_values, without_dropout
 from pipeline.data.rows import Row
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import EVALUATED_SPLITS, load_splits
 from pipeline.distributed.nodes import check_nodes, owned_folders
 from pipeline.ensemble.readout import EvaluatedRun, Readout
 from pipeline.ensemble.rows import RowForm
@@ -29,7 +30,9 @@ from pipeline.files import read_json_lines, write_json, write_text
 from pipeline.plan.request import Request
 from pipeline.plan.resolve import ALWAYS, fit_micro_batch, resolve_epochs, resolve_saved
 from pipeline.run_folder.mark import claim, refuse_foreign, require_mark
+from pipeline.run_folder.members import PredictedMember, write_members
 from pipeline.run_folder.paths import Folders, RunPaths
+from pipeline.run_folder.predictions import write_predictions
 from pipeline.stages.predict import PLAN, ROWS, asked_rows, compare
 from pipeline.stages.processes import headline, start
 from pipeline.stages.run import say_trained
@@ -72,6 +75,7 @@ def distill(request: Request) -> int:
     with owned_folders([folders.run, folders.distilled], "distill", config.launch):
         claim(folders.distilled, "run")
         taught.mkdir(exist_ok=True)
+        write_teacher(run, readout, RunPaths(folders.distilled).teacher)
         count, done = compare(rows(), taught / TEACHER, f"{run.identity(readout)} None")
         say(f"{done} of {count} rows have been answered by {len(readout.draws)} members")
         if done < count:
@@ -103,6 +107,18 @@ def student_config(config: RunConfig, overrides: Sequence[str], rows: Path) -> R
         config.model.trust_remote_code
     )
     return student.model_copy(update={"train": fit_micro_batch(student.train, student.launch)})
+
+
+def write_teacher(run: EvaluatedRun, readout: Readout, folder: Path) -> None:
+    """What the run's ensemble said of the rows that both are scored on: predictions of one member."""
+    entry: Any = run.result.get("ensemble") or {"chosen": "mean_field"}
+    name = next(system["name"] for system in run.result["systems"] if system["key"] == entry["chosen"])
+    folder.mkdir(exist_ok=True)
+    for split in EVALUATED_SPLITS:
+        predictions, passes = run.averages(readout, split)
+        write_predictions(folder, split, predictions)
+    extra = {"passes": passes, "seed": run.config.train.seed}
+    write_members(folder, [PredictedMember(name, "teacher", adapter_sha256=run.adapter_sha256, extra=extra)])
 
 
 def refuse_untaught(readout: Readout, config: RunConfig, student: RunConfig) -> None:

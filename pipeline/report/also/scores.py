@@ -48,6 +48,8 @@ def also_entries(inputs: ReportInputs, scored: Sequence[ScoredSystem], test: Res
 def _systems(
     inputs: ReportInputs, scored: Sequence[ScoredSystem], one: AlsoSplit, test: Resamples
 ) -> Iterator[dict[str, Any]]:
+    known = len(one.rows.outputs)  # the teacher of a distilled run has predicted the run's own splits alone
+    scored = [system for system in scored if max(system.system.used) < known]
     there = [on_rows(system, one.rows) for system in scored]
     found = resample(there[0].inputs, there, "test") if one.labels else {}
     for before, system in zip(scored, there, strict=True):
