@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.heads import HeadState
 from pipeline.adapters.members import Member
@@ -18,7 +21,7 @@ from pipeline.data.splits import Splits
 from pipeline.errors import ConfigError
 from pipeline.export.alone.folder import Form
 from pipeline.export.alone.script import use_script
-from pipeline.export.merged import merge, plan_dequantized, plan_merged
+from pipeline.export.merged import merge, plan_dequantized, plan_merged, write_merged
 from pipeline.export.order import Exported, Order, ParityError
 from pipeline.export.targets import TARGETS
 from pipeline.support.tiny import tiny_gpt2, tiny_llama, write_tiny_model
@@ -68,6 +71,28 @@ def test_an_adapter_that_rounding_takes_is_an_error() -> None:
     model = tiny_llama().to(torch.bfloat16)
     with pytest.raises(ParityError, match="equal those of the base"):
         merge(model, stored({LAYERS["llama"][0]: (64, 64)}, scale=1e-9), 2)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(0.05, torch.bfloat16), (1e-4, torch.float32)])
+def test_weights_are_float32_where_rounding_would_take_the_adapter(
+    scale: float, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, name = write_tiny_model(tmp_path / "base"), LAYERS["llama"][0]
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    before.save_pretrained(base)
+    adapter = stored({name: (64, 64)}, scale)
+    loaded: Any = SimpleNamespace(
+        identity=SimpleNamespace(compute_dtype="bfloat16", resolved=str(base), revision=None, classes=None),
+        trusted=False, plain=adapter, adapters=SimpleNamespace(layer_count=2),
+        task=SimpleNamespace(base=SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(base))),
+    )
+    write_merged(loaded, tmp_path, [Exported("merged", Member(0))])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype is dtype and ("in float32" in capsys.readouterr().err) == (dtype is torch.float32)
+    A, B = adapter.matrices[name]
+    delta, weight = 2.0 * B.double() @ A.double(), before.get_submodule(name).weight.double()
+    found = merged.get_submodule(name).weight.double() - weight
+    assert (found - delta).norm() < 0.1 * delta.norm()
 
 
 def ordered(path: Path, matrices: tuple[str, ...], quantization: str = "nf4") -> Order:
