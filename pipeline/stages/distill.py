@@ -75,8 +75,8 @@ def distill(request: Request) -> int:
     with owned_folders([folders.run, folders.distilled], "distill", config.launch):
         claim(folders.distilled, "run")
         taught.mkdir(exist_ok=True)
-        write_teacher(run, readout, RunPaths(folders.distilled).teacher)
         count, done = compare(rows(), taught / TEACHER, f"{run.identity(readout)} None")
+        write_teacher(run, readout, RunPaths(folders.distilled).teacher)
         say(f"{done} of {count} rows have been answered by {len(readout.draws)} members")
         if done < count:
             plan = {"input": unlabelled, "output": str(taught / TEACHER), "abstain": None, "training": True}
