@@ -60,7 +60,7 @@ ONE_DOOR = {
     "peft": ("pipeline.adapters.peft_", "pipeline.export."),
     "ray": ("tune.",),
     "fastapi": ("pipeline.serving.",),
-    "uvicorn": ("pipeline.serving.command",),
+    "uvicorn": ("pipeline.serving.command", "pipeline.serving.hurry"),
     "lm_eval": ("pipeline.harness.",),
 }
 """Rule 6: library -> beginnings of the modules that may import it."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_OK, ConfigError, RunFolderError, SetupError
 from pipeline.files import MANIFEST
@@ -89,10 +90,12 @@ def _run(service: Service, settings: ServeSettings, listener: socket.socket) -> 
     import uvicorn
 
     from pipeline.serving.app import build_app
+    from pipeline.serving.hurry import HurriedProtocol
 
+    protocol: Any = partial(HurriedProtocol, seconds=settings.limits.body_seconds)
     config = uvicorn.Config(
-        build_app(service, settings), log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE,
-        server_header=False, proxy_headers=False, lifespan="on",
+        build_app(service, settings), http=protocol, log_level="warning", access_log=False,
+        timeout_keep_alive=KEEP_ALIVE, server_header=False, proxy_headers=False, lifespan="on",
     )
     listener.listen()  # before it is said, so that nobody who reads it comes too early
     host, port = listener.getsockname()[:2]

@@ -36,7 +36,7 @@ class Limits(Section):
     body_bytes: Positive = 2**20
     """Of a request's body."""
     body_seconds: Seconds = 10.0
-    """In which a request's body must have come."""
+    """In which a request's head must have come, and then its body."""
     seconds: Seconds = 60.0
     """In which a request must be answered, waiting included; 504 otherwise."""
     rows: Positive = 256
