@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def test_a_set_may_have_a_template_and_a_folder_of_its_own(tmp_path: Path) -> No
     template = TemplateConfig(prompt="{q}?", choices=CHOICES, label="a")
     one = AlsoConfig(path=str(tmp_path / "parts"), split="far", template=template)
     assert load_also({"a": one}, DATA, OWN)["also_a"].rows[0].prompt == "new?"
+    (tmp_path / "parts" / "packed.jsonl.gz").write_bytes(gzip.compress((tmp_path / "parts" / "far.jsonl").read_bytes()))
+    packed = one.model_copy(update={"split": "packed"})
+    assert load_also({"a": packed}, DATA, OWN)["also_a"].rows[0].prompt == "new?"
     with pytest.raises(DataError, match=r"evaluate\.also\.a\.split = 'test': is no file of"):
         load_also({"a": one.model_copy(update={"split": "test"})}, DATA, OWN)
 

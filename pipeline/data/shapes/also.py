@@ -10,7 +10,7 @@ from pipeline.config import DataConfig, TemplateConfig
 from pipeline.config.evaluate import ALSO, AlsoConfig
 from pipeline.data.encode_classifier import refuse_for_causal
 from pipeline.data.formats.record import Record
-from pipeline.data.read import READERS
+from pipeline.data.read import READERS, SUFFIXES
 from pipeline.data.rows import Row
 from pipeline.data.shapes.reading import as_read
 from pipeline.data.sources import EMBEDDED, SPLITS, Source, check_name, is_local, open_records, parse
@@ -100,7 +100,7 @@ def _read(name: str, one: AlsoConfig, data: DataConfig, own: Sequence[Row]) -> l
     """All rows of a set."""
     source = _source(name, one, data)
     folder = Path(one.path).expanduser() if is_local(one.path) else None
-    if folder and folder.is_dir() and not any((folder / f"{one.split}{end}").is_file() for end in READERS):
+    if folder and folder.is_dir() and not any((folder / f"{one.split}{end}").is_file() for end in SUFFIXES):
         what = f"is no file of {one.path} (with one of {', '.join(READERS)})"
         raise DataError(f"evaluate.also.{name}.split", one.split, what, "Name one that is.")
     whole = data.model_copy(update={"streaming": False})
