@@ -24,14 +24,14 @@ from pipeline.run_folder.paths import RunPaths
 
 
 @pytest.mark.slow
-def test_twenty_four_cases_lose_nothing() -> None:
+def test_sixteen_cases_lose_nothing() -> None:
     """Every one ends as the undisturbed run, or with a refusal that names what is damaged (`tests/faults.py`)."""
-    command = [sys.executable, str(ROOT / "tests" / "faults.py"), "--cases", "24", "--seed", "1"]
+    command = [sys.executable, str(ROOT / "tests" / "faults.py"), "--cases", "16", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     last = done.stdout.strip().splitlines()[-1]
     found = {word: int(count) for count, word in re.findall(r"(\d+) ([a-z]+)\b", last.partition(":")[2])}
-    assert last.startswith("24 cases: ") and found["same"] >= 12 and found.get("refused", 0) >= 1, last
+    assert last.startswith("16 cases: ") and found["same"] >= 8 and found.get("refused", 0) >= 1, last
 
 
 COMMAND = """

@@ -31,8 +31,6 @@ print("in")
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """An attacker on this machine has Ray look at 127.0.0.1 itself, not at the outer address in its place."""
 
-TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-
 
 def without_token(home: Path, **settings: str) -> dict[str, str]:
     """The environment of somebody else."""
@@ -117,12 +115,12 @@ def test_another_machine_reaches_nothing(tmp_path: Path, two_namespaces: tuple[s
         end(process)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=TWO_CORES)])
-def test_a_search_listens_on_the_loopback_interface(tmp_path: Path, tiny_settings: list[str], workers: int) -> None:
-    """Real trials on the tiny model, of one and of two processes."""
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_a_trial_of_two_processes_listens_on_the_loopback_interface(tmp_path: Path, tiny_settings: list[str]) -> None:
+    """On the tiny model; tests/tune/test_search.py looks at trials of one process."""
     (tmp_path / "space.yaml").write_text("adapter.rank: {grid: [2]}\n")
     settings = [
-        *tiny_settings, f"search.space={tmp_path / 'space.yaml'}", f"search.workers_per_trial={workers}",
+        *tiny_settings, f"search.space={tmp_path / 'space.yaml'}", "search.workers_per_trial=2",
         "search.trials=1", "search.adapters=1", "train.validate_every_steps=2",
     ]
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None, settings)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import ROOT
+from helpers.listeners import allowed, watch
 from helpers.searches import ended, run, start, starts, wait_for, write_config
 
 from pipeline import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, dump_config, load_config, sha256_file
@@ -186,16 +186,17 @@ def test_more_than_the_cluster_carries_is_the_users_error(tmp_path: Path) -> Non
 
 
 def test_real_trials_on_the_tiny_model(tmp_path: Path, tiny_settings: list[str]) -> None:
-    """Two trials of the real trainer: different adapters, of the rank and at the rate that were chosen."""
+    """Two trials of the real trainer: different adapters, of the rank and at the rate that were chosen; nothing of it
+    can be reached from outside."""
     (tmp_path / "space.yaml").write_text("adapter.rank: {grid: [2, 4]}\nadapter.rate: {uniform: [0.2, 0.5]}\n")
     settings = [*tiny_settings, f"search.space={tmp_path / 'space.yaml'}", "train.validate_every_steps=2"]
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None, settings)))
-    done = subprocess.run(
-        [sys.executable, "-m", "tune", "--config", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "search")],
-        cwd=ROOT, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    command = ["-m", "tune", "--config", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "search")]
+    watched = watch([sys.executable, *command], 400, cwd=ROOT)
     logs = "\n".join(path.read_text() for path in (tmp_path / "search" / "trials").glob("*.log"))
-    assert done.returncode == EXIT_OK, done.stdout + done.stderr + logs
+    assert watched.code == EXIT_OK, watched.output + logs
+    assert {"gcs_server", "raylet"} <= {one.process for one in watched.seen}
+    assert not {one for one in watched.seen if not allowed(one)}, watched.seen
     result = read_result(tmp_path)
     assert len({trial["adapter_sha256"] for trial in result["trials"]}) == 2
     for trial in result["trials"]:
