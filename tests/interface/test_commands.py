@@ -19,9 +19,11 @@ from pipeline.run_folder.paths import RunPaths, read_status, update_status
 def test_a_configuration_reaches_the_command_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, ["adapter.rank=3", "train.max_steps=7", "model.trust_remote_code=true"])
     asked: list[Any] = []
+    more: list[Any] = []
 
     def execute(stage: Any, request: Request) -> int:
         asked.append((stage.name, stage.processes, load_config(request.source), request.overrides, request.run))
+        more.append(request.unlabelled)
         return 0
 
     monkeypatch.setattr(commands, "execute", execute)
@@ -30,7 +32,10 @@ def test_a_configuration_reaches_the_command_whole(tmp_path: Path, monkeypatch: 
     loradrop.evaluate(tmp_path / "run")
     assert asked[0] == ("train", "all", config, ("label=mine",), tmp_path / "run")
     assert asked[1][:4] == ("train", "none", config, ("launch.processes=1",))
-    assert asked[2][:2] == ("evaluate", "all")
+    assert asked[2][:2] == ("evaluate", "all") and more == [None] * 3
+    distilled = loradrop.distill(tmp_path / "run", tmp_path / "more.jsonl", ["train.max_steps=9"])
+    assert distilled == tmp_path / "run-distilled" and more[3] == str(tmp_path / "more.jsonl")
+    assert asked[3][0] == "distill" and asked[3][3:] == (("train.max_steps=9",), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

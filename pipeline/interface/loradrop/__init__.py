@@ -26,7 +26,7 @@ _MODULES = {
     ),
     "pipeline.run_folder.listeners": ("Callback",),
     "pipeline.scores.abstention": ("Threshold",),
-    f"{__name__}.commands": ("compare", "evaluate", "export", "report", "search", "train"),
+    f"{__name__}.commands": ("compare", "distill", "evaluate", "export", "report", "search", "train"),
     f"{__name__}.own_loop": ("Attached", "attach"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -69,6 +69,16 @@ def export(run_dir: str | Path, overrides: Sequence[str] = ()) -> Path:
     return RunPaths(_run(STAGES["export"], run_dir, None, overrides)).export
 
 
+def distill(run_dir: str | Path, unlabelled: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Teach the run's ensemble to one plain adapter; its run folder, the sibling RUN_DIR-distilled. Raises as `train`.
+
+    Args:
+        unlabelled: more rows, whose answers are not needed.
+    """
+    asked = None if unlabelled is None else str(unlabelled)
+    return Folders(_run(STAGES["distill"], run_dir, None, overrides, unlabelled=asked)).distilled
+
+
 def compare(config: Source, run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compare methods in the sibling RUN_DIR-compare, or go on; the content of its result.json. Raises as `train`."""
     folder = Folders(_run(STAGES["compare"], run_dir, config, overrides)).comparison
@@ -100,10 +110,13 @@ class _InThisProcess(Stage):
         return EXIT_OK  # in the process group of one: DeepSpeed makes none twice, and the next training needs it
 
 
-def _run(stage: Stage, run_dir: str | Path, config: Source, overrides: Sequence[str] = ()) -> Path:
+def _run(
+    stage: Stage, run_dir: str | Path, config: Source, overrides: Sequence[str] = (), unlabelled: str | None = None
+) -> Path:
     """Execute a stage as the command does; its run folder."""
     with _as_file(config) if isinstance(config, RunConfig) else nullcontext(config) as source:
-        request = Request(None if source is None else str(source), str(run_dir), tuple(overrides))
+        given = None if source is None else str(source)
+        request = Request(given, str(run_dir), tuple(overrides), unlabelled=unlabelled)
         code = execute(stage, request)
     if code != EXIT_OK:
         raise _failure(stage.name, code, request.run)
