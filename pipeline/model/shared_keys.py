@@ -13,6 +13,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pipeline.model.head import at, evaluating, hidden_states, states_at
 
+_STRIDE = 7919
+"""Between the tokens that are tried, all over the vocabulary: its first ones are special, and what a model makes of a
+row of these is mostly rounding."""
+_ROUNDING = 0.06
+"""Of bfloat16 and float16, relative, through 30 layers: 0.02 to 0.03 was seen of the same arithmetic in passes of other
+shapes, 0.12 to 0.26 where positions were wrong by one."""
 Part = tuple[Tensor, Tensor, Tensor]
 """Keys and values (rows, G, T, D) of an earlier pass, and which of its rows each row of this pass continues."""
 
@@ -62,8 +68,9 @@ def may_share(model: nn.Module) -> bool:
     """
     if not _keeps_all_keys(model):
         return False
-    device = next(model.parameters()).device
-    ids = torch.tensor([[3, 1, 2, 4, 5, 6, 8, 9], [0, 0, 0, 3, 1, 2, 7, 9]], device=device)
+    device, embeddings = next(model.parameters()).device, model.get_input_embeddings()  # type: ignore[operator]
+    a, b, c, d, e, f, g, h, i = (_STRIDE * n % embeddings.num_embeddings for n in range(1, 10))
+    ids = torch.tensor([[a, b, c, d, e, f, h, i], [0, 0, 0, a, b, c, g, i]], device=device)
     mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5], device=device)
     rows, positions = torch.arange(2, device=device), torch.arange(8, device=device)
 
@@ -71,10 +78,10 @@ def may_share(model: nn.Module) -> bool:
         beginning = first_pass()
         hidden_states(model, ids[:1, :3], None, positions[None, :3], beginning)
         following = continued(beginning, rows * 0, keep=True)
-        own, end = torch.tensor([[4, 5, 6], [7, 0, 0]], device=device), torch.tensor([[2], [0]], device=device)
+        own, end = torch.tensor([[d, e, f], [g, 0, 0]], device=device), torch.tensor([[2], [0]], device=device)
         last = states_at(model, own, None, positions[3:6].expand(2, -1), end, following)
         seen = torch.tensor([[1] * 8, [1] * 4 + [0] * 2 + [1] * 2], device=device)
-        own, end = torch.tensor([[8, 9], [9, 0]], device=device), torch.tensor([[1], [0]], device=device)
+        own, end = torch.tensor([[h, i], [i, 0]], device=device), torch.tensor([[1], [0]], device=device)
         places = torch.tensor([[6, 7], [4, 5]], device=device)
         return last, states_at(model, own, seen, places, end, continued(following, rows, keep=False))
 
@@ -85,8 +92,8 @@ def may_share(model: nn.Module) -> bool:
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False  # code of its own, to which a cache is something else
     wanted = at(whole, torch.tensor([[5, 7], [6, 7]], device=device))
-    closeness = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    return torch.allclose(torch.cat([last, end], dim=1), wanted, rtol=0.0, atol=closeness * float(whole.abs().max()))
+    apart = float((torch.cat([last, end], dim=1) - wanted).norm() / wanted.norm())
+    return apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else _ROUNDING)
 
 
 def _keeps_all_keys(model: nn.Module) -> bool:

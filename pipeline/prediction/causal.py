@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 KEY_COST = 16
 """Looking up the keys and values of so many tokens takes about the memory of computing one."""
+PASS_COST = 64
+"""What a pass costs beside its tokens, in tokens."""
 Answered = list[tuple[Scored, np.ndarray]]
 """Sequences with their (M, targets) log-probabilities."""
 
@@ -91,6 +93,7 @@ class SharingPass:
         while tails:
             row_tokens = len(tails[0][1].input_ids) + read.shape[1] // KEY_COST
             count = max(1, self.budget_tokens // (self.masks.size * row_tokens))
+            count = worth_padding([len(tail.input_ids) for _, tail in tails[:count]], self.masks.size)
             answered += self._continue(tails[:count], read, cache)
             tails = tails[count:]
         return answered
@@ -133,6 +136,15 @@ class SharingPass:
         with self.adapters.axis.active(replace(self.masks, rows=len(sequences))):
             states = states_at(self.adapters.model, ids, masks[0] if masks else None, positions, table, cache)
         return places.answered(self.adapters, states, self.masks.size)
+
+
+def worth_padding(lengths: Sequence[int], members: int) -> int:
+    """How many of these sequences, the longest first, go through together: to the others, which are shorter, a pass of
+    their own would cost less than padding."""
+    rows = len(lengths)
+    padding = {count: members * (rows - count) * (lengths[0] - lengths[count]) for count in range(1, rows)}
+    most = max(padding, key=padding.__getitem__, default=rows)
+    return most if padding.get(most, 0) > PASS_COST else rows
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import Adapters, attach
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.data.encode import IGNORE_INDEX, Encoded, encode_candidates
 from pipeline.data.rows import Row
+from pipeline.model import shared_keys
 from pipeline.model.head import last_feed_forward, states_at
+from pipeline.model.load import load_base
 from pipeline.model.shared_keys import may_share
+from pipeline.prediction.causal import worth_padding
 from pipeline.prediction.passes import PassSettings, predict_choices, predict_completions
 from pipeline.prediction.sequences import common_beginning, plan_sequences
 from pipeline.support.tiny import tiny_decoder, tiny_tokenizer
@@ -156,6 +160,29 @@ def test_what_does_not_give_the_same_does_not_share() -> None:
     assert not may_share(mixing)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_told_from_a_position_that_is_wrong_by_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [tiny_decoder(family).to(dtype) for family in SHARING]
+    assert all(may_share(model) for model in models)
+
+    def shifted(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, *more: Any) -> Tensor:
+        return states_at(model, ids, mask, positions + 1, *more)
+
+    monkeypatch.setattr(shared_keys, "states_at", shifted)
+    assert not any(may_share(model) for model in models)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deep_model_shares_in_half_precision_too(dtype: str) -> None:
+    """Rounding grows with the layers: a check that is too narrow would turn sharing off, and nobody would see it."""
+    config = load_config("default", [f"model.compute_dtype={dtype}"])
+    model = load_base(config.model, torch.device("cpu")).model
+    assert may_share(attach(model, list(SPECS), "all-linear", seed=0).model)
+
+
 def test_the_last_network_is_computed_where_something_is_scored() -> None:
     model, seen = tiny_decoder("llama"), []
     ids, places = torch.randint(3, 60, (4, 10)), torch.tensor([[9, 3], [2, 2], [0, 1], [5, 9]])
@@ -167,6 +194,12 @@ def test_the_last_network_is_computed_where_something_is_scored() -> None:
     every = states_at(model, ids, None, positions, torch.arange(10).expand(4, -1))
     assert seen == [(4, 2, 64), (4, 10, 64)]
     torch.testing.assert_close(few, torch.stack([row[at] for row, at in zip(every, places, strict=True)]))
+
+
+def test_much_shorter_tails_go_by_themselves() -> None:
+    assert worth_padding([7] * 10, 4) == 10 and worth_padding([3], 4) == 1
+    assert worth_padding([7, 5, 5, *[1] * 40], 4) == 3, "40 of them would be padded by 6 tokens under 4 members"
+    assert worth_padding([7, 6, 6, 6], 1) == 4, "3 tokens of padding cost less than a pass"
 
 
 def test_sharing_is_planned_where_it_saves_tokens() -> None:
