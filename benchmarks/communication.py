@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 from benchmarks.memory_plan import EIGHT_BILLION
 from pipeline.config import load_config
-from pipeline.config.deepspeed import DS_CONFIG_FOLDERS, read_ds_config
-from pipeline.plan.communication import NETWORKS, Sizes, collectives
+from pipeline.config.deepspeed import DS_CONFIG_FOLDERS, read_ds_config, zero_stage
+from pipeline.plan.communication import NETWORKS, Collective, Network, Sizes, collectives
 from pipeline.plan.communication_line import sizes_of
 from pipeline.plan.memory import base_description
 
@@ -34,23 +34,28 @@ def sizes_for(overrides: Sequence[str]) -> Sizes:
 
 
 def table(sizes: Sizes, devices: Sequence[int], passes: Sequence[int]) -> list[str]:
-    """Rows in Markdown: what each device sends, and how long that takes at the least, per network."""
+    """Rows in Markdown: what each device sends, and how long that takes: at the rate of the links + in hops."""
     names = sorted(path.stem for path in DS_CONFIG_FOLDERS[0].glob("*.json") if "offload" not in path.stem)
     lines = [
-        "| file | passes per step | devices | each sends | " + " | ".join(one.name for one in NETWORKS) + " |",
+        "| file | passes | devices | each sends | " + " | ".join(one.name for one in NETWORKS) + " |",
         "|---|---|---|---|" + "---|" * len(NETWORKS),
     ]
     for name in names:
         settings = read_ds_config(name)
-        for count in passes if name in ("zero2", "zero3") else passes[:1]:
+        every = zero_stage(settings) >= 2  # the others send nothing before the last pass
+        for count in passes if every else passes[:1]:
             for number in devices:
                 found = collectives(settings, sizes, number, count)
-                seconds = (sum(network.seconds(one, number) for one in found) for network in NETWORKS)
                 sent = sum(one.sent(number) for one in found)
-                shown = count if name in ("zero2", "zero3") else "any"
-                times = " | ".join(f"{1000 * value:,.1f} ms" for value in seconds)
-                lines.append(f"| `{name}` | {shown} | {number} | {sent / 1e9:,.3f} GB | {times} |")
+                times = " | ".join(took(network, found, number) for network in NETWORKS)
+                lines.append(f"| `{name}` | {count if every else 'any'} | {number} | {sent / 1e6:,.1f} MB | {times} |")
     return lines
+
+
+def took(network: Network, found: Sequence[Collective], devices: int) -> str:
+    """Milliseconds, sending + hops."""
+    parts = zip(*(network.seconds(one, devices) for one in found), strict=True)
+    return " + ".join(f"{1000 * sum(part):,.1f}" for part in parts) + " ms"
 
 
 def main() -> int:

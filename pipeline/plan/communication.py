@@ -10,25 +10,26 @@ is; ZeRO-3 divides the base, too (ds_configs/README.md), and gathers it. With n 
               all-gather      parameters                 4 A, padded to 2 n     once, after the step
     ZeRO-3    all-gather      base and adapter           F, then up to B        p times
               reduce-scatter  gradients                  4 A, each padded to n  p times
-    each      all-reduce      the norm for clipping      4 (ZeRO-3 on its device: 8)
+    each      all-reduce      norms for clipping         4 (ZeRO-3 on its device: 8), under ZeRO-1 to 3 per group
               all-reduce      loss, guards, stops        48 (6 numbers in fp64, in three calls)
 
 DeepSpeed reduces ZeRO-1's and 2's gradients by all-reduce though the files say reduce_scatter: of a bucket that holds
 parts of several processes it all-reduces the whole (`use_multi_rank_bucket_allreduce`), and a bucket of 50 million
-numbers holds a whole adapter. F is all that is divided, in the compute dtype, each tensor padded to n; B is that without
-embeddings, which no gradient passes. What of B is still there when the backward pass begins is not gathered again: with
-prefetching up to `stage3_max_live_parameters` numbers, so nothing where the model is smaller. Offloading moves shards
-between a device and its host, and changes nothing of this but the norm (4 bytes).
+numbers holds a whole adapter. F is all that is divided, in the compute dtype, each tensor padded to n; B is that
+without embeddings, which no gradient passes. What of B is still there when the backward pass begins is not gathered
+again: with prefetching about `stage3_max_live_parameters` numbers (it ends somewhere within a module), so nothing where
+the model is smaller. What a first layer has before its adapters needs no second gathering either, and is counted all
+the same. Offloading moves shards between a device and its host, and changes nothing of this but the norm (4 bytes).
 
-How long it takes. In a ring a process sends, of S bytes, 2 (n-1)/n S for an all-reduce and (n-1)/n S for a reduce-scatter
-or an all-gather. Every byte crosses every link of the ring, so the slower kind of link decides; to this come the hops,
-of which (nodes - 1) are between nodes, as NCCL counts them (its src/graph/tuning.cc):
+How long it takes. In a ring a process sends, of S bytes, 2 (n-1)/n S for an all-reduce and (n-1)/n S for a
+reduce-scatter or an all-gather. Every byte crosses every link of the ring, so the slower kind of link decides; to this
+come the hops, of which (nodes - 1) are between nodes, as NCCL counts them (its src/graph/tuning.cc):
 
     t = sent / rate + calls × rounds × ((n - nodes) × hop within + (nodes - 1) × hop between)
 
 with 2 rounds for an all-reduce, else 1. An all-reduce may take a double binary tree instead, where that is faster:
-2 S / rate + calls × 2 × ((n / nodes - 1) × hop within + log2(nodes) × hop between). Nothing overlaps with computing: the
-files of ds_configs/ have `overlap_comm: false`, which puts all collectives into the stream that computes.
+2 S / rate + calls × 2 × ((n / nodes - 1) × hop within + log2(nodes) × hop between). Nothing overlaps with computing:
+the files of ds_configs/ have `overlap_comm: false`, which puts all collectives into the stream that computes.
 """
 
 from __future__ import annotations
@@ -108,16 +109,17 @@ class Network:
     node: int = 8
     """Devices of a node."""
 
-    def seconds(self, collective: Collective, processes: int) -> float:
-        """Of all its calls; see the head of this file."""
+    def seconds(self, collective: Collective, processes: int) -> tuple[float, float]:
+        """Of all its calls: sending at the rate, and hops; see the head of this file."""
         nodes = -(-processes // self.node)
         rate = self.within if nodes == 1 else min(self.within, self.between)
-        hops = (processes - nodes) * self.hop_within + (nodes - 1) * self.hop_between
+        hops = collective.calls * ((processes - nodes) * self.hop_within + (nodes - 1) * self.hop_between)
+        sending = collective.sent(processes) / rate
         if collective.kind != "all-reduce":
-            return collective.sent(processes) / rate + collective.calls * hops
-        ring = collective.sent(processes) / rate + collective.calls * 2 * hops
+            return sending, hops
         climbing = (processes / nodes - 1) * self.hop_within + math.log2(nodes) * self.hop_between
-        return min(ring, 2 * collective.size / rate + collective.calls * 2 * climbing)
+        ring, tree = (sending, 2 * hops), (2 * collective.size / rate, 2 * collective.calls * climbing)
+        return min(ring, tree, key=sum)
 
 
 NETWORKS = (
@@ -128,10 +130,16 @@ NETWORKS = (
 
 
 def uncounted(settings: Mapping[str, Any]) -> str | None:
-    """The first setting of a DeepSpeed file that the counts below know nothing of."""
-    wanted = settings.get("communication_data_type", "fp32")
-    others = sorted(set(settings.get("zero_optimization", {})) - COUNTED)
-    return f"communication_data_type {wanted}" if wanted != "fp32" else others[0] if others else None
+    """What in a DeepSpeed file makes it send something else than is counted below; None: nothing."""
+    zero = settings.get("zero_optimization", {})
+    sharded = zero_stage(dict(settings)) == 3
+    if settings.get("communication_data_type", None if sharded else "fp32") != "fp32":
+        return "a communication_data_type that is not fp32"
+    if sharded and zero.get("stage3_param_persistence_threshold") != 0:
+        return "a stage3_param_persistence_threshold that is not 0"
+    if sharded and not zero.get("reduce_scatter", True):
+        return "reduce_scatter=false"
+    return next(iter(sorted(set(zero) - COUNTED)), None)
 
 
 def collectives(settings: Mapping[str, Any], sizes: Sizes, processes: int, passes: int) -> list[Collective]:
@@ -142,8 +150,10 @@ def collectives(settings: Mapping[str, Any], sizes: Sizes, processes: int, passe
     """
     zero = settings.get("zero_optimization", {})
     stage, adapter = zero_stage(dict(settings)), sum(sizes.adapter)
+    groups = len(sizes.trained) if stage else 1
+    norm = 8 if stage == 3 and not zero.get("offload_optimizer") else 4
     control = [
-        Collective("all-reduce", "norm", 8 if stage == 3 and not zero.get("offload_optimizer") else 4, 1),
+        Collective("all-reduce", "norm", groups * norm, groups),
         Collective("all-reduce", "loss, guards, stops", sum(CONTROL), len(CONTROL)),
     ]
     bucket = zero.get("reduce_bucket_size", WHOLE_BUCKET) if stage else WHOLE_BUCKET
@@ -152,7 +162,7 @@ def collectives(settings: Mapping[str, Any], sizes: Sizes, processes: int, passe
         divided = (*sizes.frozen, *sizes.adapter)
         again = gathered_again(zero, padded(divided, processes))
         gathered = padded((*sizes.embeddings, *divided), processes) + again
-        calls = len(sizes.embeddings) + (2 if again else 1) * len(divided)  # at the most: prefetching puts some together
+        calls = len(sizes.embeddings) + (2 if again else 1) * len(divided)  # at the most: some are gathered together
         scattered = FP32 * padded(sizes.adapter, processes)
         return [
             Collective("all-gather", "base and adapter", passes * sizes.itemsize * gathered, passes * calls),
@@ -168,7 +178,7 @@ def collectives(settings: Mapping[str, Any], sizes: Sizes, processes: int, passe
 
 
 def gathered_again(zero: Mapping[str, Any], backward: int) -> int:
-    """Of the numbers that a backward pass under ZeRO-3 needs, those that are gathered for it anew, at the most."""
+    """Of the numbers that a backward pass under ZeRO-3 needs, those that are gathered for it anew."""
     live = zero.get("stage3_max_live_parameters", LIVE) if zero.get("stage3_prefetch_bucket_size", PREFETCHED) else 0
     near = zero.get("stage3_max_reuse_distance", REUSED) // 2  # there and back
     return max(0, backward - max(live, near))

@@ -29,26 +29,26 @@ def communication_line(config: RunConfig, processes: int) -> str:
     train, launch = config.train, config.launch
     if processes * launch.nodes == 1:
         return ""
+    whole, text = processes * launch.nodes, f"communication of a step ({train.deepspeed}): "
+    settings = read_ds_config(train.deepspeed)
+    why = reason_against(config, settings)
+    if why is not None:
+        return _wrapped(f"{text}not counted ({why})")
     try:
         _, description = base_description(config.model)
-        whole, text = processes * launch.nodes, f"communication of a step ({train.deepspeed}): "
-        settings = read_ds_config(train.deepspeed)
-        why = reason_against(config, settings)
-        if why is not None:
-            return _wrapped(f"{text}not counted ({why})")
-        device = torch.device("cuda" if accelerator_memory() else "cpu")
-        usable = device.type == "cpu" or torch.cuda.is_available()
-        sizes = sizes_of(description, compute_dtype(config.model, device) if usable else torch.bfloat16, config)
     except NoPlan:
         return ""
+    device = torch.device("cuda" if accelerator_memory() else "cpu")
+    known = device.type == "cpu" or torch.cuda.is_available()
+    sizes = sizes_of(description, compute_dtype(config.model, device) if known else torch.bfloat16, config)
     passes = 1 if train.micro_tokens is not None else max(1, train.global_batch // (train.micro_batch * whole))
     found = collectives(settings, sizes, whole, passes)
-    most = "at most " if zero_stage(settings) == 3 else ""
+    about = "about " if zero_stage(settings) == 3 else ""
     parts = ", ".join(f"{one.what} by {one.kind} {one.sent(whole):,}" for one in found[:-2])
     rest = sum(one.sent(whole) for one in found[-2:])
     counted = f"{passes} pass{'es' if passes > 1 else ''}" if train.micro_tokens is None else "a step of one pass"
     return _wrapped(
-        f"{text}each of {whole} processes sends {most}{sum(one.sent(whole) for one in found):,} bytes"
+        f"{text}each of {whole} processes sends {about}{sum(one.sent(whole) for one in found):,} bytes"
         f" ({counted}; {parts}, norm and loss {rest:,})"
     )
 
@@ -59,8 +59,8 @@ def reason_against(config: RunConfig, settings: dict[str, Any]) -> str | None:
         return "only the launcher counts the processes of launch.hostfile"
     if config.adapter.kind == "adalora":
         return "AdaLoRA's budget reads whole gradients, too, while ranks change"
-    setting = uncounted(settings)
-    return None if setting is None else f"{config.train.deepspeed} sets {setting}"
+    other = uncounted(settings)
+    return None if other is None else f"{config.train.deepspeed} has {other}"
 
 
 def sizes_of(description: Any, dtype: torch.dtype, config: RunConfig) -> Sizes:

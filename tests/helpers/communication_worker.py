@@ -1,9 +1,11 @@
-"""One of two processes: short runs under several DeepSpeed files; the first writes down what each step has sent."""
+"""One of two processes: short runs under several DeepSpeed files; the first writes down what their third steps sent."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,35 @@ import pipeline.stages.train
 from pipeline.config import load_config
 from pipeline.distributed.world import leave_world, start_world
 from pipeline.files import write_json
+from pipeline.training.loop import Lane
+
+COUNTED = 3
+"""In the first two, tensors are asked for their gradients, and ZeRO-3 learns the order of modules."""
 
 
-def listen() -> list[dict[str, Any]]:
-    """A list that gets an entry per training step: DeepSpeed's counters, {call: {bytes: calls}}, and, beside them, the
-    bytes of torch's own all-reduces, which are in float64."""
-    steps: list[dict[str, Any]] = []
+class Enough(Exception):
+    """Of a run."""
+
+
+def listen() -> dict[str, Any]:
+    """Filled by the step that counts: DeepSpeed's counters, {call: bytes}, and beside them torch's own all-reduces."""
+    found: dict[str, Any] = {}
     ours: list[int] = []
     comms_logger.enabled = comms_logger.prof_all = True
     train_step, all_reduce = pipeline.stages.train.train_step, torch.distributed.all_reduce
 
-    def counted_step(*arguments: Any) -> Any:
+    def counted_step(engine: Any, lanes: Sequence[Lane]) -> Any:
         comms_logger.reset_data()
         ours.clear()
-        ended = train_step(*arguments)
-        counted = {
-            call: {size: entry[0] for size, entry in sizes.items()} for call, sizes in comms_logger.comms_dict.items()
-        }
-        steps.append({"deepspeed": counted, "ours": sorted(ours)})
+        ended = train_step(engine, lanes)
+        if not ended and lanes[0].run.counters.step == COUNTED:
+            found["ours"] = sorted(ours)
+            found["deepspeed"] = {
+                call: sum(size * entry[0] for size, entry in sizes.items())
+                for call, sizes in comms_logger.comms_dict.items()
+            }
+            lanes[0].run.save()  # and it can be saved
+            raise Enough
         return ended
 
     def counted_reduce(tensor: torch.Tensor, *arguments: Any, **more: Any) -> Any:
@@ -41,19 +54,20 @@ def listen() -> list[dict[str, Any]]:
 
     pipeline.stages.train.train_step = counted_step
     torch.distributed.all_reduce = counted_reduce
-    return steps
+    return found
 
 
 def main(folder: Path) -> None:
-    """Train each of runs.json, {name: settings}, into a folder of its name; write NAME.json."""
+    """Train each of runs.json, {name: settings}, in a folder of its name; write counted.json, {name: bytes}."""
     world = start_world()
     torch.set_num_threads(1)
-    steps = listen()
+    found, counted = listen(), {}
     for name, settings in json.loads((folder / "runs.json").read_text()).items():
-        steps.clear()
-        pipeline.stages.train.train_run(load_config(None, settings), folder / name)
-        if world.is_main:
-            write_json(folder / f"{name}.json", steps)
+        with contextlib.suppress(Enough):
+            pipeline.stages.train.train_run(load_config(None, settings), folder / name)
+        counted[name] = dict(found)
+    if world.is_main:
+        write_json(folder / "counted.json", counted)
     leave_world()
 
 
