@@ -126,7 +126,7 @@ NETWORKS = (
     Network("InfiniBand, 8 × 400 Gb/s a node", 450e9, 400e9, 3.4e-6, 9.6e-6),
     Network("Ethernet, 100 Gb/s a node", 450e9, 12.5e9, 3.4e-6, 30e-6),
 )
-"""Both with NVLink of the fourth generation in nodes of 8. Hops: NCCL's table (ring, Simple), and 30 µs for Ethernet."""
+"""Both with NVLink of the fourth generation in nodes of 8. Hops: NCCL's table (ring, Simple); 30 µs for Ethernet."""
 
 
 def uncounted(settings: Mapping[str, Any]) -> str | None:

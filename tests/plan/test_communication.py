@@ -145,7 +145,7 @@ def counted(folder: Path, settings: list[str], files: dict[str, str]) -> dict[st
         )
         for r in range(2)
     ]
-    texts = [worker.communicate(timeout=600)[0] for worker in workers]
+    texts = [worker.communicate(timeout=1800)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], texts
     return read_json(folder / "counted.json")
 
