@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.config.deepspeed import read_ds_config, zero_stage
 from pipeline.distributed.devices import accelerator_memory
 from pipeline.model.load import compute_dtype
-from pipeline.plan.communication import Sizes, collectives, uncounted
+from pipeline.plan.communication import Sizes, collectives, gathered_again, uncounted
 from pipeline.plan.layers import WIDTH
 from pipeline.plan.memory import NoPlan, base_description
 from pipeline.plan.memory_trace import empty_model
@@ -43,7 +43,8 @@ def communication_line(config: RunConfig, processes: int) -> str:
     sizes = sizes_of(description, compute_dtype(config.model, device) if known else torch.bfloat16, config)
     passes = 1 if train.micro_tokens is not None else max(1, train.global_batch // (train.micro_batch * whole))
     found = collectives(settings, sizes, whole, passes)
-    about = "about " if zero_stage(settings) == 3 else ""
+    backward, sharded = sum(sizes.frozen) + sum(sizes.adapter), zero_stage(settings) == 3
+    about = "about " if sharded and gathered_again(settings["zero_optimization"], backward) else ""
     parts = ", ".join(f"{one.what} by {one.kind} {one.sent(whole):,}" for one in found[:-2])
     rest = sum(one.sent(whole) for one in found[-2:])
     counted = f"{passes} pass{'es' if passes > 1 else ''}" if train.micro_tokens is None else "a step of one pass"

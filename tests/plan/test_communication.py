@@ -122,10 +122,14 @@ def test_a_dry_run_says_what_each_process_sends(tiny_settings: list[str], tmp_pa
         " 65,536, parameters by all-gather 16,384, norm and loss 52)"
     )
     nodes = ("launch.nodes=2", "launch.processes=2", "launch.master_addr=10.0.0.1", "launch.master_port=29500")
-    assert "zero3): each of 4 processes sends about " in said(2, "train.deepspeed=zero3", "train.micro_batch=2", *nodes)
+    sharded = said(2, "train.deepspeed=zero3", "train.micro_batch=2", *nodes)
+    assert "zero3): each of 4 processes sends " in sharded  # once what 14 linears, 5 norms and the adapter hold
+    assert f"(1 pass; base and adapter by all-gather {3 * (36864 + 4 * 5 * 64 + 4 * 8192) // 4:,}, " in sharded
     assert "a step of one pass; " in said(2, "train.micro_tokens=64")
     assert "not counted (AdaLoRA's budget" in said(2, "adapter.kind=adalora")
-    own = tmp_path / "own.json"
+    own, zero3 = tmp_path / "own.json", read_ds_config("zero3")
+    write_json(own, {**zero3, "zero_optimization": {**zero3["zero_optimization"], **NEXT}})
+    assert f"{own}): each of 2 processes sends about " in said(2, f"train.deepspeed={own}")
     write_json(own, {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}})
     assert f"not counted ({own} has zero_quantized_gradients)" in said(2, f"train.deepspeed={own}")
     assert said(2, f"model.path={tmp_path}") == ""  # of which the memory plan has said why
