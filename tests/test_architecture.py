@@ -66,8 +66,8 @@ ONE_DOOR = {
 """Rule 6: library -> beginnings of the modules that may import it."""
 NO_TORCH = (
     "pipeline.cli", "pipeline.config.", "pipeline.plan.resolve", "pipeline.plan.request", "pipeline.plan.steps",
-    "pipeline.plan.preflight", "pipeline.plan.compute_dtype", "pipeline.run_folder.", "pipeline.setup.",
-    "pipeline.report.", "pipeline.scores.",
+    "pipeline.plan.preflight", "pipeline.plan.compute_dtype", "pipeline.plan.communication", "pipeline.run_folder.",
+    "pipeline.setup.", "pipeline.report.", "pipeline.scores.",
     "pipeline.distributed.launcher", "pipeline.distributed.nodes", "pipeline.distributed.devices",
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",

@@ -105,8 +105,19 @@ def full_moment(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor
     if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id"):  # ZeRO-0 keeps the plain optimizer
         value = engine.optimizer.state.get(parameter, {}).get(name)
         return None if value is None else value.detach().to("cpu").clone()
+    _link_moments(engine, parameter, name)
     value = safe_get_full_optimizer_state(parameter, name)
     return None if value is None else value.detach().to("cpu", torch.float32).reshape(_shape(parameter)).clone()
+
+
+def _link_moments(engine: Any, parameter: nn.Parameter, name: str) -> None:
+    """Under ZeRO-1 and 2 DeepSpeed finds parameters their moments when the first group has stepped, and others have
+    none yet: with LoRA+, lora_B."""
+    optimizer, mapping = engine.optimizer, getattr(parameter, "_hp_mapping", None)
+    linked = getattr(optimizer, "_hp_optimizer_states_linked", False)
+    if linked and mapping is not None and name not in (mapping.optim_fragment or {}):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def set_full_fp32(parameter: nn.Parameter, value: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan as `--dry-run` prints it: a table, the verdict, and what would fit."""
+"""The memory plan as `--dry-run` prints it: a table, the verdict, and what would fit; and what a step sends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import DataError, UserError
 from pipeline.model.kind import local_kind
 from pipeline.model.load import load_tokenizer
+from pipeline.plan.communication_line import communication_line
 from pipeline.plan.layers import WIDTH
 from pipeline.plan.memory import MIB, PAGES, SMALL, MemoryPlan, NoPlan, first_line, plan_memory
 from pipeline.plan.memory_trace import Batch
@@ -24,7 +25,13 @@ CHECKPOINT_BYTES = 12
 
 
 def memory_table(config: RunConfig, processes: int) -> str:
-    """Lines for people; one line with the reason where there can be no plan."""
+    """Lines for people about `processes` of one node: memory, and what a step sends where there are several."""
+    lines = memory_lines(config, processes), communication_line(config, processes)
+    return "\n".join(line for line in lines if line)
+
+
+def memory_lines(config: RunConfig, processes: int) -> str:
+    """The plan of one of them; one line with the reason where there can be none."""
     model, adapter, train = config.model, config.adapter, config.train
     try:
         batch, source = expected_batch(config.data, model, train.packing)
