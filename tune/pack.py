@@ -42,7 +42,18 @@ from pipeline import (
     write_json,
 )
 from tune.cluster import Capacity
-from tune.trial import TRIALS, Assignment, PackMaker, Reporter, TrialFailed, error_text, failure, print_to, require_hash
+from tune.trial import (
+    NOTHING_MORE,
+    TRIALS,
+    Assignment,
+    PackMaker,
+    Reporter,
+    TrialFailed,
+    error_text,
+    failure,
+    print_to,
+    require_hash,
+)
 
 POLL_SECONDS = 10.0
 """A worker answers after that long also where there is nothing new."""
@@ -248,6 +259,9 @@ def run_packed(given: dict[str, Any]) -> None:
         given: `Assignment.to_dict()`.
     """
     assignment = Assignment(**given)
+    if assignment.ended.exists():
+        ray_tune.report(NOTHING_MORE)
+        return
     reporter = Reporter(assignment, ray_tune.report)
     try:
         _follow(assignment, reporter)

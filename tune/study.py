@@ -26,7 +26,7 @@ from tune.sampling import suggest
 from tune.scheduling import make_scheduler
 from tune.space import Arm, trial_config
 from tune.stopping import Stopping
-from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, run_trial
+from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, ended_mark, run_trial
 
 TRIES = 3
 """Starts of a trial on an attached cluster whose process is lost there, as with its machine. On one machine a process
@@ -60,6 +60,7 @@ class Study:
             config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,
             pack=self._free_pack(name) if packed else "", packs=self.capacity.packs,
         )  # fmt: skip
+        assignment.ended.unlink(missing_ok=True)
         self.ledger.append(
             "start", trial=name, arm=arm.name, index=index, values=values, config_sha256=assignment.config_sha256
         )
@@ -104,6 +105,8 @@ class StudyCallback(ray_tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A validation, or the final scores."""
         name = trial.config["name"]
+        if self.ledger.trials[name].state != "running":
+            return  # it was lost after its last word, and has nothing to add
         if "failed" in result:
             if not self.stopping.requested:
                 self._end(name, state="failed", error=result["failed"])
@@ -132,7 +135,7 @@ class StudyCallback(ray_tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Its process was lost, with its machine perhaps: it begins again, where there is room."""
         record = self.ledger.trials[trial.config["name"]]
-        if not self.stopping.requested:
+        if record.state == "running" and not self.stopping.requested:
             self.progress.lost(record)
             self.ledger.append(
                 "start", trial=record.name, arm=record.arm, index=record.index, values=record.values,
@@ -148,6 +151,9 @@ class StudyCallback(ray_tune.Callback):
 
     def _end(self, name: str, **outcome: Any) -> None:
         self.ledger.append("end", trial=name, **outcome)
+        mark = ended_mark(self.folder / TRIALS / name)
+        mark.parent.mkdir(parents=True, exist_ok=True)  # a trial may have failed before it made anything
+        mark.touch()
         if outcome["state"] != "failed":  # what its adapter and predictions do not hold would only fill the disk
             shutil.rmtree(RunPaths(self.folder / TRIALS / name).checkpoints, ignore_errors=True)
         self.progress.ended(self.ledger.trials[name])

@@ -83,9 +83,19 @@ class Assignment:
         """The run folder."""
         return Path(self.folder) / TRIALS / self.name
 
+    @property
+    def ended(self) -> Path:
+        """A file that the driver leaves once the trial has ended: Tune starts again what dies after its last word."""
+        return ended_mark(self.run)
+
     def to_dict(self) -> dict[str, Any]:
         """The form in which Ray carries it."""
         return asdict(self)
+
+
+def ended_mark(run: Path) -> Path:
+    """Beside the run folder, as the lock is."""
+    return run.with_name(f".{run.name}.ended")
 
 
 def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None:
@@ -101,6 +111,9 @@ def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None
     import ray.tune as ray_tune
 
     assignment = Assignment(**given)
+    if assignment.ended.exists():
+        ray_tune.report(NOTHING_MORE)
+        return
     try:
         if assignment.workers == 1:
             _run_worker(assignment, train, ray_tune.report)
@@ -108,6 +121,10 @@ def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None
             _run_group(assignment, train)
     except TrialFailed as error:
         ray_tune.report(failure(str(error)))
+
+
+NOTHING_MORE = {"step": 0, "nll": math.inf, "accuracy": None, "finished": True}
+"""What a trial reports that had ended before; its end is in the ledger."""
 
 
 def failure(text: str) -> dict[str, Any]:

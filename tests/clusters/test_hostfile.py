@@ -20,7 +20,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_USER
 from pipeline.support.tiny import write_tiny_data, write_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-STEPS = 24
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def command(folder: Path, machines: list[Machine]) -> list[str]:
         sys.executable, "-m", "pipeline.cli", "train", f"model.path={folder / 'model'}", "model.compute_dtype=float32",
         f"data.path={folder / 'rows.jsonl'}", "data.train_rows=64", "data.validation_rows=20",
         "data.calibration_rows=8", "data.test_rows=8", "data.max_tokens=64", f"train.max_steps={STEPS}",
-        "train.global_batch=8", "train.micro_batch=4", "train.learning_rate=0.01", "train.validate_every_steps=12",
-        "train.checkpoint_every_steps=2", "adapter.rank=4",
+        "train.global_batch=8", "train.micro_batch=4", "train.learning_rate=0.01", "train.validate_every_steps=16",
+        "train.checkpoint_every_steps=2", "adapter.rank=4", "launch.grace_seconds=0",
     ]  # fmt: skip
 
 
