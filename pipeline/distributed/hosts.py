@@ -14,15 +14,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.config.launch import LaunchConfig
-from pipeline.distributed.lifeline import PARENT
+from pipeline.distributed.lifeline import PARENT, parent_is_gone
 from pipeline.errors import ConfigError, SetupError, one_line
 
 CONNECT_SECONDS = 10
+POLL_SECONDS = 0.3
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
 """Nobody is there to type a password."""
 CARRIED = (
@@ -131,19 +133,31 @@ def remote_command(node: str, given: Sequence[str], environment: Mapping[str, st
 
 
 def main(words: Sequence[str]) -> int:
-    """Connect to all hosts, and wait for them; the largest exit code. A connection that ends ends what runs there."""
-    hosts = list(json.loads(words[0]))
+    """Connect to all hosts, and wait for them; the largest exit code.
+
+    What runs there ends with its connection, and the connections end when the command that wants them is gone.
+    """
+    connections = connect(list(json.loads(words[0])), words)
+    while any(connection.poll() is None for connection in connections):
+        if parent_is_gone():
+            for connection in connections:
+                connection.kill()
+        time.sleep(POLL_SECONDS)
+    return max(connection.wait() & 255 for connection in connections)
+
+
+def connect(hosts: Sequence[str], words: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    """Start what each host is told: one process for all, or one for each."""
     if shutil.which("pdsh"):  # its %n is the number of the node, and its % has to be written twice
         marked = remote_command("\0", words, os.environ).replace("%", "%%").replace("\0", "%n")
         command = ["pdsh", "-S", "-N", "-R", "ssh", "-f", str(len(hosts)), "-w", ",".join(hosts), marked]
         more = f"-oBatchMode=yes {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}".strip()
-        return subprocess.run(command, check=False, env={**os.environ, "PDSH_SSH_ARGS_APPEND": more}).returncode & 255
+        return [subprocess.Popen(command, env={**os.environ, "PDSH_SSH_ARGS_APPEND": more})]
     commands = [remote_command(str(node), words, os.environ) for node in range(len(hosts))]
-    connections = [
+    return [
         subprocess.Popen([*SSH, host, command], stdin=subprocess.PIPE)  # which this process's end closes
         for host, command in zip(hosts, commands, strict=True)
     ]
-    return max(connection.wait() & 255 for connection in connections)
 
 
 if __name__ == "__main__":

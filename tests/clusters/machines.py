@@ -123,7 +123,7 @@ class Network:
         own = [f"-t tmpfs none {path}" for path in PRIVATE] + [f"--bind {source} {path}" for source, path in mounts]
         alone = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc"]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", space, *alone, "sh", "-c", FIRST, "sh", name, str(self._hosts), *own],
+            ["nsenter", f"--net=/run/netns/{space}", *alone, "sh", "-c", FIRST, "sh", name, str(self._hosts), *own],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self._started.append(process)

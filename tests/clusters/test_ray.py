@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from clusters.machines import ENVIRONMENT, Machine, Network, losses, network, wait_until
-from helpers.searches import stub_command, stub_environment, wait_for, write_config
+from helpers.searches import stub_command, stub_environment, write_config
 from helpers.tune_stub import log_probs, scored
 
 from pipeline.config import dump_config, load_config
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 HEAD = "10.78.0.1:6379"
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5e" * 32}
 TRIALS, STEPS = 8, 8
-PATIENCE_SECONDS = 1200
+PATIENCE_SECONDS = 1800
 """Ray starts a dozen processes a machine, and all of them are on this one."""
 
 
@@ -77,6 +77,8 @@ def places(search: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def done(search: Path) -> set[str]:
+    if not (search / "ledger.jsonl").exists():
+        return set()
     return {record.name for record in Ledger(search / "ledger.jsonl").in_order() if record.state == "done"}
 
 
@@ -98,7 +100,7 @@ def test_trials_of_a_lost_machine_end_elsewhere_and_a_new_one_takes_its_share(
         env = {**stub_environment(), **TOKEN, "RAY_ADDRESS": HEAD}
         attached = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            wait_for(tmp_path, "end", 1)
+            wait_until("a trial to end", lambda: attached.poll() is not None or done(search), PATIENCE_SECONDS)
             wait_until("a run of the machine that goes", lambda: unfinished(search, "worker1"), PATIENCE_SECONDS)
             before, begun = done(search), starts(search)
             lost.end()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,10 +27,14 @@ def hostfile(folder: Path, text: str, **more: object) -> LaunchConfig:
 
 
 def tool(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "bin").mkdir(exist_ok=True)
+    """A script of that name, and beside it what scripts need: no pdsh and no ssh that this machine may have."""
+    if not (folder / "bin").exists():
+        (folder / "bin").mkdir()
+        for needed in ("sh", "sed", "env", "sleep"):
+            (folder / "bin" / needed).symlink_to(str(shutil.which(needed, path="/bin:/usr/bin")))
     (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
     (folder / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setenv("PATH", str(folder / "bin"))
 
 
 ANSWERING = """
@@ -92,7 +99,7 @@ def test_every_host_is_told_its_number_and_no_secret(
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     for name in ("HF_TOKEN", "WANDB_API_KEY", "SOMETHING", "LORADROP_PARENT_PID"):
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, str(os.getpid()))
     monkeypatch.setenv("HF_HUB_OFFLINE", "a b")
     given = ['{"node0": [0], "node1": [0]}', "10.0.0.1", "29400", odd, "pipeline.stages", "train"]
     assert hosts.main(given) == 3
@@ -103,6 +110,19 @@ def test_every_host_is_told_its_number_and_no_secret(
     command = hosts.remote_command("0", given, os.environ)
     for name in ("HF_TOKEN", "WANDB_API_KEY", "SOMETHING", "LORADROP_PARENT_PID"):
         assert name not in command
+
+
+@pytest.mark.parametrize("pdsh", [False, True])
+def test_connections_end_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pdsh: bool) -> None:
+    """It may be killed: what runs on the nodes then sees the end of its connection."""
+    for name in ("ssh", *(["pdsh"] if pdsh else [])):
+        tool(tmp_path, name, "exec sleep 60", monkeypatch)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("LORADROP_PARENT_PID", str(gone.pid))
+    begun = time.monotonic()
+    assert hosts.main(['{"node0": [0], "node1": [0]}', "10.0.0.1", "29400", str(tmp_path), "x"]) == 247
+    assert time.monotonic() - begun < 30
 
 
 def test_a_node_starts_its_own_processes_and_says_which_were_killed(
