@@ -73,7 +73,12 @@ def start(machine: Machine, command: list[str], run: Path, path: str) -> subproc
 
 
 def ranks(machine: Machine) -> list[psutil.Process]:
-    return [one for one in machine.processes() if "pipeline.stages" in " ".join(cmdline(one))]
+    return [one for one in machine.processes() if "--local_rank=0" in cmdline(one)]
+
+
+def left(machine: Machine) -> list[list[str]]:
+    """Of what trains, or waits for it."""
+    return [said for one in machine.processes() if "pipeline.stages" in (said := cmdline(one))]
 
 
 def cmdline(process: psutil.Process) -> list[str]:
@@ -100,7 +105,7 @@ def test_two_nodes_train_what_one_machine_trains(
     assert len(seen["0"]) == len(seen["1"]) == 1
     assert losses(folder / tool) == one
     assert "socket.cpp" not in output and "Traceback" not in output and "Fatal" not in output
-    assert not ranks(machines[0]) and not ranks(machines[1])
+    assert not left(machines[0]) and not left(machines[1])
 
 
 def test_a_killed_command_and_a_killed_rank_leave_nothing_and_the_same_command_continues(
@@ -114,7 +119,7 @@ def test_a_killed_command_and_a_killed_rank_leave_nothing_and_the_same_command_c
     inside = next(found for found in here.processes() if "pipeline.cli" in cmdline(found) and found.pid != process.pid)
     inside.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)
-    wait_until("all ranks to leave", lambda: not ranks(here) and not ranks(there), 300)
+    wait_until("all ranks to leave", lambda: not left(here) and not left(there), 300)
     done = len(losses(run))
     assert done < STEPS
 
@@ -124,7 +129,7 @@ def test_a_killed_command_and_a_killed_rank_leave_nothing_and_the_same_command_c
     output, _ = process.communicate(timeout=900)
     assert process.returncode == EXIT_FAILED, output
     assert "rank 1 (pid" in output and "was killed from outside" in output, output
-    assert not ranks(here) and not ranks(there)
+    assert not left(here) and not left(there)
 
     process = start(here, command, run, path)
     output, _ = process.communicate(timeout=900)

@@ -26,7 +26,7 @@ from tune.ledger import Ledger
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 HEAD = "10.78.0.1:6379"
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5e" * 32}
-TRIALS, STEPS = 8, 8
+TRIALS, STEPS = 12, 8
 PATIENCE_SECONDS = 1800
 """Ray starts a dozen processes a machine, and all of them are on this one."""
 
@@ -88,13 +88,13 @@ def starts(search: Path) -> list[str]:
 
 
 def test_trials_of_a_lost_machine_end_elsewhere_and_a_new_one_takes_its_share(
-    tmp_path: Path, cluster: tuple[Network, Machine]
+    tmp_path: Path, cluster: tuple[Network, Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packed, as a search is by itself: a worker per machine, two runs in each; a step takes a second."""
     made, head = cluster
     write_config(tmp_path, f"adapter.rate: {{grid: {[round(0.05 * k, 2) for k in range(1, TRIALS + 1)]}}}",
                  trials=TRIALS, adapters=TRIALS, pack=2, max_steps=STEPS)
-    search, slowly = tmp_path / "search", {"STUB_SECONDS": "2"}
+    search, slowly = tmp_path / "search", {"STUB_SECONDS": "1"}
     with worker(made, "worker1", 4, **slowly) as lost, worker(made, "worker2", 4, **slowly):
         command = head.words(*stub_command(), folder=tmp_path)
         env = {**stub_environment(), **TOKEN, "RAY_ADDRESS": HEAD}
@@ -110,6 +110,7 @@ def test_trials_of_a_lost_machine_end_elsewhere_and_a_new_one_takes_its_share(
                 output, _ = attached.communicate(timeout=PATIENCE_SECONDS)
         finally:
             attached.kill()
+    print(output)
     assert attached.returncode == EXIT_OK, output
     assert "packed on 2 bases, 4 threads" in output and "Traceback" not in output
     assert done(search) == {f"trial_{index:03d}" for index in range(TRIALS)}
@@ -122,6 +123,7 @@ def test_trials_of_a_lost_machine_end_elsewhere_and_a_new_one_takes_its_share(
         assert sorted(set(steps)) == [*range(1, STEPS + 1)] and (name in caught or len(steps) == STEPS)
         assert len(steps) <= STEPS + 2, "more was lost than since a checkpoint"
     assert "worker3" in {machine for taken in places(search).values() for _, machine in taken}, "the new one was idle"
+    monkeypatch.chdir(tmp_path)  # where the search stood
     scores_are_those_of_one_machine(search)
 
 
@@ -165,6 +167,7 @@ def test_a_trial_of_two_processes_on_two_machines_trains_what_one_machine_trains
         watched = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seen = wait_until("both ranks", lambda: ranks(made) if watched.poll() is None else {"none"}, PATIENCE_SECONDS)
         output, _ = watched.communicate(timeout=PATIENCE_SECONDS)
+    print(output)
     assert watched.returncode == EXIT_OK, output
     assert seen == {"worker4", "worker5"}, output
     assert "1 at once, 2 processes each" in output and "Traceback" not in output
