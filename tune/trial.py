@@ -158,8 +158,8 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        failures = dict(sorted(getattr(error, "worker_failures", {}).items())).values()
-        causes = [getattr(one, "_base_exc", one) for one in failures]
+        failures: dict[int, Any] = getattr(error, "worker_failures", {})
+        causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
         if said := [cause for cause in causes if isinstance(cause, TrialFailed)]:
             raise said[0] from None
         raise TrialCrashed(error_text(causes[0] if causes else error)) from None

@@ -127,6 +127,7 @@ def test_a_killed_command_and_a_killed_rank_leave_nothing_and_the_same_command_c
     wait_until("further steps", lambda: len(losses(run)) > done + 2)
     ranks(there)[0].kill()
     output, _ = process.communicate(timeout=900)
+    print(output)
     assert process.returncode == EXIT_FAILED, output
     assert "rank 1 (pid" in output and "was killed from outside" in output, output
     assert not left(here) and not left(there)
