@@ -48,14 +48,23 @@ def ray_node(made: Network, machine: Machine, *words: str, **environment: str) -
     start = [ray, "start", "--block", "--disable-usage-stats", f"--node-ip-address={machine.address}", *words]
     env = {**stub_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), **TOKEN, **environment}
     log = made.folder / f"ray.{machine.name}.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(machine.words(*start), env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+    log.write_text("")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def runs() -> bool:
+        if not processes or processes[-1].poll() is not None:  # it gives itself half a minute, a busy machine or not
+            with log.open("a") as file:
+                options = {"stdout": file, "stderr": file, "stdin": subprocess.DEVNULL}
+                processes.append(subprocess.Popen(machine.words(*start), env=env, **options))
+        return "Ray runtime started" in log.read_text()
+
     try:
-        wait_until(f"Ray on {machine.name}", lambda: "Ray runtime started" in log.read_text(), PATIENCE_SECONDS)
+        wait_until(f"Ray on {machine.name}", runs, PATIENCE_SECONDS)
         yield
     finally:
         machine.end()
-        process.wait(60)
+        for process in processes:
+            process.wait(60)
 
 
 @contextmanager
