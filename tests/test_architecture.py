@@ -70,6 +70,7 @@ NO_TORCH = (
     "pipeline.setup.", "pipeline.report.", "pipeline.scores.",
     "pipeline.distributed.launcher", "pipeline.distributed.nodes", "pipeline.distributed.devices",
     "pipeline.distributed.ranks", "pipeline.distributed.lifeline", "pipeline.distributed.worker",
+    "pipeline.distributed.hosts", "pipeline.distributed.remote",
     "pipeline.stages.table", "pipeline.stages.__main__", "pipeline.stages.processes", "pipeline.stages.run",
     "pipeline.stages.search", "pipeline.stages.compare", "pipeline.stages.pack", "pipeline.stages.report",
     "pipeline.stages.predict", "pipeline.ensemble.readout", "pipeline.ensemble.rows", "pipeline.serving.command",

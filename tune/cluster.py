@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,22 @@ class Capacity:
     def describe(self) -> str:
         """For people."""
         if self.packs:
-            where = f"{len(self.packs)} GPUs" if self.gpus else f"one base, {self.threads} threads"
+            bases = "one base" if len(self.packs) == 1 else f"{len(self.packs)} bases"
+            where = f"{len(self.packs)} GPUs" if self.gpus else f"{bases}, {self.threads} threads"
             return f"{self.concurrent} at once, packed on {where}"
         processes = "process" if self.workers == 1 else "processes"
         return f"{self.concurrent} at once, {self.workers} {processes} each{' with a GPU' if self.gpus else ''}"
 
 
+def attached_to() -> str:
+    """The address of the user's cluster; empty where the search starts a Ray of its own."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 @contextmanager
-def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
-    """Start (or attach to) Ray; yields the cluster's resources; leaves no process and no file behind.
+def cluster(folder: Path, stopping: Stopping) -> Iterator[list[dict[str, float]]]:
+    """Start (or attach to) Ray; yields the resources of each of its nodes; leaves no process and no file behind.
 
     A cluster of our own listens on the loopback interface and asks everybody for a token that is drawn anew and stands
     in the environment of its processes alone. An attached one has the user's settings (RAY_AUTH_MODE, RAY_AUTH_TOKEN).
@@ -103,10 +110,9 @@ def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
         SetupError: the attached cluster asks for a token that we have not.
         StageFailed: Ray does not start.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")
-    own = address in ("", "local")
+    address = attached_to()
     os.environ.update(QUIET)
-    if own:
+    if not address:
         os.environ.update(LOCAL | {TOKEN: secrets.token_hex(32)})
     import ray
 
@@ -115,13 +121,13 @@ def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
     watch: RayWatch | None = None
     with (folder / NOISE).open("w", encoding="utf-8") as noise, redirect_stdout(noise), redirect_stderr(noise):
         try:
-            if own:
+            if not address:
                 _start(scratch)
                 watch = RayWatch(_vital_processes(), (scratch, folder), stopping.exit_code)
             else:
                 _attach(address)
             with watch.watching() if watch else nullcontext():
-                yield dict(ray.cluster_resources())
+                yield [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         finally:
             ray.shutdown()
             if watch:
@@ -129,20 +135,21 @@ def cluster(folder: Path, stopping: Stopping) -> Iterator[dict[str, float]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def plan(search: SearchConfig, resources: dict[str, float], trials: int, packed: bool = False) -> Capacity:
+def plan(search: SearchConfig, nodes: Sequence[dict[str, float]], trials: int, packed: bool = False) -> Capacity:
     """Fit the search into the cluster.
 
     Args:
+        nodes: the resources of each node.
         packed: whether workers train the trials, several at once.
 
     Raises:
         ConfigError: trials x workers exceeds the cluster: it would wait for itself for ever; or the packs.
     """
     if packed:
-        return _plan_packs(search, resources, trials)
+        return _plan_packs(search, nodes, trials)
     workers = search.workers_per_trial
-    gpus = int(resources.get("GPU", 0))
-    slots, kind = (gpus, "GPUs") if gpus else (int(resources.get("CPU", 1)), "CPUs")
+    gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
+    slots, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
     if workers > slots:
         raise ConfigError(
             "search.workers_per_trial", workers, f"exceeds the {slots} {kind} of the cluster", f"Set at most {slots}."
@@ -158,18 +165,23 @@ def plan(search: SearchConfig, resources: dict[str, float], trials: int, packed:
     return Capacity(concurrent=min(asked or most, trials), workers=workers, gpus=1 if gpus else 0)
 
 
-def _plan_packs(search: SearchConfig, resources: dict[str, float], trials: int) -> Capacity:
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+def _plan_packs(search: SearchConfig, nodes: Sequence[dict[str, float]], trials: int) -> Capacity:
+    """A worker per GPU; without any, one per node, since no process has cores of two."""
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    hosts = [(int(node.get("GPU", 0)) if gpus else 1, int(node.get("CPU", 0))) for node in nodes]
+    hosts = [(workers, cpus) for workers, cpus in hosts if workers and (cpus or gpus)] or [(1, 1)]
     size = search.pack if isinstance(search.pack, int) else (RUNS_ON_GPU if gpus else RUNS_ON_CPU)
-    most = size * max(gpus, 1)
+    workers = sum(workers for workers, _ in hosts)
+    most = size * workers
     if search.concurrent > most:
         raise ConfigError(
             "search.concurrent", search.concurrent, f"exceeds the {most} runs of the packs",
             f"Set at most {most}, 0 for as many as fit, or a larger search.pack.",
         )
     concurrent = min(search.concurrent or most, trials)
-    names = tuple(f"pack_{number}" for number in range(min(max(gpus, 1), concurrent)))
-    return Capacity(concurrent, 1, int(gpus > 0), names, max(1, cpus // max(gpus, 1)))
+    names = tuple(f"pack_{number}" for number in range(min(workers, concurrent)))
+    threads = min(max(1, cpus // workers) for workers, cpus in hosts)  # any of them fits into any node
+    return Capacity(concurrent, 1, int(gpus > 0), names, threads)
 
 
 def _start(scratch: Path) -> None:
@@ -204,7 +216,10 @@ def _attach(address: str) -> None:
     try:
         if not address.startswith("ray://"):
             _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.CRITICAL,
+            runtime_env={"env_vars": _carried()},
+        )
     except ray.exceptions.AuthenticationError as error:
         raise SetupError(
             "RAY_ADDRESS", address, "is a cluster that asks for its token, and the one given here is missing or wrong",
@@ -212,6 +227,12 @@ def _attach(address: str) -> None:
         ) from error
     except (*START_ERRORS, ray.exceptions.RayError) as error:
         raise StageFailed(f"Ray does not start at RAY_ADDRESS = {address}: {error}") from error
+
+
+def _carried() -> dict[str, str]:
+    """What processes on the nodes of an attached cluster need to know and cannot inherit from here."""
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    return {**kept, **QUIET, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
 
 def _knock(address: str) -> None:

@@ -5,7 +5,8 @@
     SEARCH/trials/pack_0.log        what the worker printed
 
 A worker that dies is started again by Ray, empty. Its trials admit their runs again, which continue from their own
-checkpoints; Tune and the ledger do not notice.
+checkpoints; Tune and the ledger do not notice. Where there is no room to start it again, as its machine has gone,
+another worker takes the runs over.
 """
 
 from __future__ import annotations
@@ -41,13 +42,26 @@ from pipeline import (
     write_json,
 )
 from tune.cluster import Capacity
-from tune.trial import TRIALS, Assignment, PackMaker, Reporter, TrialFailed, error_text, print_to, require_hash
+from tune.trial import (
+    NOTHING_MORE,
+    TRIALS,
+    Assignment,
+    PackMaker,
+    Reporter,
+    TrialFailed,
+    error_text,
+    failure,
+    print_to,
+    require_hash,
+)
 
 POLL_SECONDS = 10.0
 """A worker answers after that long also where there is nothing new."""
 PAUSE_SECONDS = 0.5
 PATIENCE_SECONDS = 300.0
 """How long a trial waits for a worker that has died to be there again."""
+MOVE_SECONDS = 30.0
+"""How long it waits before it asks another worker, where there is one: a process starts again in a few."""
 LIVES = 3
 """Workers that may die under a trial between two of its validations."""
 
@@ -229,7 +243,7 @@ def start_workers(
         ray.remote(PackWorker)
         .options(
             name=name, num_cpus=capacity.worker_cpus, num_gpus=capacity.gpus, max_restarts=-1,
-            max_concurrency=2 * capacity.concurrent + 8,
+            max_concurrency=2 * capacity.concurrent + 8, scheduling_strategy="SPREAD",  # over the nodes of a cluster
         )
         .remote(shared, trusted, os.getcwd(), str(folder / TRIALS / f"{name}.log"), capacity.threads, make_pack)
         for name in capacity.packs
@@ -239,25 +253,31 @@ def start_workers(
 def run_packed(given: dict[str, Any]) -> None:
     """A trial whose run is in a worker, as Tune runs it: pass on what is reported, and end with the run.
 
+    A run that failed, or whose worker died again and again or did not come back, is reported as such.
+
     Args:
         given: `Assignment.to_dict()`.
-
-    Raises:
-        TrialFailed: the run failed; its worker died again and again, or did not come back.
     """
     assignment = Assignment(**given)
+    if assignment.ended.exists():
+        ray_tune.report(NOTHING_MORE)
+        return
     reporter = Reporter(assignment, ray_tune.report)
     try:
         _follow(assignment, reporter)
+    except TrialFailed as error:
+        ray_tune.report(failure(str(error)))
     except LoradropError as error:
         with suppress(OSError):  # its worker is to go on without it
             write_json(RunPaths(assignment.run).stop_request, {"by": assignment.name})
-        raise TrialFailed(error_text(error)) from None
+        ray_tune.report(failure(error_text(error)))
 
 
 def _follow(assignment: Assignment, reporter: Reporter) -> None:
-    worker, lives = ray.get_actor(assignment.pack), set[int]()
+    names = [assignment.pack, *(name for name in assignment.packs if name != assignment.pack)]
+    worker, lives = ray.get_actor(names[0]), set[int]()
     seen, admitted, answered = -1, False, time.monotonic()
+    asked_since = answered
     while True:
         try:
             if not admitted:
@@ -270,9 +290,12 @@ def _follow(assignment: Assignment, reporter: Reporter) -> None:
             if time.monotonic() - answered > PATIENCE_SECONDS:
                 raise TrialFailed(f"the worker that trains it died and did not come back: {error}") from None
             admitted = False
+            if len(names) > 1 and time.monotonic() - asked_since > MOVE_SECONDS:
+                names.append(names.pop(0))
+                worker, asked_since = ray.get_actor(names[0]), time.monotonic()
             time.sleep(PAUSE_SECONDS)
             continue
-        answered = time.monotonic()
+        answered = asked_since = time.monotonic()
         if found is None:  # the worker is another one
             admitted = False
             continue

@@ -48,6 +48,10 @@ class SearchProgress:
         settings = "  ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in record.values.items())
         tell(f"{record.name} {outcome}  ({settings})  [{ended}/{self.trials}]{self._left()}")
 
+    def lost(self, record: TrialRecord) -> None:
+        """A trial's process was lost."""
+        tell(f"{record.name} was lost after step {record.steps} (its process, or its machine); it begins again")
+
     def _left(self) -> str:
         now = [record for record in self.ledger.trials.values() if record.name not in self.before]
         taken = sum(record.steps for record in now)

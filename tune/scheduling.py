@@ -34,6 +34,15 @@ class EnsembleASHA(ASHAScheduler):
         )  # fmt: skip
         self.can_finish, self.keep, self.request_stop = trials, keep, request_stop
         self.asked: set[str] = set()
+        self.lost: set[str] = set()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A new trial, or one that was lost and begins again: it is at no rung twice, and can finish as before."""
+        super().on_trial_add(tune_controller, trial)
+        if trial.trial_id in self.lost:
+            self.lost.discard(trial.trial_id)
+            self.can_finish += 1 + (trial.config["name"] in self.asked)
+            self.asked.discard(trial.config["name"])
 
     def replay(self, ledger: Ledger, arm: ArmName) -> None:
         """Meet the rungs with what an interrupted search already saw of an arm."""
@@ -58,7 +67,8 @@ class EnsembleASHA(ASHAScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A failed trial cannot finish either."""
+        """A failed trial cannot finish either, unless it begins again."""
+        self.lost.add(trial.trial_id)
         self.can_finish -= 1
         super().on_trial_error(tune_controller, trial)
 
@@ -127,6 +137,9 @@ class ArmScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """As `EnsembleASHA`, which comes first; a trial that it lets go on is asked to end where it overfits."""
         one, name = self._of(trial), trial.config["name"]
+        if "failed" in result:
+            one.on_trial_error(tune_controller, trial)
+            return str(TrialScheduler.CONTINUE)
         decision = one.on_trial_result(tune_controller, trial, result)
         if name not in one.asked and not result["finished"]:
             self._early_exit.look_at(name)

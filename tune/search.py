@@ -169,9 +169,9 @@ def _run_trials(
     if left < wanted:
         tell(f"Continuing: {wanted - left} of {wanted} trials have ended.")
     try:
-        with cluster(folder / RAY_FOLDER, stopping) as resources:
+        with cluster(folder / RAY_FOLDER, stopping) as nodes:
             stopping.listen()
-            capacity = plan(config.search, resources, left, packed)
+            capacity = plan(config.search, nodes, left, packed)
             shares = " and ".join(f"{arm.trials} of {ARM_TEXTS[arm.name]}" for arm in arms)
             tell(
                 f"Search: {left} trials of {config.search.max_steps} steps"

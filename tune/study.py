@@ -17,7 +17,7 @@ import ray.tune as ray_tune
 from ray.tune.search import Searcher
 
 from pipeline import ADAPTER_WEIGHTS, RunConfig, RunPaths, dump_config, manifest_faults, sha256_file
-from tune.cluster import Capacity
+from tune.cluster import Capacity, attached_to
 from tune.dimensions import Values, point_key
 from tune.ledger import Ledger, pending
 from tune.pack import run_packed, start_workers
@@ -26,7 +26,11 @@ from tune.sampling import suggest
 from tune.scheduling import make_scheduler
 from tune.space import Arm, trial_config
 from tune.stopping import Stopping
-from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, run_trial
+from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, ended_mark, run_trial
+
+TRIES = 3
+"""Starts of a trial on an attached cluster whose process is lost there, as with its machine. On one machine a process
+is killed for lack of memory, and would be again."""
 
 
 class Study:
@@ -54,8 +58,9 @@ class Study:
         assignment = Assignment(
             name=name, folder=str(self.folder), working_folder=os.getcwd(), config=dump_config(resolved),
             config_sha256=resolved.sha256(), workers=self.capacity.workers, gpus=self.capacity.gpus,
-            pack=self._free_pack(name) if packed else "",
+            pack=self._free_pack(name) if packed else "", packs=self.capacity.packs,
         )  # fmt: skip
+        assignment.ended.unlink(missing_ok=True)
         self.ledger.append(
             "start", trial=name, arm=arm.name, index=index, values=values, config_sha256=assignment.config_sha256
         )
@@ -100,6 +105,12 @@ class StudyCallback(ray_tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A validation, or the final scores."""
         name = trial.config["name"]
+        if self.ledger.trials[name].state != "running":
+            return  # it was lost after its last word, and has nothing to add
+        if "failed" in result:
+            if not self.stopping.requested:
+                self._end(name, state="failed", error=result["failed"])
+            return
         row = {"step": result["step"], "nll": result["nll"], "accuracy": result["accuracy"]}
         self.ledger.append("report", trial=name, **row)
         if result["finished"]:
@@ -121,8 +132,18 @@ class StudyCallback(ray_tune.Callback):
         else:
             self._end(record.name, state="stopped")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Its process was lost, with its machine perhaps: it begins again, where there is room."""
+        record = self.ledger.trials[trial.config["name"]]
+        if record.state == "running" and not self.stopping.requested:
+            self.progress.lost(record)
+            self.ledger.append(
+                "start", trial=record.name, arm=record.arm, index=record.index, values=record.values,
+                config_sha256=record.config_sha256,
+            )
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Failed: its error is kept, the others go on."""
+        """Its process was lost again and again: the others go on."""
         record = self.ledger.trials[trial.config["name"]]
         if record.state != "running" or self.stopping.requested:
             return
@@ -130,15 +151,18 @@ class StudyCallback(ray_tune.Callback):
 
     def _end(self, name: str, **outcome: Any) -> None:
         self.ledger.append("end", trial=name, **outcome)
+        mark = ended_mark(self.folder / TRIALS / name)
+        mark.parent.mkdir(parents=True, exist_ok=True)  # a trial may have failed before it made anything
+        mark.touch()
         if outcome["state"] != "failed":  # what its adapter and predictions do not hold would only fill the disk
             shutil.rmtree(RunPaths(self.folder / TRIALS / name).checkpoints, ignore_errors=True)
         self.progress.ended(self.ledger.trials[name])
 
 
 def _error_text(trial: Any) -> str:
-    """What the trial said (`TrialFailed`), else the end of what Ray says."""
+    """What the trial's other processes said (`TrialCrashed`), else the end of what Ray says."""
     text = Path(trial.error_file).read_text(encoding="utf-8").strip() if trial.error_file else "no reason given"
-    _, said, message = text.rpartition("TrialFailed: ")
+    _, said, message = text.rpartition("TrialCrashed: ")
     if said:
         return message.strip()
     if "Worker exit type" in text:
@@ -173,6 +197,7 @@ def run_study(
             storage_path=str(storage),
             verbose=0,
             stop=StopOnSignal(stopping),
+            failure_config=ray_tune.FailureConfig(max_failures=TRIES - 1 if attached_to() else 0),
             callbacks=[StudyCallback(study.ledger, progress, study.folder, stopping)],
         ),
     )

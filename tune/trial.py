@@ -53,6 +53,10 @@ class TrialFailed(Exception):
     """Carries a trial's error to the driver as text: an error with its own signature does not survive pickling."""
 
 
+class TrialCrashed(Exception):
+    """One of a trial's processes ended, and what the others say is a consequence: Tune starts the trial again."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What a trial is told; plain values, so that any process of a cluster can read it."""
@@ -71,15 +75,27 @@ class Assignment:
     """Accelerators of each process, 0 or 1."""
     pack: str = ""
     """The worker that trains it, by name; none: the trial's own processes do."""
+    packs: tuple[str, ...] = ()
+    """All workers: where that one does not come back, another takes the run over."""
 
     @property
     def run(self) -> Path:
         """The run folder."""
         return Path(self.folder) / TRIALS / self.name
 
+    @property
+    def ended(self) -> Path:
+        """A file that the driver leaves once the trial has ended: Tune starts again what dies after its last word."""
+        return ended_mark(self.run)
+
     def to_dict(self) -> dict[str, Any]:
         """The form in which Ray carries it."""
         return asdict(self)
+
+
+def ended_mark(run: Path) -> Path:
+    """Beside the run folder, as the lock is."""
+    return run.with_name(f".{run.name}.ended")
 
 
 def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None:
@@ -90,15 +106,30 @@ def run_trial(given: dict[str, Any], train: TrainFunction | None = None) -> None
         train: Stands in for `pipeline.train_run` in tests.
 
     Raises:
-        TrialFailed: whatever went wrong, as text.
+        TrialCrashed: one of several processes was lost.
     """
     import ray.tune as ray_tune
 
     assignment = Assignment(**given)
-    if assignment.workers == 1:
-        _run_worker(assignment, train, ray_tune.report)
-    else:
-        _run_group(assignment, train)
+    if assignment.ended.exists():
+        ray_tune.report(NOTHING_MORE)
+        return
+    try:
+        if assignment.workers == 1:
+            _run_worker(assignment, train, ray_tune.report)
+        else:
+            _run_group(assignment, train)
+    except TrialFailed as error:
+        ray_tune.report(failure(str(error)))
+
+
+NOTHING_MORE = {"step": 0, "nll": math.inf, "accuracy": None, "finished": True}
+"""What a trial reports that had ended before; its end is in the ledger."""
+
+
+def failure(text: str) -> dict[str, Any]:
+    """How a trial that has failed tells so. An exception would be one of Ray's to Tune: for it, trials start again."""
+    return {"step": 0, "nll": math.inf, "accuracy": None, "finished": False, "failed": text}
 
 
 def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
@@ -127,8 +158,11 @@ def _run_group(assignment: Assignment, train: TrainFunction | None) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        raise TrialFailed(error_text(failures[min(failures)] if failures else error)) from None
+        failures: dict[int, Any] = getattr(error, "worker_failures", {})
+        causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
+        if said := [cause for cause in causes if isinstance(cause, TrialFailed)]:
+            raise said[0] from None
+        raise TrialCrashed(error_text(causes[0] if causes else error)) from None
 
 
 def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Report) -> None:
@@ -148,7 +182,8 @@ def _run_worker(assignment: Assignment, train: TrainFunction | None, report: Rep
             return  # the scheduler asked for it
         traceback.print_exc()
         sys.stderr.flush()
-        raise TrialFailed(error_text(error)) from None
+        lost = assignment.workers > 1 and not isinstance(error, LoradropError)  # a peer, for all that is known here
+        raise (TrialCrashed if lost else TrialFailed)(error_text(error)) from None
 
 
 def _train(assignment: Assignment, stand_in: TrainFunction | None, report: Report) -> None:
@@ -232,4 +267,4 @@ def error_text(error: BaseException) -> str:
     if isinstance(cause, Exception):
         error = cause
     text = str(error) or repr(error)
-    return text if isinstance(error, (LoradropError, TrialFailed)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (LoradropError, TrialFailed, TrialCrashed)) else f"{type(error).__name__}: {text}"

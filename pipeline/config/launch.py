@@ -35,12 +35,12 @@ class LaunchConfig(Section):
     processes: NonNegative = 0
     """Per node; 0 = one per accelerator, or one per core up to 2 on a CPU-only machine."""
     hostfile: Name | None = None
-    """DeepSpeed hostfile for several nodes that one of them reaches by ssh."""
+    """DeepSpeed hostfile, a line `NAME slots=PROCESSES` per node: they are reached by ssh from here."""
     nodes: Positive = 1
     """Nodes that each start the same command themselves, without ssh, with NODE_RANK (or SLURM_NODEID) saying which
     they are. Needs launch.processes, launch.master_addr and launch.master_port."""
     master_addr: Name | None = None
-    """With `nodes`: address of node 0 as the others reach it."""
+    """Address of the first node as the others reach it; with `hostfile` by itself the one that ssh reaches it by."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Rendezvous port; 0 = a free one."""
     warning_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR1"

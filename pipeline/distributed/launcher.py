@@ -29,6 +29,7 @@ from typing import IO
 from pipeline.config.launch import LaunchConfig
 from pipeline.distributed import ranks
 from pipeline.distributed.devices import accelerator_memory, check_processes, visible_devices
+from pipeline.distributed.hosts import hosts_command, read_hosts
 from pipeline.distributed.lifeline import GRACE, PARENT, WARNING, stop_signals
 from pipeline.distributed.nodes import log_name, node_arguments
 from pipeline.errors import (
@@ -49,11 +50,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _NOISE = re.compile(
     r"^\[\d{4}-|^\[rank|Loading weights|Writing model shards|Warning|warnings?\.warn|kernels-community"
     r"|built successfully|^\s*(self\.|return |import )|^W\d{4} |^\s*$|\[Gloo\]|^Using .* cache|^Time to load"
-    r"|^Emitting ninja|^ninja"
+    r"|^Emitting ninja|^ninja|^\[W\d{4} "
 )
 _TAIL_LINES = 25
-_LEAVING_SECONDS = 5.0
-"""Beyond the time of grace: processes of a killed command, on a busy machine, until they are gone."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A stage starts a world of its own: what an outer launcher, or this process, left in the environment is not its."""
 
@@ -62,17 +61,19 @@ def launcher_command(program: Sequence[str], run_dir: Path, launch: LaunchConfig
     """DeepSpeed's command line for a program (module and its words) that uses all processes.
 
     On a machine with accelerators no count is passed unless one is set, so that a visible-devices setting is
-    honoured; on CPUs DeepSpeed's launcher of one node is started as it is. Several nodes: `launch.hostfile` has
-    DeepSpeed reach them by ssh; with `launch.nodes` each starts its own processes.
+    honoured; on CPUs DeepSpeed's launcher of one node is started as it is. Several nodes: those of `launch.hostfile`
+    are reached by ssh; with `launch.nodes` each starts its own processes.
 
     Raises:
         ConfigError: more processes than GPUs are asked for.
+        ConfigError, SetupError: a host of the hostfile cannot be worked with.
     """
-    if launch.hostfile is None:
-        check_processes(launch.processes)
     port = str(launch.master_port or free_port())
+    if launch.hostfile:
+        return hosts_command(launch, run_dir.resolve(), port, program)
+    check_processes(launch.processes)
     words = ["--module", *program, "--run-dir", str(run_dir.resolve())]
-    if launch.nodes == 1 and not launch.hostfile and not has_accelerator():
+    if launch.nodes == 1 and not has_accelerator():
         # What the runner would start: it finds devices and machines, and here are neither; loading it takes 2 seconds.
         world = json.dumps({"localhost": list(range(process_count(launch)))})
         coded = base64.urlsafe_b64encode(world.encode()).decode()
@@ -82,11 +83,11 @@ def launcher_command(program: Sequence[str], run_dir: Path, launch: LaunchConfig
     if launch.nodes > 1:
         command += node_arguments(launch, run_dir)
     else:  # where none is named, DeepSpeed would obey a /job/hostfile
-        command += ["--hostfile", launch.hostfile or f"{os.devnull}/none"]
-    visible = visible_devices() if has_accelerator() and not launch.hostfile else []
+        command += ["--hostfile", f"{os.devnull}/none"]
+    visible = visible_devices()
     if launch.nodes == 1 and launch.processes and visible:  # a count would make DeepSpeed forget what is visible
         command += ["--include", f"localhost:{','.join(visible[: launch.processes])}"]
-    elif launch.nodes == 1 and (launch.processes or not has_accelerator()):
+    elif launch.nodes == 1 and launch.processes:
         command += ["--num_accelerators", str(process_count(launch))]
     return [*command, *words]
 
@@ -95,7 +96,7 @@ def launcher_environment(launch: LaunchConfig) -> dict[str, str]:
     """Variables for the ranks: what their lifeline has to know; the threads of each on a CPU-only machine."""
     told = {WARNING: launch.warning_signal, GRACE: str(launch.grace_seconds)}
     processes = world_processes(launch)
-    if processes is None:
+    if processes is None or launch.hostfile:  # each host has cores of its own (distributed/remote)
         return told
     return {**told, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) * launch.nodes // processes))}
 
@@ -106,9 +107,9 @@ def process_count(launch: LaunchConfig) -> int:
 
 
 def world_processes(launch: LaunchConfig) -> int | None:
-    """Processes of a stage, on all nodes; None where only the launcher will know (a hostfile)."""
+    """Processes of a stage, on all nodes; None where only the launcher will know."""
     if launch.hostfile:
-        return None
+        return sum(read_hosts(launch).values())
     if launch.processes or not has_accelerator():
         return launch.nodes * process_count(launch)
     visible = visible_devices()
@@ -159,7 +160,7 @@ def run_stage(
     file = _open_log(log, run_dir)
     paths = RunPaths(run_dir)
     if in_world:
-        ranks.wait_for_orphans(run_dir, float((environment or {}).get(GRACE, 0)) + _LEAVING_SECONDS)
+        ranks.wait_for_orphans(run_dir, float((environment or {}).get(GRACE, 0)) + ranks.LEAVING_SECONDS)
         ranks.clear(run_dir)
         update_status(paths, stage, "starting")
     paths.stop_request.unlink(missing_ok=True)

@@ -24,6 +24,8 @@ from pipeline.errors import EXIT_FAILED, DiskFull, RunFolderError
 from pipeline.files import read_json, write_json
 
 Kind = Literal["killed", "error", "crash"]
+LEAVING_SECONDS = 5.0
+"""Beyond the time of grace: processes of a killed command, on a busy machine, until they are gone."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipeline.config.deepspeed import (
 )
 from pipeline.config.evaluate import check_generation, check_selection
 from pipeline.data.encode_classifier import refuse_choice_score
+from pipeline.distributed.hosts import read_hosts
 from pipeline.distributed.launcher import has_accelerator
 from pipeline.errors import ConfigError
 from pipeline.files import ADAPTER_CONFIG
@@ -40,8 +41,8 @@ def check_inputs(config: RunConfig) -> RunConfig:
             f"holds no {ADAPTER_CONFIG}",
             "Give the folder of a PEFT adapter.",
         )
-    if config.launch.hostfile is not None and not Path(config.launch.hostfile).is_file():
-        raise ConfigError("launch.hostfile", config.launch.hostfile, "does not exist", "Give a DeepSpeed hostfile.")
+    if config.launch.hostfile is not None:
+        read_hosts(config.launch)
     check_loggers(config.logging)
     decided = decided_by(config.train, micro_steps=None, bf16=None)
     name = config.train.deepspeed

@@ -34,10 +34,10 @@ def test_a_count_is_passed_only_where_it_is_set_or_needed(tmp_path: Path, monkey
     command = launcher_command(["pipeline.stages", "train"], tmp_path, LaunchConfig(processes=2))
     assert "--include localhost:4,5" in " ".join(command) and "--num_accelerators" not in command
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    launch = LaunchConfig(processes=4, hostfile="hosts", master_port=1234)
-    command = launcher_command(["pipeline.stages", "train"], tmp_path, launch)
+    command = launcher_command(["pipeline.stages", "train"], tmp_path, LaunchConfig(processes=4, master_port=1234))
     assert " ".join(command).endswith(
-        f"--master_port 1234 --hostfile hosts --num_accelerators 4 --module pipeline.stages train --run-dir {tmp_path}"
+        "--master_port 1234 --hostfile /dev/null/none --num_accelerators 4"
+        f" --module pipeline.stages train --run-dir {tmp_path}"
     )
     monkeypatch.setattr("pipeline.distributed.launcher.has_accelerator", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)

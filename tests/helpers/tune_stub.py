@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -112,7 +113,7 @@ class PackedRun:
 class Pack:
     """Stands in for `pipeline.Pack`: one step of every run at a time, a checkpoint at every validation.
 
-    steps.txt of a run folder has a line for every step that was taken: its number and the process.
+    steps.txt of a run folder has a line for every step that was taken: its number, the process and its machine.
     """
 
     def __init__(self, config: RunConfig, trusted: bool = False) -> None:
@@ -146,7 +147,7 @@ class Pack:
         if run.step < last:
             run.step += 1
             with (root / "steps.txt").open("a") as file:
-                file.write(f"{run.step} {os.getpid()}\n")
+                file.write(f"{run.step} {os.getpid()} {socket.gethostname()}\n")
         if run.step == 3:
             mark = root.with_name(f"{root.name}.died")
             try:

@@ -64,7 +64,7 @@ from tune.trial import Assignment, _train
 def test_as_many_trials_at_once_as_the_cluster_carries(
     search: dict[str, int], resources: dict[str, float], trials: int, expected: tuple[int, int]
 ) -> None:
-    capacity = plan(build_config({"search": search}).search, resources, trials)
+    capacity = plan(build_config({"search": search}).search, [resources], trials)
     assert (capacity.concurrent, capacity.gpus) == expected
 
 
@@ -82,7 +82,7 @@ def test_as_many_trials_at_once_as_the_cluster_carries(
 )  # fmt: skip
 def test_what_would_wait_for_ever_is_refused(search: dict[str, int], resources: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(build_config({"search": search}).search, resources, 6)
+        plan(build_config({"search": search}).search, [resources], 6)
     assert said in str(caught.value)
 
 
@@ -96,12 +96,12 @@ def test_what_would_wait_for_ever_is_refused(search: dict[str, int], resources: 
 def test_as_many_packed_trials_at_once_as_the_packs_take(
     search: dict[str, int], resources: dict[str, float], trials: int, expected: tuple[Any, ...]
 ) -> None:
-    found = plan(build_config({"search": search}).search, resources, trials, packed=True)
+    found = plan(build_config({"search": search}).search, [resources], trials, packed=True)
     assert (found.concurrent, found.packs, found.threads, found.gpus) == expected
     reserved = found.worker_cpus * len(found.packs) + found.trial_resources()["cpu"] * found.concurrent
     assert reserved <= resources["CPU"] and "gpu" not in found.trial_resources()
     with pytest.raises(ConfigError, match=r"search\.concurrent = 99: exceeds the \d+ runs of the packs"):
-        plan(build_config({"search": {**search, "concurrent": 99}}).search, resources, trials, packed=True)
+        plan(build_config({"search": {**search, "concurrent": 99}}).search, [resources], trials, packed=True)
 
 
 @pytest.mark.parametrize(("search", "said"), [
