@@ -37,6 +37,7 @@ from pipeline.stages.reference import test
         (["adapter.kind=adalora", "adapter.adalora.warmup=1.5"], "must be a whole number of steps, or a fraction"),
         (["data.splits={test: test}"], "data.splits must name train"),
         (["data.sources=[{path: a.csv}]", "data.columns=[a]"], "data.columns belongs to data.path"),
+        (["data.sources=[{path: a.csv}]", "data.streaming=true"], "data.streaming reads one source; keep data.path,"),
         (["launch.nodes=2"], "launch.nodes = 2 needs launch.processes, launch.master_addr, launch.master_port too"),
         (["a.b.c"], "is not of the form key.path=value"),
         (["adapter.rank=[1"], "is not a valid YAML value"),
@@ -120,6 +121,8 @@ CALL = {"role": "assistant", "content": ""}
         (chat({**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}), "arguments that are no JSON ("),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "{"}]},
          "is a function call that is no JSON ("),
+        ({**chat({"role": "assistant", "content": "A"}), "tools": "search"},
+         "f:1: tools = 'search': must be a list of functions (JSON schemas). Mend it, or leave the column out."),
     ],
 )
 def test_rows(values: dict[str, Any], said: str) -> None:

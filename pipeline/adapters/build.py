@@ -103,5 +103,12 @@ def _refuse_other_scaling(config: AdapterConfig, spec: AdapterSpec, stored: Stor
                 config.init_from,
                 f"has rank {stored.spec.rank_of(name)} and scaling {theirs:g} at {name};"
                 f" the configuration has rank {spec.rank_of(name)} and scaling {ours:g}",
-                f"Set adapter.rank={stored.spec.rank} and adapter.alpha={stored.spec.alpha:g}.",
+                _settings_of(stored.spec),
             )
+
+
+def _settings_of(spec: AdapterSpec) -> str:
+    """By which settings a stored LoRA is a start; none give a layer a rank or an alpha of its own."""
+    if spec.rank_pattern or spec.alpha_pattern:
+        return "Its layers differ in rank or alpha: give an adapter that has one of each."
+    return f"Set adapter.rank={spec.rank}, adapter.alpha={spec.alpha:g} and adapter.rslora={str(spec.rslora).lower()}."
