@@ -115,7 +115,9 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, cell: dict[s
     from pipeline.adapters.members import MaskKey
     from pipeline.data.encode import IGNORE_INDEX, Encoded
     from pipeline.training.batch import lay_out
+    from pipeline.training.engine import DeepSpeedSlot, trained_parameters
 
+    slot = DeepSpeedSlot(engine, trained_parameters(adapters))
     train, chance, tokens = config.train, random.Random(0), cell["tokens"]
     for step in range(cell["steps"]):
         examples = []
@@ -128,8 +130,8 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, cell: dict[s
         layout = training_layout(range(train.micro_batch), train.draws, train.draw_layout, True)
         rows = lay_out(adapters, examples, layout, tokenizer.pad_token_id, MaskKey(0, step))
         with adapters.axis.active(rows.plan):
-            engine.backward(engine(**rows.inputs)[0])
-        engine.step()
+            engine.backward(engine(**rows.inputs)[0].sum())
+        engine.step([slot])
 
 
 def planned(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:

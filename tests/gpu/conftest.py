@@ -65,7 +65,10 @@ def own_memory(device: torch.device) -> Iterator[None]:
 @pytest.fixture
 def run_settings(tiny_settings: list[str]) -> list[str]:
     """A run of seconds in one process, in the dtype that a GPU takes by itself."""
-    return [*tiny_settings, "launch.processes=1", "model.compute_dtype=bfloat16", "train.draws=2"]
+    return [
+        *tiny_settings, "launch.processes=1", "model.compute_dtype=bfloat16", "train.draws=2", "train.max_steps=4",
+        "train.validate_every_steps=2",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.acceptance import Figures
 
-from benchmarks.memory_plan import BASE, ENVIRONMENT, in_children, settings_of
+from benchmarks.memory_plan import BASE, ENVIRONMENT, in_children, planned, settings_of
 
 pytestmark = pytest.mark.gpu
 WANTED = "0.85 to 1.15"
@@ -21,7 +21,7 @@ def test_plan(device: torch.device, small: bool, large_model: Path, figures: Fig
     dtype = "float32" if small else "bfloat16"
     for cell in [{**BASE, "tokens": 32}] if small else cells:
         settings = settings_of(cell, [f"model.path={large_model}", f"model.compute_dtype={dtype}"])
-        found, plan = (in_children(part, cell, settings, ENVIRONMENT) for part in ("--measure", "--plan"))
+        found, plan = in_children("--measure", cell, settings, ENVIRONMENT), planned(cell, settings)
         for name in ("peak", "loaded"):
             ratio = plan[name] / found[name]
             figures.add(

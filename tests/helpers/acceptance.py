@@ -80,6 +80,7 @@ class Acceptance:
         self._limit = LAST_START if setting.device != "cpu" else float("inf")
         self.facts = {**facts(setting, "acceptance"), "code": code_hash(), "device": _device(setting.device)}
         self.pieces: dict[str, dict[str, Any]] = {}
+        self._begun: set[str] = set()
         if results.exists():
             before = read_json(results)
             if all(before["facts"].get(name) == self.facts[name] for name in SAME):
@@ -90,8 +91,6 @@ class Acceptance:
         chosen = [item for item in items if self._outcome(item.nodeid) != "passed"]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = sorted(chosen, key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
-        for item in items:
-            self.pieces[item.nodeid] = {"outcome": "not run", "seconds": 0.0, "figures": [], "detail": ""}
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """What begins too late is left to the next start."""
@@ -102,6 +101,9 @@ class Acceptance:
         """Keep what a piece has reported."""
         if not self._writes or (report.when != "call" and report.passed):
             return
+        if report.nodeid not in self._begun:
+            self._begun.add(report.nodeid)
+            self.pieces[report.nodeid] = {"outcome": "not run", "seconds": 0.0, "figures": [], "detail": ""}
         piece = self.pieces[report.nodeid]
         piece["seconds"] = round(piece["seconds"] + report.duration, 1)
         if report.skipped:
