@@ -47,9 +47,9 @@ def small(device: torch.device) -> bool:
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Figures:
+def figures(request: pytest.FixtureRequest, small: bool) -> Figures:
     """What this piece reports."""
-    return Figures(request.node)
+    return Figures(request.node, small)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.acceptance import Figures
+from helpers.acceptance import Figures, norm_apart
 from helpers.attention_heads import FORMS, heads_of, model_masks, some_drops, visible_to
 from helpers.attention_reference import dense_attention
 from helpers.attention_rounding import output_bound
@@ -15,7 +15,7 @@ from helpers.site_models import compare_with_reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.attach import attach
 from pipeline.adapters.layout import training_layout
 from pipeline.adapters.members import MaskKey
 from pipeline.adapters.sites.attention_kernels import AttentionInputs
@@ -36,10 +36,11 @@ ATTENTION = tuple(
     Site(position=position, pattern=pattern, rate=0.4)  # type: ignore[arg-type]
     for position in ("attention_logits", "attention_weights") for pattern in PATTERNS
 )
+of_each_site = pytest.mark.parametrize("site", ATTENTION, ids=lambda site: f"{site.position}-{site.pattern}")
 HIDDEN = {pattern: Site(position="ffn_hidden", pattern=pattern, rate=0.4) for pattern in PATTERNS}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE)
+@pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_kernel(form: str, dtype: torch.dtype, device: torch.device, small: bool, figures: Figures) -> None:
     """Forward and gradients against float64, query by query; no backend that writes the weights out is allowed."""
@@ -68,7 +69,7 @@ def test_kernel(form: str, dtype: torch.dtype, device: torch.device, small: bool
     figures.within("gradients, against dense float64", off, GRADIENT_TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("site", ATTENTION, ids=lambda site: f"{site.position}-{site.pattern}")
+@of_each_site
 def test_site(site: Site, device: torch.device, small: bool, figures: Figures) -> None:
     """Whole models in float32, HiddenCut of the same pattern beside it, against stock modules in float64."""
     models = (("llama", "nf4"),) if small else (("llama", "nf4"), ("llama", "none"), ("gpt2", "none"), ("bert", "nf4"))
@@ -80,25 +81,25 @@ def test_site(site: Site, device: torch.device, small: bool, figures: Figures) -
         figures.within(f"{family}, base {quantization}, against float64", apart, tolerance)
 
 
-@pytest.mark.parametrize("site", ATTENTION, ids=lambda site: f"{site.position}-{site.pattern}")
+@of_each_site
 def test_end_to_end(site: Site, device: torch.device, tiny_folder: Path, figures: Figures) -> None:
-    """Rows laid end to end against the same rows padded, in bfloat16: attention in groups of rows of similar length."""
-    config = ModelConfig(path=str(tiny_folder / "model"), quantization="none", compute_dtype="bfloat16")
-    found = []
-    for end_to_end in (False, True):
+    """Rows laid end to end in bfloat16, attention in groups of rows of similar length: as near to float32 as padded."""
+
+    def of(dtype: str, end_to_end: bool) -> dict[str, Tensor]:
+        config = ModelConfig(path=str(tiny_folder / "model"), quantization="none", compute_dtype=dtype)  # type: ignore[arg-type]
         spec = AdapterSpec(rank=4, sites=(site, HIDDEN[site.pattern]))
         adapters = trained_start(attach(load_base(config, device).model, [spec], "all-linear", seed=0))
         adapters.model.train()
         if end_to_end:
             assert choose_rows(adapters, config.attention, 32) is None
-        found.append(loss_and_gradients(adapters))
-    figures.close("end to end against padded", *reversed(found), 0.05)
+        layout = training_layout(range(6), 4, "split", True)
+        rows = lay_out(adapters, examples([5, 19, 4, 7, 8, 11]), layout, 2, MaskKey(3, 5))
+        with adapters.axis.active(rows.plan), sdpa_kernel(FUSED):
+            SupervisedLM(adapters.model)(**rows.model_tensors, row_weights=rows.weights).backward()
+        return gradients(adapters)
 
-
-def loss_and_gradients(adapters: Adapters) -> dict[str, Tensor]:
-    layout = training_layout(range(6), 4, "split", True)
-    rows = lay_out(adapters, examples([5, 19, 4, 7, 8, 11]), layout, 2, MaskKey(3, 5))
-    with adapters.axis.active(rows.plan), sdpa_kernel(FUSED):
-        loss = SupervisedLM(adapters.model)(**rows.model_tensors, row_weights=rows.weights)
-        loss.backward()
-    return {"loss": loss.detach(), **gradients(adapters)}
+    exact = of("float32", False)
+    of_padded = norm_apart(of("bfloat16", False), exact)
+    figures.add("gradients, padded against float32", f"{of_padded:.1e}", apart=of_padded)
+    apart = norm_apart(of("bfloat16", True), exact)
+    figures.within("gradients, end to end against float32", apart, 1.5 * of_padded + 0.02)

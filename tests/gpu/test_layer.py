@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.acceptance import Figures
+from helpers.acceptance import Figures, norm_apart
 from helpers.families import LORA_DROPOUT, examples, gradients, trained_start
 from helpers.layers import MIXED, RANK, TOLERANCE, dense_results, hosted, results, rows_of, unequal_members
 from torch import Tensor
@@ -70,13 +70,7 @@ def test_model(quantization: str, device: torch.device, tmp_path: Path, figures:
         return gradients(adapters)
 
     exact, plain, fused = of("float32", fused=False), of("bfloat16", fused=False), of("bfloat16")
-    of_plain = apart(plain, exact)
+    of_plain = norm_apart(plain, exact)
     figures.add("model, plain path against float32", f"{of_plain:.1e}", apart=of_plain)
-    figures.within("model, fused against float32", apart(fused, exact), 1.5 * of_plain + 0.01)
+    figures.within("model, fused against float32", norm_apart(fused, exact), 1.5 * of_plain + 0.01)
     figures.close("model, checkpointed against not", of("bfloat16", checkpointing=True), fused, 0.01)
-
-
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Norm of the difference of all gradients, over the norm of theirs."""
-    first, second = (torch.cat([value.flatten().double() for value in side.values()]) for side in (ours, theirs))
-    return float((first - second).norm() / second.norm())

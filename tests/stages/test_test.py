@@ -70,9 +70,13 @@ def test_the_acceptance_is_pytest_over_its_pieces_with_what_has_passed(
     monkeypatch.setattr(subprocess, "run", run)
     results = tmp_path / "new" / "kept.json"
     assert stage.run_tests(Request(gpu=True, device="cpu", output=str(results))) == code
-    results.write_text("{}")
+    results.write_text('{"facts": {}, "pieces": {}}')
     assert stage.run_tests(Request(gpu=True, device="cpu", output=str(results), fresh=True)) == code
     assert not results.exists()
+    results.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"--output.*no file that test --gpu has written"):
+        stage.run_tests(Request(gpu=True, device="cpu", output=str(results), fresh=True))
+    assert results.exists()
     (command, env), _ = ran
     assert command[command.index("--results") + 1] == str(results) and "tests/gpu" in command
     assert command[command.index("--device") + 1] == "cpu" and env["CUDA_VISIBLE_DEVICES"] == ""

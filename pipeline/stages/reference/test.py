@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, SetupError, UserError
+from pipeline.files import read_json
 from pipeline.plan.request import Request
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +71,7 @@ def run_acceptance(request: Request) -> int:
 
     Raises:
         SetupError: something is missing that the pieces import.
-        UserError: there is no such device.
+        UserError: there is no such device, or --output is another file.
     """
     device = request.device or "cuda"
     if lacking := [name for name in NEEDED if find_spec(name) is None]:
@@ -78,8 +79,10 @@ def run_acceptance(request: Request) -> int:
         raise SetupError("test --gpu", sys.executable, f"has no {', '.join(lacking)}", remedy)
     _check_device(device)
     results = Path(request.output or f"runs/acceptance-{device}.json").absolute()
-    if request.fresh:
-        results.unlink(missing_ok=True)
+    if results.exists():
+        _require_own(results)
+        if request.fresh:
+            results.unlink()
     results.parent.mkdir(parents=True, exist_ok=True)
     packages = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
@@ -103,3 +106,10 @@ def _check_device(device: str) -> None:
         if not torch.cuda.is_available():
             remedy = "test --gpu --device cpu runs the same pieces in a small form."
             raise UserError("--device", device, "is not there: torch sees no GPU", remedy)
+
+
+def _require_own(results: Path) -> None:
+    """Raises `UserError`."""
+    kept = read_json(results, "Name another file.")
+    if not isinstance(kept, dict) or not {"facts", "pieces"} <= kept.keys():
+        raise UserError("--output", str(results), "is no file that test --gpu has written", "Name another file.")
