@@ -25,7 +25,8 @@ def test_parity(
 ) -> None:
     """In the dtype that the device takes by itself; the stage raises where a tool says something else."""
     monkeypatch.setattr(export, "leave_world", lambda: None)  # the process group serves the next piece
-    config = load_config(None, [*tiny_settings, "launch.processes=1", "train.max_steps=4", "export.forms=[adapter]"])
+    own = ["launch.processes=1", "train.max_steps=4", "train.learning_rate=0.03", "export.forms=[adapter]"]
+    config = load_config(None, [*tiny_settings, *own])
     paths = RunPaths(tmp_path / "run")
     claim(paths.root, "run")
     write_text(paths.config, dump_config(config))
@@ -35,4 +36,6 @@ def test_parity(
     assert manifest["exports"]
     for entry in manifest["exports"]:
         figures.within(f"{entry['folder']}: off by, share of its effect", entry["ratio"], TOLERANCE)
+        effect, noise = entry["max_effect"], entry["base_noise"]
+        figures.add("its effect, and what the bare base differs by", f"{effect:.1e}, {noise:.1e}")
     figures.add("compared in", manifest["compared_in"])

@@ -12,6 +12,7 @@ from helpers.layers import MIXED, RANK, TOLERANCE, dense_results, hosted, result
 from torch import Tensor
 
 from pipeline.adapters.attach import attach
+from pipeline.adapters.fused import fuses
 from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import MaskKey
 from pipeline.adapters.spec import AdapterSpec
@@ -29,9 +30,10 @@ precision = pytest.mark.parametrize("quantization", ["none", "nf4"])
 @precision
 def test_parity(quantization: str, device: torch.device, small: bool, figures: Figures) -> None:
     """Two adapters of one rank and one of another; members with masks, without, and without an adapter."""
-    shape, rows, tokens = ((64, 128), 2, 5) if small else ((1024, 1536), 4, 64)
+    shape, rows, tokens = ((64, 128), 2, 5) if small else ((512, 768), 4, 64)
     adapters = hosted(BF16, shape=shape, device=device, quantized=quantization == "nf4")
     x = rows_of(len(MIXED), rows, tokens, BF16, shape[0])
+    assert fuses(adapters.layers["linear"].base, x), "the plain path would be compared with itself"
     fused = results(adapters, MIXED, x, True)
     figures.close("fused, against the plain path", fused, results(adapters, MIXED, x, False), TOLERANCE[BF16])
     figures.close("fused, against dense float64", fused, dense_results(adapters, MIXED, x), TOLERANCE[BF16])
@@ -39,7 +41,7 @@ def test_parity(quantization: str, device: torch.device, small: bool, figures: F
 
 def test_unequal_members(device: torch.device, small: bool, figures: Figures) -> None:
     """Draws over rows that lie end to end have unequally many tokens, and some none."""
-    shape, rank, times = ((64, 128), 4, 1) if small else ((1024, 1536), 16, 40)
+    shape, rank, times = ((64, 128), 4, 1) if small else ((512, 768), 16, 40)
     kinds = ("adapters in turn, masked", "one adapter", "one adapter, masked")
     for kind, (ours, theirs) in zip(kinds, unequal_members(BF16, shape, rank, device, times), strict=True):
         figures.close(f"{kind}, against float64", ours, theirs, TOLERANCE[BF16])
@@ -61,6 +63,8 @@ def test_model(quantization: str, device: torch.device, tmp_path: Path, figures:
         spec = AdapterSpec(rank=4, sites=(*LORA_DROPOUT, RANK))
         adapters = trained_start(attach(model, [spec], "all-linear", seed=0, fused=fused))
         model.train()
+        x = torch.zeros(1, dtype=getattr(torch, dtype), device=device)
+        assert all(fuses(layer.base, x) for layer in adapters.layers.values())
         assert choose_rows(adapters, config.attention, 16) is None
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
