@@ -47,9 +47,9 @@ def run_tests(request: Request) -> int:
         raise SetupError("test", sys.prefix, "has no test tools", remedy)
     if request.gpu:
         return run_acceptance(request)
-    if request.device is not None or request.fresh:
-        given = ("--device", request.device) if request.device is not None else ("--fresh", None)
-        raise UserError(*given, "belongs to --gpu", "Run test --gpu, or leave it out.")
+    for option, given in (("--device", request.device), ("--fresh", request.fresh or None)):
+        if given is not None:
+            raise UserError(option, given, "belongs to --gpu", "Run test --gpu, or leave it out.")
     outcome: dict[str, tuple[bool, float]] = {}
     for name, command in STEPS.items():
         if request.fast and name in SLOW:
