@@ -115,7 +115,9 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, cell: dict[s
     from pipeline.adapters.members import MaskKey
     from pipeline.data.encode import IGNORE_INDEX, Encoded
     from pipeline.training.batch import lay_out
+    from pipeline.training.engine import DeepSpeedSlot, trained_parameters
 
+    slot = DeepSpeedSlot(engine, trained_parameters(adapters))
     train, chance, tokens = config.train, random.Random(0), cell["tokens"]
     for step in range(cell["steps"]):
         examples = []
@@ -128,8 +130,8 @@ def _steps(config: Any, engine: Any, adapters: Any, tokenizer: Any, cell: dict[s
         layout = training_layout(range(train.micro_batch), train.draws, train.draw_layout, True)
         rows = lay_out(adapters, examples, layout, tokenizer.pad_token_id, MaskKey(0, step))
         with adapters.axis.active(rows.plan):
-            engine.backward(engine(**rows.inputs)[0])
-        engine.step()
+            engine.backward(engine(**rows.inputs)[0].sum())
+        engine.step([slot])
 
 
 def planned(cell: dict[str, Any], settings: list[str]) -> dict[str, float]:
@@ -173,13 +175,19 @@ def in_children(
     return {name: max(answer[name] for answer in answers) for name in answers[0]}
 
 
-def write_random_model(folder: Path, description: dict[str, Any]) -> Path:
-    """A model folder of this shape with random bfloat16 weights, and a tokenizer of the words w0, w1, …"""
+def write_random_model(folder: Path, description: dict[str, Any], device: Any = "cpu") -> Path:
+    """A model folder of this shape with random bfloat16 weights, and a tokenizer of the words w0, w1, …
+
+    Args:
+        device: what draws the weights; 8 billion take a GPU a moment and a CPU minutes.
+    """
     import torch
 
     from pipeline.support.tiny import random_model, word_tokenizer
 
-    random_model(description, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+    with torch.device(device):
+        model = random_model(description, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="2GB")
     words = [f"w{number}" for number in range(description["vocab_size"])]
     word_tokenizer(words, unk_token="w0", pad_token="w2", eos_token="w2").save_pretrained(folder)
     return folder
@@ -225,8 +233,11 @@ def main() -> int:
     every = HEAP if arguments.heap else cells()
     chosen = [every[index] for index in arguments.cell] if arguments.cell else every
     if arguments.random_8b:
+        import torch
+
         with tempfile.TemporaryDirectory() as folder:
-            path = write_random_model(Path(folder), EIGHT_BILLION)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            path = write_random_model(Path(folder), EIGHT_BILLION, device)
             return int(not compare(chosen, [f"model.path={path}", *arguments.overrides], arguments.heap))
     return int(not compare(chosen, arguments.overrides, arguments.heap))
 

@@ -21,8 +21,8 @@ class Products:
     """One weight per linear, so that caches see what they see in a model."""
 
     def __init__(self, config: RunConfig, device: str) -> None:
-        chance, skeleton = torch.Generator().manual_seed(0), load_skeleton(config.model).model
         self._device = torch.device(device)
+        chance, skeleton = self._chance(0), load_skeleton(config.model).model
         self._dtype = compute_dtype(config.model, self._device)
         names = match_targets(skeleton, config.adapter.target_modules)
         shapes = [linear_shape(skeleton.get_submodule(name)) for name in names]
@@ -30,7 +30,7 @@ class Products:
 
     def work(self, vectors: int, backward: bool) -> Work:
         """All products of one pass over `vectors` tokens."""
-        chance = torch.Generator().manual_seed(1)
+        chance = self._chance(1)
         widths = {width for weight in self._weights for width in weight.shape}
         vectors_of = {width: self._random(chance, vectors, width) for width in sorted(widths)}
 
@@ -48,8 +48,12 @@ class Products:
         """Multiplications and additions of `work`."""
         return (4 if backward else 2) * vectors * sum(weight.numel() for weight in self._weights)
 
+    def _chance(self, seed: int) -> torch.Generator:
+        return torch.Generator(self._device).manual_seed(seed)
+
     def _random(self, chance: torch.Generator, *shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=chance) * 0.02).to(self._device, self._dtype)
+        """Drawn where it stays: a CPU takes a minute for the weights of 8 billion parameters."""
+        return torch.randn(*shape, generator=chance, device=self._device, dtype=self._dtype) * 0.02
 
 
 def limit_of(times: Times, products: str, work: str, operations: int, passes: float = 1.0) -> Limit:

@@ -64,9 +64,13 @@ def build_parser(stage: Stage | None = None) -> argparse.ArgumentParser:
     option("--dry-run", "resolve, validate, print the plan, stop", [*new, *saved], action="store_true")
     option("--rows", "rows shown of each split (default 2)", ["data"], type=int, default=2, metavar="N")
     option("--fast", "only the fast tier", ["test"], action="store_true")
+    option("--gpu", "the acceptance of a device, resumed where it stopped", ["test"], action="store_true")
+    option("--device", "with --gpu: cuda (default), or cpu for a small form", ["test"], metavar="DEVICE")
+    option("--fresh", "with --gpu: forget what has passed before", ["test"], action="store_true")
     option("--json", "print JSON", ["doctor", "keys", "recipes"], action="store_true")
     option("--input", "rows as the run has them; -: JSON Lines on stdin", ["predict"], metavar="FILE")
-    option("--output", "JSON Lines, continued where they end", ["predict"], metavar="FILE")
+    output = "JSON Lines, or what has passed: continued where they end"
+    option("--output", output, ["predict", "test"], metavar="FILE")
     option("--abstain", "share of answers that may be wrong", ["predict", "serve"], type=float, metavar="RISK")
     option("--unlabelled", "more rows to teach, as for predict", ["distill"], metavar="FILE")
     option("--host", "where to listen (default 127.0.0.1: this machine alone)", ["serve"], metavar="ADDRESS")
@@ -114,7 +118,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         arguments.fast, json=arguments.json, input=arguments.input, output=arguments.output, abstain=arguments.abstain,
         unlabelled=arguments.unlabelled, host=arguments.host, port=arguments.port, api_key_file=arguments.api_key_file,
         tasks=arguments.tasks, include_path=arguments.include_path, limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
+        num_fewshot=arguments.num_fewshot, gpu=arguments.gpu, device=arguments.device, fresh=arguments.fresh,
     )
     code: int = stage.load()(request) if stage.settings == "own" else execute(stage, request)
     return code

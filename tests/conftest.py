@@ -30,6 +30,13 @@ LONGEST = (
 """Modules that take minutes begin first: at the end of a run nobody waits for one of them alone."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Read by tests/gpu; `bash launch.sh test --gpu` gives both."""
+    group = parser.getgroup("loradrop")
+    group.addoption("--device", default="cpu", help="of tests marked gpu: cpu, which is a small form, or cuda")
+    group.addoption("--results", type=Path, metavar="FILE", help="keep what passes of tests/gpu, and leave it out")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first, in this order; all others stay as they are."""
     here = Path(__file__).parent

@@ -52,7 +52,7 @@ CASES = {
         Case("line", "the whole line, and evaluation and steps within it", "whole:line", ("line",), True),
         Case("compare", "a comparison of 12 cells", "whole:compare", ("compare",), True),
         Case("large", "an 8B-shaped base on a GPU", "large:rows",
-             ("8B tokens", "8B memory", "8B against PEFT", "8B packed runs"), asked=True),
+             ("8B tokens", "8B memory", "8B against PEFT", "8B packed runs", "8B decode"), asked=True),
         Case("curves", "scaling against members, rank, length and runs in a pack", "curves:rows", asked=True),
     )
 }  # fmt: skip

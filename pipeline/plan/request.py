@@ -30,10 +30,16 @@ class Request:
     """Rows of each split that `data` shows."""
     fast: bool = False
     """`test`: without the slow tier."""
+    gpu: bool = False
+    """`test`: the acceptance of a device alone."""
+    device: str | None = None
+    """`test --gpu`: cuda or cpu; None: cuda."""
+    fresh: bool = False
+    """`test --gpu`: what has passed before does not count."""
     input: str | None = None
     """`predict`: a file with rows; `-`: JSON Lines on standard input."""
     output: str | None = None
-    """`predict`: where answers are appended."""
+    """`predict`: where answers are appended. `test --gpu`: the file with what has passed and was measured."""
     abstain: float | None = None
     """`predict`, `serve`: the risk that answered rows may have."""
     unlabelled: str | None = None

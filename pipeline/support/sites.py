@@ -54,7 +54,9 @@ class Cell:
     """The error, where it is not `tested`."""
 
 
-def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa") -> nn.Module:
+def tiny_model(
+    family: str, quantization: str = "none", attention: str = "sdpa", device: str | torch.device = "cpu"
+) -> nn.Module:
     """A random model with a language-modelling head, loaded as the product loads a base (fp32 compute).
 
     Raises:
@@ -71,7 +73,7 @@ def tiny_model(family: str, quantization: str = "none", attention: str = "sdpa")
         settings = ModelConfig(quantization=quantization)  # type: ignore[arg-type]
         try:
             model = loader.from_pretrained(
-                folder, attn_implementation=attention, dtype=torch.float32,
+                folder, attn_implementation=attention, dtype=torch.float32, device_map={"": torch.device(device)},
                 quantization_config=quantization_config(settings, torch.float32),
             )
         except ValueError as error:

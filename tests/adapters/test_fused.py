@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import LORA_DROPOUT, SITES, assert_close_gradients, load_tiny, trained_start
-from helpers.reference import dense_linear, dense_update
+from helpers.layers import (
+    MIXED,
+    RANK,
+    TOLERANCE,
+    dense_results,
+    hosted,
+    results,
+    rows_of,
+    unequal_members,
+)
 from torch import Tensor, nn
 
 import pipeline.adapters.fused
@@ -18,52 +27,6 @@ from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
-
-RANK = Site(position="lora_rank", rate=0.4)
-SPECS = (
-    AdapterSpec(rank=4, sites=(*LORA_DROPOUT, RANK)), AdapterSpec(rank=4, alpha=7.0),
-    AdapterSpec(rank=2, sites=(RANK,)),
-)
-"""Two adapters in one stack, of other scales, and one of another rank."""
-MIXED = (Member(0, 0), Member(None), Member(2, 1), Member(0), Member(1, 0), Member(0, 3), Member(2), Member(1))
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Of the largest entry: a few roundings of the dtype."""
-
-
-class Host(nn.Module):
-    """One linear."""
-
-    def __init__(self, inputs: int = 12, outputs: int = 9, bias: bool = True) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def hosted(dtype: torch.dtype = torch.float32, specs: tuple[AdapterSpec, ...] = SPECS) -> Adapters:
-    torch.manual_seed(0)
-    adapters = attach(Host().to(dtype), specs, ["linear"], seed=0)
-    return trained_start(adapters, size=0.5)
-
-
-def results(adapters: Adapters, members: tuple[Member, ...], x: Tensor, fused: bool) -> dict[str, Tensor]:
-    """Output and gradients, by name, of one pass; `fused` or plain."""
-    (layer,) = adapters.layers.values()
-    layer.fused = fused
-    leaf = x.clone().requires_grad_()
-    with adapters.axis.active(adapters.plan(members, len(x) // len(members), MaskKey(0, 0))):
-        y = adapters.model(leaf)
-    trained = {name: p for name, p in adapters.model.named_parameters() if p.requires_grad}
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    found = torch.autograd.grad(y, [leaf, *trained.values()], direction, allow_unused=True)
-    named = zip(("x", *trained), found, strict=True)
-    zeros = {name: torch.zeros_like(p) for name, p in trained.items()}
-    return {"y": y.detach(), **{name: zeros[name] if g is None else g for name, g in named}}
-
-
-def rows_of(members: int, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(members * rows, tokens, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -82,56 +45,16 @@ def test_output_and_gradients_are_those_of_the_plain_path(count: int, dtype: tor
 
 @pytest.mark.parametrize("members", [MIXED, (Member(0),) * 3, (Member(0, 0), Member(0, 1)), (Member(1), Member(0))])
 def test_output_and_gradients_are_those_of_the_dense_reference(members: tuple[Member, ...]) -> None:
-    adapters, rows = hosted(), 2
-    x = rows_of(len(members), rows)
-    ours = results(adapters, members, x, True)
-    base, leaf = adapters.layers["linear"].base, x.double().requires_grad_()
-    plan, parts = adapters.plan(members, rows, MaskKey(0, 0)), []
-    for m, member in enumerate(members):
-        update: Tensor = torch.zeros(9, 12, dtype=torch.float64)
-        if member.adapter is not None:
-            bucket = next(b for b in adapters.layers["linear"].buckets if member.adapter in b.slot)
-            A, B = (p[bucket.slot[member.adapter]] for p in (bucket.lora_A, bucket.lora_B))
-            a, b, r = (plan.masks.get("linear", {}).get(p, [None] * 8)[m] for p in ("lora_A", "lora_B", "lora_rank"))
-            scaling = SPECS[member.adapter].alpha / SPECS[member.adapter].rank
-            update = dense_update(A, B, scaling, a, b, None if r is None else r[: len(A)])
-        parts.append(dense_linear(leaf[m * rows : (m + 1) * rows], base.weight, base.bias, update))
-    y = torch.cat(parts)
-    trained = {name: p for name, p in adapters.model.named_parameters() if p.requires_grad}
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).double()
-    found = torch.autograd.grad(y, [leaf, *trained.values()], direction, allow_unused=True)
-    theirs = {"y": y.detach(), **{
-        name: torch.zeros_like(trained[name]) if g is None else g
-        for name, g in zip(("x", *trained), found, strict=True)
-    }}  # fmt: skip
-    assert_close_gradients(ours, theirs)
+    adapters = hosted()
+    x = rows_of(len(members), 2)
+    assert_close_gradients(results(adapters, members, x, True), dense_results(adapters, members, x))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_members_may_have_any_number_of_tokens(dtype: torch.dtype) -> None:
     """Runs of equal and other lengths, gaps, members without a token: each against its own product in float64."""
-    torch.manual_seed(0)
-    base = nn.Linear(12, 9).to(dtype).requires_grad_(False)
-    spans = ((0, 4), (4, 8), (8, 8), (8, 11), (13, 20), (20, 20))
-    stack = [torch.randn(2, 3, 12, requires_grad=True), torch.randn(2, 9, 3, requires_grad=True)]
-    for slots, masked in (((0, 1, 0, 1, 1, 0), True), ((1,) * 6, False), ((1,) * 6, True)):
-        masks = [torch.rand(6, n).gt(0.4) * 2.0 if masked else None for n in (12, 9, 4)]
-        scale = (0.5, 2.0, 1.0, 1.0, 3.0, 1.0) if masked else (0.5,) * 6
-        x = torch.randn(20, 12).to(dtype).requires_grad_()
-        y = adapted_linear(x, base, [(Users(slots, spans, scale), Matrices(*stack, *masks))])
-        exact = [p.detach().double().requires_grad_() for p in (x, *stack)]
-        parts, at = [], 0
-        for m, (start, stop) in enumerate(spans):
-            parts.append(dense_linear(exact[0][at:start], base.weight, base.bias, torch.zeros(9, 12)))
-            A, B = exact[1][slots[m]], exact[2][slots[m]]
-            a, b, r = (None if mask is None else mask[m] for mask in masks)
-            update = dense_update(A, B, scale[m], a, b, None if r is None else r[:3])
-            parts.append(dense_linear(exact[0][start:stop], base.weight, base.bias, update))
-            at = stop
-        theirs, direction = torch.cat(parts), torch.randn(20, 9).to(dtype)
-        ours = dict(zip("yxAB", (y, *torch.autograd.grad(y, (x, *stack), direction)), strict=True))
-        wanted = dict(zip("yxAB", (theirs, *torch.autograd.grad(theirs, exact, direction.double())), strict=True))
-        assert_close_gradients(ours, wanted, TOLERANCE[dtype])
+    for ours, theirs in unequal_members(dtype):
+        assert_close_gradients(ours, theirs, TOLERANCE[dtype])
 
 
 def model_results(adapters: Adapters, layout: object, checkpointing: bool) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.cases import CASES
 from benchmarks.checkout import ROOT, Checkout
@@ -44,24 +43,6 @@ def check(name: str, setting: Setting) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.commands])
 def test_passes(name: str, setting: Setting) -> None:
     check(name, setting)
-
-
-@pytest.mark.slow
-def test_the_large_base_s_rows_on_a_small_one(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.cases import large
-
-    monkeypatch.setattr(large, "TOKENS", 16)
-    found = {row.target: row.value for row in large.measured(setting)}
-    assert set(found) == set(large.NAMES) == set(CASES["large"].targets)
-    assert all(value is not None and value.median > 0 for value in found.values())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_large_base(setting: Setting) -> None:
-    from dataclasses import replace
-
-    check("large", replace(setting, device="cuda", overrides=()))
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ DOWN = {"bert": "output.dense", "roberta": "output.dense", "gpt2": "mlp.c_proj"}
 
 
 def adapted(
-    family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa"
+    family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa", device: str | torch.device = "cpu"
 ) -> tuple[Adapters, nn.Module]:
-    """A tiny model with one trained-looking adapter that has `sites`, and its stock float64 twin."""
-    model = tiny_model(family, quantization, attention)
-    stock = dequantized(model)
+    """A tiny model with one trained-looking adapter that has `sites`, and its stock float64 twin on the CPU."""
+    model = tiny_model(family, quantization, attention, device)
+    stock = dequantized(model).cpu()
     spec = AdapterSpec(rank=4, alpha=8.0, sites=sites)
     return with_random_B(attach(model, [spec], "all-linear", seed=0)), stock
 
@@ -89,13 +89,16 @@ def plan_for(
     size = len(members)
     repeated = examples.repeat(size, *([1] * (examples.dim() - 1)))
     plan = adapters.plan(members, len(rows["input_ids"]), key)
-    return with_row_keys(plan, repeated, rows["position_ids"].repeat(size, 1))
+    return with_row_keys(plan, repeated.to(adapters.device), rows["position_ids"].repeat(size, 1).to(adapters.device))
 
 
 def our_logits(adapters: Adapters, plan: MemberPlan, rows: dict[str, Tensor]) -> Tensor:
     """(M, B, T, V)."""
     inputs = {**rows, "position_ids": model_positions(adapters.model, rows["position_ids"])}
-    repeated = {k: v if v is None else v.repeat(plan.size, *([1] * (v.dim() - 1))) for k, v in inputs.items()}
+    repeated = {
+        k: v if v is None else v.repeat(plan.size, *([1] * (v.dim() - 1))).to(adapters.device)
+        for k, v in inputs.items()
+    }
     with adapters.axis.active(plan):
         logits: Tensor = adapters.model(**repeated, use_cache=False).logits
     return logits.view(plan.size, plan.rows, *logits.shape[1:])
@@ -110,7 +113,7 @@ class Reference:
         for name, layer in adapters.layers.items():
             bucket = layer.buckets[0]
             self.leaves[name] = tuple(  # type: ignore[assignment]
-                p[0].detach().double().requires_grad_() for p in (bucket.lora_A, bucket.lora_B)
+                p[0].detach().cpu().double().requires_grad_() for p in (bucket.lora_A, bucket.lora_B)
             )
         AttentionInterface.register(DENSE, _dense_interface)
         AttentionMaskInterface.register(DENSE, _whole_mask)
@@ -226,10 +229,12 @@ def _dense_interface(
 
 
 def compare_with_reference(
-    family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa", tolerance: float = 2e-4
-) -> None:
-    """Logits of four members and the gradients of the adapter, within `tolerance` of the largest entry."""
-    adapters, stock = adapted(family, *sites, quantization=quantization, attention=attention)
+    family: str, *sites: Site, quantization: str = "none", attention: str = "sdpa", tolerance: float = 2e-4,
+    device: str | torch.device = "cpu",
+) -> float:
+    """Logits of four members and the gradients of the adapter, within `tolerance` of the largest entry (gradients: five
+    times); returns what the logits are off by at the most."""
+    adapters, stock = adapted(family, *sites, quantization=quantization, attention=attention, device=device)
     members, rows, examples = (
         [Member(None), Member(0), Member(0, 0), Member(0, 3)],
         batch(),
@@ -238,7 +243,7 @@ def compare_with_reference(
     plan = plan_for(adapters, members, rows, examples)
     real = rows["attention_mask"].bool()
     adapters.model.train()
-    ours = our_logits(adapters, plan, rows)[:, real]
+    ours = our_logits(adapters, plan, rows).cpu()[:, real]
     reference = Reference(stock, adapters, family)
     theirs = torch.stack([reference.logits(m, plan, rows, examples)[real] for m in members])
     size = float(theirs.detach().abs().max())
@@ -253,5 +258,6 @@ def compare_with_reference(
         for parameter, leaf in zip((bucket.lora_A, bucket.lora_B), leaves, strict=True):
             assert parameter.grad is not None and leaf.grad is not None
             scale = max(float(leaf.grad.abs().max()), 1e-2)
-            worst = float((parameter.grad[0] - leaf.grad).abs().max()) / scale
-            assert worst <= 5 * tolerance, f"gradient of {name}: {worst:.1e}"
+            off = float((parameter.grad[0].cpu() - leaf.grad).abs().max()) / scale
+            assert off <= 5 * tolerance, f"gradient of {name}: {off:.1e}"
+    return float((ours - theirs).detach().abs().max()) / size

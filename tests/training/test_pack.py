@@ -7,19 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import ROOT
+from helpers.packs import alone, assert_equal_runs, rows, run_all
 from helpers.runs import losses
 from safetensors.torch import load_file
 
-from pipeline import Ended, Pack, RunConfig, dump_config, load_config, pack_refusal
+from pipeline import Pack, RunConfig, dump_config, load_config, pack_refusal
 from pipeline.errors import EXIT_OK, EXIT_STOPPED, Stopped
-from pipeline.files import read_json, read_json_lines, write_json, write_text
+from pipeline.files import read_json, write_json, write_text
 from pipeline.plan.pack import runs_that_fit
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths, read_status
@@ -47,40 +47,6 @@ METHODS: dict[str, list[str]] = {
 def configs(tiny_settings: list[str]) -> dict[str, RunConfig]:
     common = [*tiny_settings, f"train.max_steps={STEPS}", "train.draws=2"]
     return {name: load_config(None, [*common, *own]) for name, own in METHODS.items()}
-
-
-def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    return [row for row in read_json_lines(RunPaths(folder).metrics) if row["kind"] == kind]
-
-
-def run_all(pack: Pack, at: dict[int, list[Callable[[], None]]] | None = None) -> dict[str, Ended]:
-    """Advance until nothing is left; `at`: what is done before which tick."""
-    ended: dict[str, Ended] = {}
-    for tick in range(100):
-        for work in (at or {}).get(tick, []):
-            work()
-        for one in pack.advance():
-            ended[one.run_dir.name] = one
-        if not pack.runs and tick >= max(at or {0: []}):
-            return ended
-    raise AssertionError("endless")
-
-
-def alone(config: RunConfig, folder: Path) -> Ended:
-    pack = Pack(config)
-    pack.admit(config, folder)
-    return run_all(pack)[folder.name]
-
-
-def assert_equal_runs(found: Path, expected: Path) -> None:
-    for kind in ("train", "validation"):
-        ours, theirs = rows(found, kind), rows(expected, kind)
-        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-        for name in ("loss", "consistency", "gradient_norm", "learning_rate", "supervised_tokens", "nll"):
-            assert [r.get(name, 0.0) for r in ours] == pytest.approx([r.get(name, 0.0) for r in theirs], rel=1e-5), name
-    assert sorted(p.relative_to(found) for p in found.rglob("*")) == sorted(
-        p.relative_to(expected) for p in expected.rglob("*")
-    )
 
 
 @pytest.mark.slow
