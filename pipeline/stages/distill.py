@@ -83,7 +83,7 @@ def distill(request: Request) -> int:
             write_json(request.run / "logs" / PLAN, {**plan, "rows": count})
             if code := start(ROWS, config, folders):
                 return code
-        lines = taught_lines(rows(), len(splits.train), read_json_lines(taught / TEACHER))
+        lines = taught_lines(rows(), read_json_lines(taught / TEACHER))
         write_text(taught / TAUGHT, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
         headline("one adapter")
         code = start("train", resolve_epochs(student), Folders(folders.distilled))
@@ -139,14 +139,10 @@ def refuse_untaught(readout: Readout, config: RunConfig, student: RunConfig) -> 
             raise ConfigError(field, value, what, remedy)
 
 
-def taught_lines(rows: Iterator[Row], training: int, answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows as training reads them, in their order, with the teacher's probabilities.
-
-    Args:
-        training: how many of the rows are the run's own; others get a name that none of these has.
-    """
-    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        line: dict[str, Any] = {"id": row.id if number < training else f"unlabelled/{row.id}", "prompt": row.prompt}
+def taught_lines(rows: Iterator[Row], answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows as training reads them, in their order, with the teacher's probabilities."""
+    for row, answer in zip(rows, answers, strict=True):
+        line: dict[str, Any] = {"id": row.id, "prompt": row.prompt}
         known = {"second": row.second, "label": row.label, "unit": row.unit}
         line |= {name: value for name, value in known.items() if value is not None}
         probable = [q if q >= LEAST else 0.0 for q in answer["probabilities"]]

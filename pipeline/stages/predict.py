@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -127,15 +128,20 @@ def predict_rows(run_dir: Path, trusted: bool = False) -> None:
 
 
 def asked_rows(splits: Splits, form: RowForm, source: str | None, training: bool) -> Iterator[Row]:
-    """The rows to be predicted: those of training where they are asked for, then those of a file.
+    """The rows to be predicted: those of a file; or those of training, and then what a file has beside them.
 
     Raises:
         DataError: faults of the file.
     """
-    if training:
-        yield from splits.train
-    if source is not None:
-        yield from checked(form.read(read_file(Path(source))), source)
+    rows = iter(()) if source is None else checked(form.read(read_file(Path(source))), source)
+    if not training:
+        yield from rows
+        return
+    yield from splits.train
+    known = {row.question for row in splits.train}
+    for row in rows:
+        if row.question not in known:
+            yield replace(row, id=f"unlabelled/{row.id}")  # which none of training has
 
 
 def made_from(identity: str, row: Row) -> str:

@@ -32,10 +32,10 @@ WORDS = (" negative", " positive")
 def test_rows_are_taught_in_their_order_with_names_of_their_own() -> None:
     rows = [
         Row("a", "one", WORDS, 1, unit="u"), Row("b", "two", ("x", "y", "z"), 0, second="pair"),
-        Row("a", "three", WORDS),
+        Row("unlabelled/a", "three", WORDS),
     ]
     said = [[0.25, 0.75], [0.5, 0.0005, 0.4995], [0.9995, 0.0005]]
-    lines = list(stage.taught_lines(iter(rows), 2, iter([{"probabilities": one} for one in said])))
+    lines = list(stage.taught_lines(iter(rows), iter([{"probabilities": one} for one in said])))
     read = [to_row(json.loads(json.dumps(line)), None, "file:1") for line in lines]
     assert [line["id"] for line in lines] == ["a", "b", "unlabelled/a"] and lines[0]["unit"] == "u"
     assert [(one.prompt, one.second, one.choices) for one in read] == [(o.prompt, o.second, o.choices) for o in rows]
@@ -43,7 +43,7 @@ def test_rows_are_taught_in_their_order_with_names_of_their_own() -> None:
     assert read[1].label_probabilities == pytest.approx((0.5 / 0.9995, 0.0, 0.4995 / 0.9995))
     assert read[2].label_probabilities == (1.0, 0.0) and read[2].label == 0
     with pytest.raises(ValueError, match="shorter"):
-        list(stage.taught_lines(iter(rows), 2, iter([{"probabilities": said[0]}])))
+        list(stage.taught_lines(iter(rows), iter([{"probabilities": said[0]}])))
 
 
 def test_the_student_is_the_run_without_dropout_on_other_rows(tmp_path: Path) -> None:
@@ -132,6 +132,9 @@ def test_a_student_learns_what_its_teacher_says(
     splits = load_splits(config.data)
     more = [{"id": f"n{n}", "prompt": f"Review: good film {n} Sentiment:", "choices": list(WORDS)} for n in range(5)]
     more.append({"id": "owned", "prompt": splits.test[0].prompt, "choices": list(splits.test[0].choices)})
+    own = splits.train[0]  # which a file of all there is has, too: it is taught once
+    more.append({"id": own.id, "prompt": own.prompt, "choices": list(own.choices)})
+    more.append({"id": splits.train[1].id, "prompt": "Review: another Sentiment:", "choices": list(WORDS)})
     source = tmp_path / "more.jsonl"
     source.write_text("".join(json.dumps(one) + "\n" for one in more))
     words = ["distill", "--run-dir", str(run), "--unlabelled", str(source), "train.max_steps=24"]
@@ -139,10 +142,10 @@ def test_a_student_learns_what_its_teacher_says(
     assert main([*words, "--dry-run"]) == 0 and not Folders(run).distilled.exists()
     assert main(words) == 0
     paths = RunPaths(Folders(run).distilled)
-    assert "70 rows" in capsys.readouterr().err
+    assert "71 rows" in capsys.readouterr().err
     taught = load_splits(load_saved(paths.config).data)
-    assert [one.id for one in taught.train[:64]] == [one.id for one in splits.train] and len(taught.train) == 69
-    assert taught.test == splits.test and taught.train[-1].id == "unlabelled/n4"
+    assert [one.id for one in taught.train[:64]] == [one.id for one in splits.train] and len(taught.train) == 70
+    assert taught.test == splits.test and taught.train[-1].id == f"unlabelled/{splits.train[1].id}"
 
     teacher = Ensemble.load(run)
     told = said(teacher, splits.train)
@@ -161,6 +164,6 @@ def test_a_student_learns_what_its_teacher_says(
     answers, weights = paths.taught / stage.TEACHER, paths.adapter / ADAPTER_WEIGHTS
     whole, trained = answers.read_bytes(), weights.read_bytes()
     answers.write_bytes(b"".join(whole.splitlines(keepends=True)[:30]) + b'{"row": 31, "id')
-    assert main(words) == 0 and "30 of 70 rows" in capsys.readouterr().err
+    assert main(words) == 0 and "30 of 71 rows" in capsys.readouterr().err
     assert answers.read_bytes() == whole and weights.read_bytes() == trained
     assert main([*words[:3], *words[5:]]) == 2 and "was made from other rows" in capsys.readouterr().err
