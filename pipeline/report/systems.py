@@ -119,6 +119,8 @@ def build_systems(inputs: ReportInputs) -> list[System]:
     members, config = inputs.members, inputs.config
     name, own, kind = method_name(config.adapter), mean_field_name(config.adapter), KIND_NAMES[config.adapter.kind]
     teacher = next((member.name for member in members if member.group == "teacher"), "")
+    if teacher:
+        name = own = f"Distilled {kind}"
     singles: dict[Group, tuple[str, str]] = {
         "plain": (f"Plain {kind}", f"plain {kind}"),
         "teacher": (f"Teacher: {teacher}", "its teacher"),

@@ -108,6 +108,7 @@ def same_teacher(result: dict[str, Any], its_own: dict[str, Any]) -> None:
     teacher = {system["key"]: system for system in result["systems"]}["teacher"]
     chosen = (its_own["ensemble"] or {}).get("chosen", "mean_field")
     there = next(system for system in its_own["systems"] if system["key"] == chosen)
+    assert [system["name"] for system in result["systems"][-1:]] == ["Distilled LoRA"]
     assert teacher["name"] == f"Teacher: {there['name']}" and teacher["passes"] == there["passes"]
     for scaling in ("before", "after"):
         for score in ("nll", "accuracy", "ece"):
