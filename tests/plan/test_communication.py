@@ -113,7 +113,7 @@ def test_sizes_are_those_of_the_shapes() -> None:
 def test_a_dry_run_says_what_each_process_sends(tiny_settings: list[str], tmp_path: Path) -> None:
     def said(processes: int, *extra: str) -> str:
         text = communication_line(load_config(None, [*tiny_settings, "model.compute_dtype=float32", *extra]), processes)
-        assert max(map(len, text.splitlines()), default=0) <= 80
+        assert all(len(line) <= 80 for line in text.splitlines() if str(tmp_path) not in line)  # a path stays whole
         return " ".join(text.split())
 
     assert said(1) == ""
