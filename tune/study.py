@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, ended_mark,
 
 TRIES = 3
 """Starts of a trial on an attached cluster whose process is lost there, as with its machine. On one machine a process
-is killed for lack of memory, and would be again."""
+is killed for lack of memory, and would be again. Tune counts a loss twice where two of its calls end with it: it is
+given room, and the callback counts."""
 
 
 class Study:
@@ -101,6 +103,7 @@ class StudyCallback(ray_tune.Callback):
 
     def __init__(self, ledger: Ledger, progress: SearchProgress, folder: Path, stopping: Stopping) -> None:
         self.ledger, self.progress, self.folder, self.stopping = ledger, progress, folder, stopping
+        self.losses = Counter[str]()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A validation, or the final scores."""
@@ -136,6 +139,10 @@ class StudyCallback(ray_tune.Callback):
         """Its process was lost, with its machine perhaps: it begins again, where there is room."""
         record = self.ledger.trials[trial.config["name"]]
         if record.state == "running" and not self.stopping.requested:
+            self.losses[record.name] += 1
+            if self.losses[record.name] == TRIES:
+                self._end(record.name, state="failed", error=f"was lost {TRIES} times (its process, or its machine)")
+                return  # Tune starts it once more; it finds the mark of its end
             self.progress.lost(record)
             self.ledger.append(
                 "start", trial=record.name, arm=record.arm, index=record.index, values=record.values,
@@ -197,7 +204,7 @@ def run_study(
             storage_path=str(storage),
             verbose=0,
             stop=StopOnSignal(stopping),
-            failure_config=ray_tune.FailureConfig(max_failures=TRIES - 1 if attached_to() else 0),
+            failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if attached_to() else 0),
             callbacks=[StudyCallback(study.ledger, progress, study.folder, stopping)],
         ),
     )

@@ -84,6 +84,13 @@ def test_a_lost_trial_begins_again_in_the_ledger_and_one_that_says_why_it_failed
     record = ledger.trials["trial_000"]
     assert (record.state, record.reports, record.values) == ("running", [], {"x": 0}), "its reports come again"
 
+    callback.on_trial_recover(1, [], trial("trial_000"))
+    assert record.state == "running"
+    callback.on_trial_recover(1, [], trial("trial_000"))
+    record = ledger.trials["trial_000"]
+    assert (record.state, record.error) == ("failed", "was lost 3 times (its process, or its machine)")
+    assert (tmp_path / "trials" / ".trial_000.ended").exists(), "Tune starts it once more, for nothing"
+
     said = failure("row 7: label = 9: is out of range")
     assert math.isinf(said["nll"]), "it is best at nothing"
     config = build_config({"search": {"plain": False, "trials": 6, "max_steps": 8}})
