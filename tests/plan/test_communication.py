@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.two_ranks import two_ranks
 
 from pipeline.config import load_config
 from pipeline.config.deepspeed import DS_CONFIG_FOLDERS, read_ds_config
-from pipeline.distributed.launcher import ROOT, free_port
 from pipeline.files import read_json, write_json
 from pipeline.plan.communication import (
     CONTROL,
@@ -138,19 +135,7 @@ def test_a_dry_run_says_what_each_process_sends(tiny_settings: list[str], tmp_pa
 def counted(folder: Path, settings: list[str], files: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Train under each file in two processes, one after another; what the first process counted in one step of each."""
     write_json(folder / "runs.json", {name: [*settings, f"train.deepspeed={file}"] for name, file in files.items()})
-    tests = ROOT / "tests"
-    command = [sys.executable, str(tests / "helpers" / "communication_worker.py"), str(folder)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{tests}"}
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for r in range(2)
-    ]
-    texts = [worker.communicate(timeout=1800)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], texts
+    two_ranks("communication_worker.py", str(folder), timeout=1800)
     return read_json(folder / "counted.json")
 
 

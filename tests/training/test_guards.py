@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers.two_ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +22,6 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import load_config
 from pipeline.config.method import Site
 from pipeline.data.encode import Encoded
-from pipeline.distributed.launcher import free_port
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.files import manifest_faults, read_json_lines
@@ -241,19 +237,7 @@ def test_a_detached_tensor_is_found_in_the_first_steps(
 
 @pytest.mark.slow
 def test_two_processes_agree_on_what_is_wrong(tmp_path: Path, tiny_settings: list[str]) -> None:
-    tests = ROOT / "tests"
-    command = [sys.executable, str(tests / "helpers" / "guards_worker.py"), str(tmp_path / "run"), *tiny_settings]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{tests}"}
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for r in range(2)
-    ]
-    texts = [worker.communicate(timeout=180)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], texts
+    texts = two_ranks("guards_worker.py", str(tmp_path / "run"), *tiny_settings, timeout=180)
     for text in texts:
         said = [line for line in text.splitlines() if line.startswith("SAID")]
         assert len(said) == 4, text
