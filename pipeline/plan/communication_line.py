@@ -12,11 +12,9 @@ from pipeline.adapters.attach import attach, is_linear, linear_shape
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config import RunConfig
 from pipeline.config.deepspeed import read_ds_config, zero_stage
-from pipeline.distributed.devices import accelerator_memory
-from pipeline.model.load import compute_dtype
 from pipeline.plan.communication import Sizes, collectives, gathered_again, uncounted
 from pipeline.plan.layers import WIDTH
-from pipeline.plan.memory import NoPlan, base_description
+from pipeline.plan.memory import NoPlan, base_description, planned_on
 from pipeline.plan.memory_trace import empty_model
 
 
@@ -38,9 +36,7 @@ def communication_line(config: RunConfig, processes: int) -> str:
         _, description = base_description(config.model)
     except NoPlan:
         return ""
-    device = torch.device("cuda" if accelerator_memory() else "cpu")
-    known = device.type == "cpu" or torch.cuda.is_available()
-    sizes = sizes_of(description, compute_dtype(config.model, device) if known else torch.bfloat16, config)
+    sizes = sizes_of(description, planned_on(config.model)[1], config)
     passes = 1 if train.micro_tokens is not None else max(1, train.global_batch // (train.micro_batch * whole))
     found = collectives(settings, sizes, whole, passes)
     backward, sharded = sum(sizes.frozen) + sum(sizes.adapter), zero_stage(settings) == 3

@@ -153,11 +153,9 @@ def plan_memory(
         NoPlan: the base's configuration is not at hand, or this kind of run is not planned.
     """
     accelerators = accelerator_memory()
-    device = "cuda" if accelerators else "cpu"
     capacity = min(size for _, size in accelerators) if accelerators else machine_memory() // processes
-    dtype = compute_dtype(base, torch.device(device)) if device == "cpu" or torch.cuda.is_available() else None
+    device, dtype = planned_on(base)
     folder, description = base_description(base)
-    dtype = dtype or torch.bfloat16  # a GPU that this torch cannot reach: a usual one
     model = empty_model(description, dtype, base.attention)
     adapters = attach(model, [AdapterSpec.from_config(adapter, train.max_steps)], adapter.target_modules, 0)
     weights = weigh(adapters, base, dtype, folder)
@@ -178,6 +176,13 @@ def heap_is_bounded() -> bool:
     """Whether the environment, which training processes inherit, has glibc give every larger block its own pages."""
     value = os.environ.get(PAGES, "")
     return value.isdecimal() and int(value) <= SMALL
+
+
+def planned_on(base: ModelConfig) -> tuple[str, torch.dtype]:
+    """Kind of device, and the compute dtype on it: of a GPU that this torch cannot reach that of a usual one."""
+    device = "cuda" if accelerator_memory() else "cpu"
+    known = device == "cpu" or torch.cuda.is_available()
+    return device, compute_dtype(base, torch.device(device)) if known else torch.bfloat16
 
 
 def base_description(model: ModelConfig) -> tuple[Path | None, Any]:
