@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from pipeline import ADAPTER_WEIGHTS, RunConfig, RunPaths, dump_config, manifest_faults, sha256_file
 from tune.cluster import Capacity, attached_to
 from tune.dimensions import Values, point_key
-from tune.ledger import Ledger, pending
+from tune.ledger import Ledger, TrialRecord, pending
 from tune.pack import run_packed, start_workers
 from tune.progress import SearchProgress
 from tune.sampling import suggest
@@ -31,8 +31,9 @@ from tune.trial import TRIALS, Assignment, PackMaker, TrainFunction, ended_mark,
 
 TRIES = 3
 """Starts of a trial on an attached cluster whose process is lost there, as with its machine. On one machine a process
-is killed for lack of memory, and would be again. Tune counts a loss twice where two of its calls end with it: it is
-given room, and the callback counts."""
+is killed for lack of memory, and would be again. Tune counts a loss twice where two of its calls end with it, and gives
+up a trial that it was about to hand to the process that is lost: it is given room, the callback counts, and what Tune
+gave up is run once it has ended."""
 
 
 class Study:
@@ -101,9 +102,14 @@ class StudySearcher(Searcher):
 class StudyCallback(ray_tune.Callback):
     """Writes what happens into the ledger and shows it."""
 
-    def __init__(self, ledger: Ledger, progress: SearchProgress, folder: Path, stopping: Stopping) -> None:
+    def __init__(
+        self, ledger: Ledger, progress: SearchProgress, folder: Path, stopping: Stopping, tries: int = TRIES
+    ) -> None:
+        """`tries`: starts of a trial whose process is lost."""
         self.ledger, self.progress, self.folder, self.stopping = ledger, progress, folder, stopping
-        self.losses = Counter[str]()
+        self.tries, self.losses = tries, Counter[str]()
+        self.given_up = set[str]()
+        """Trials lost that Tune does not start again, although they have starts left."""
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A validation, or the final scores."""
@@ -136,25 +142,30 @@ class StudyCallback(ray_tune.Callback):
             self._end(record.name, state="stopped")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Its process was lost, with its machine perhaps: it begins again, where there is room."""
+        """Its process was lost, with its machine perhaps: Tune starts it again, where there is room."""
         record = self.ledger.trials[trial.config["name"]]
-        if record.state == "running" and not self.stopping.requested:
-            self.losses[record.name] += 1
-            if self.losses[record.name] == TRIES:
-                self._end(record.name, state="failed", error=f"was lost {TRIES} times (its process, or its machine)")
-                return  # Tune starts it once more; it finds the mark of its end
-            self.progress.lost(record)
+        if self._lost(record, f"was lost {self.tries} times (its process, or its machine)"):
             self.ledger.append(
                 "start", trial=record.name, arm=record.arm, index=record.index, values=record.values,
                 config_sha256=record.config_sha256,
             )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Its process was lost again and again: the others go on."""
+        """Its process was lost, and Tune has done with it: the others go on."""
         record = self.ledger.trials[trial.config["name"]]
+        if self._lost(record, _error_text(trial)):
+            self.given_up.add(record.name)
+
+    def _lost(self, record: TrialRecord, error: str) -> bool:
+        """Whether a trial whose process was lost has a start left; where it has none, it ends with `error`."""
         if record.state != "running" or self.stopping.requested:
-            return
-        self._end(record.name, state="failed", error=_error_text(trial))
+            return False
+        self.losses[record.name] += 1
+        if self.losses[record.name] >= self.tries:
+            self._end(record.name, state="failed", error=error)  # Tune may start it once more: it finds this mark
+            return False
+        self.progress.lost(record)
+        return True
 
     def _end(self, name: str, **outcome: Any) -> None:
         self.ledger.append("end", trial=name, **outcome)
@@ -189,26 +200,34 @@ def run_study(
     shared, trusted = dump_config(study.config), study.config.model.trust_remote_code
     workers = start_workers(study.capacity, shared, trusted, study.folder, make_pack)
     function = run_packed if workers else functools.partial(run_trial, train=train)
-    tuner = ray_tune.Tuner(
-        ray_tune.with_resources(function, study.capacity.trial_resources()),
-        tune_config=ray_tune.TuneConfig(
-            search_alg=StudySearcher(study),
-            scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
-            num_samples=len(study.queue),
-            max_concurrent_trials=study.capacity.concurrent,
-            # A trial that trains has a process of its own: nothing leaks from one to the next. A client has no state.
-            reuse_actors=bool(workers),
-        ),
-        run_config=ray_tune.RunConfig(
-            name="study",
-            storage_path=str(storage),
-            verbose=0,
-            stop=StopOnSignal(stopping),
-            failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if attached_to() else 0),
-            callbacks=[StudyCallback(study.ledger, progress, study.folder, stopping)],
-        ),
-    )
-    tuner.fit()
+    tries = TRIES if attached_to() else 1
+    callback = StudyCallback(study.ledger, progress, study.folder, stopping, tries)
+    while study.queue:
+        ray_tune.Tuner(
+            ray_tune.with_resources(function, study.capacity.trial_resources()),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=StudySearcher(study),
+                scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
+                num_samples=len(study.queue),
+                max_concurrent_trials=study.capacity.concurrent,
+                # A trial that trains has a process of its own: nothing leaks from one to the next. A client has no
+                # state.
+                reuse_actors=bool(workers),
+            ),
+            run_config=ray_tune.RunConfig(
+                name="study",
+                storage_path=str(storage),
+                verbose=0,
+                stop=StopOnSignal(stopping),
+                failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if attached_to() else 0),
+                callbacks=[callback],
+            ),
+        ).fit()
+        study.queue = [
+            (arm, index) for arm, index in pending(study.ledger, study.arms)
+            if arm.trial_name(index) in callback.given_up
+        ]
+        callback.given_up.clear()
     for worker in workers:
         ray.kill(worker)
 

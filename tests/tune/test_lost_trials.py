@@ -108,6 +108,54 @@ def test_a_lost_trial_begins_again_in_the_ledger_and_one_that_says_why_it_failed
     assert ledger.path.read_text() == events
 
 
+def test_what_tune_gives_up_is_run_again_until_it_has_had_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that was about to be handed to a process which is lost has not begun for Tune: it ends it at once."""
+    from tune import study
+    from tune.cluster import Capacity
+    from tune.space import load_arms
+
+    rounds: list[list[str]] = []
+
+    class Tuner:
+        """Every trial but the first is lost; the second begins again by itself once, and is lost again."""
+
+        def __init__(self, _: Any, *, tune_config: Any, run_config: Any) -> None:
+            self.searcher, self.samples, self.callback = (
+                tune_config.search_alg, tune_config.num_samples, run_config.callbacks[0],
+            )
+
+        def fit(self) -> None:
+            given = [self.searcher.suggest(str(number)) for number in range(self.samples)]
+            rounds.append([one["name"] for one in given])
+            for name in rounds[-1]:
+                if name == "trial_000":
+                    final = {"step": 8, "nll": 0.5, "accuracy": None, "finished": True, "adapter_sha256": "ab"}
+                    self.callback.on_trial_result(1, [], trial(name), final)
+                    continue
+                if name == "trial_001" and len(rounds) == 1:
+                    self.callback.on_trial_recover(1, [], trial(name))
+                self.callback.on_trial_error(1, [], trial(name))
+
+    monkeypatch.setattr(study.ray_tune, "Tuner", Tuner)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    config = build_config({"search": {"plain": False, "trials": 3, "max_steps": 8}})
+    arms, ledger = load_arms(config), Ledger(tmp_path / "ledger.jsonl")
+    capacity = Capacity(concurrent=3, workers=1, gpus=0, threads=1)
+    made = study.Study(config, arms, ledger, tmp_path, capacity)
+    study.run_study(made, SearchProgress(ledger, 3, 8, 3), tmp_path, Stopping(), None, None)
+    assert rounds == [["trial_000", "trial_001", "trial_002"], ["trial_001", "trial_002"], ["trial_002"]]
+    assert [record.state for record in ledger.in_order()] == ["done", "failed", "failed"]
+
+    monkeypatch.delenv("RAY_ADDRESS")
+    ledger = Ledger(tmp_path / "alone.jsonl")
+    made = study.Study(config, arms, ledger, tmp_path, capacity)
+    rounds.clear()
+    study.run_study(made, SearchProgress(ledger, 3, 8, 3), tmp_path, Stopping(), None, None)
+    assert len(rounds) == 1, "on one machine it would be killed again"
+
+
 def test_what_had_ended_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune starts a trial again whose process is lost after its last word; its folder holds the result."""
     import ray.tune
