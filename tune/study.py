@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,33 +203,35 @@ def run_study(
     tries = TRIES if attached_to() else 1
     callback = StudyCallback(study.ledger, progress, study.folder, stopping, tries)
     while study.queue:
-        ray_tune.Tuner(
-            ray_tune.with_resources(function, study.capacity.trial_resources()),
-            tune_config=ray_tune.TuneConfig(
-                search_alg=StudySearcher(study),
-                scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
-                num_samples=len(study.queue),
-                max_concurrent_trials=study.capacity.concurrent,
-                # A trial that trains has a process of its own: nothing leaks from one to the next. A client has no
-                # state.
-                reuse_actors=bool(workers),
-            ),
-            run_config=ray_tune.RunConfig(
-                name="study",
-                storage_path=str(storage),
-                verbose=0,
-                stop=StopOnSignal(stopping),
-                failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if attached_to() else 0),
-                callbacks=[callback],
-            ),
-        ).fit()
-        study.queue = [
-            (arm, index) for arm, index in pending(study.ledger, study.arms)
-            if arm.trial_name(index) in callback.given_up
-        ]
+        _run_queue(study, function, callback, storage)
+        left = pending(study.ledger, study.arms)
+        study.queue = [(arm, index) for arm, index in left if arm.trial_name(index) in callback.given_up]
         callback.given_up.clear()
     for worker in workers:
         ray.kill(worker)
+
+
+def _run_queue(study: Study, function: Callable[..., Any], callback: StudyCallback, storage: Path) -> None:
+    """All trials of the queue, by one run of Tune."""
+    ray_tune.Tuner(
+        ray_tune.with_resources(function, study.capacity.trial_resources()),
+        tune_config=ray_tune.TuneConfig(
+            search_alg=StudySearcher(study),
+            scheduler=make_scheduler(study.config, study.arms, study.ledger, study.folder),
+            num_samples=len(study.queue),
+            max_concurrent_trials=study.capacity.concurrent,
+            # A trial that trains has a process of its own: nothing leaks from one to the next. A client has no state.
+            reuse_actors=bool(study.capacity.packs),
+        ),
+        run_config=ray_tune.RunConfig(
+            name="study",
+            storage_path=str(storage),
+            verbose=0,
+            stop=StopOnSignal(callback.stopping),
+            failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if callback.tries > 1 else 0),
+            callbacks=[callback],
+        ),
+    ).fit()
 
 
 class StopOnSignal(ray_tune.Stopper):
