@@ -9,9 +9,12 @@ and backwards, with g = dL/dy:
     dx = g W,    dx_m += (g_m B̃_m) Ã_m,    dÃ_m = (g_m B̃_m)ᵀ x_m,    dB̃_m = g_mᵀ (x_m Ã_mᵀ)
 
 Masks and scale touch the small matrices only, in float32; these are then rounded to the dtype of x, in which all
-products are. Beyond these nothing of the size of x or y is read or written.
+products are. Beyond these nothing of the size of x or y is read or written, but where a member drops token by token:
+x_m is then x_m with zeros, in the first product, in its gradients, and dx_m has zeros in the same places; likewise
+x_m Ã_mᵀ and its gradient where entries of A x are dropped. What is kept rescaled is so by s_m.
 
-Kept for the backward pass: x (which the layers that read it share), the parameters, the masks, and x_m Ã_mᵀ. The last
+Kept for the backward pass: x (which the layers that read it share), the parameters, the masks (those by token with one
+byte per entry), and x_m Ã_mᵀ. The last
 is R numbers per token, about 1 % of what a layer of a transformer keeps with rank 16; to make it again would be one
 more low-rank product beside six, by its own time about 2 % of a step. W is never kept: a 4-bit weight is dequantized
 again.
@@ -54,6 +57,10 @@ class Matrices(NamedTuple):
     """b, (M, O)."""
     ranks: Tensor | None = None
     """r, (M, R or wider: members of other ranks may be)."""
+    dropped_inputs: Tensor | None = None
+    """(N, I) bool: entries of x that the adapter does not see."""
+    dropped_hidden: Tensor | None = None
+    """(N, R) bool: entries of A x that are dropped."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,13 @@ def fuses(base: nn.Module, x: Tensor) -> bool:
 def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Users, Matrices]]) -> Tensor:
     """(…, I) -> (…, O): the base's output, the updates added. `base` is frozen, and one that `fuses`."""
     stacks: list[_Stack] = []
-    tensors: list[Tensor] = []
+    tensors: list[Tensor | None] = []
     for users, matrices in updates:
         a, b = _coefficients(users, matrices)
         shared = len(a) == len(b) == 1 and same_for_all(users.slots)
         rank = matrices.A.shape[1]
         stacks.append(_Stack(users.slots, shared, _blocks(users.spans, users.slots, shared, rank, x.device)))
-        tensors += [matrices.A, matrices.B, a, b]
+        tensors += [matrices.A, matrices.B, a, b, matrices.dropped_inputs, matrices.dropped_hidden]
     return _AdaptedLinear.apply(x, base, stacks, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -114,9 +121,17 @@ class _Block:
         """Their matrices, (B, members of a batch · R, F): a view."""
         return of_members_MRF[self.members].reshape(self.batches, -1, of_members_MRF.shape[-1])
 
-    def own(self, h_BnR: Tensor) -> Tensor:
-        """What a token has of other members' columns becomes zero, in place: products would be sums over members."""
+    def own(self, h_BnR: Tensor, dropped_NR: Tensor | None) -> Tensor:
+        """What a token has of other members' columns becomes zero, in place: products would be sums over members. So
+        does what is dropped."""
+        if dropped_NR is not None:
+            dropped_BnR = self.of(dropped_NR)
+            h_BnR.masked_fill_(dropped_BnR.repeat(1, 1, h_BnR.shape[-1] // dropped_BnR.shape[-1]), 0.0)
         return h_BnR if self.others is None else h_BnR.masked_fill_(self.others, 0.0)
+
+    def seen(self, x_NI: Tensor, dropped_NI: Tensor | None) -> Tensor:
+        """Their part of x, with zeros where entries are dropped."""
+        return self.of(x_NI) if dropped_NI is None else self.of(x_NI).masked_fill(self.of(dropped_NI), 0.0)
 
 
 @dataclass(frozen=True)
@@ -129,18 +144,18 @@ class _Stack:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Of each stack it is given A, B, and what they are multiplied by, which gets no gradient."""
+    """Of each stack it is given A, B, what they are multiplied by and what is dropped: these get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[_Stack], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[_Stack], *tensors: Tensor | None) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         y = base(x)  # within a function there is no graph: nothing of this is kept
         y_NO = y.reshape(-1, y.shape[-1])
         hidden: list[Tensor] = []
-        for stack, (A_KRI, B_KOR, a, b) in zip(stacks, _fours(tensors), strict=True):
+        for stack, (A_KRI, B_KOR, a, b, no_x, no_h) in zip(stacks, _by_stack(tensors), strict=True):
             A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
             for block in stack.blocks:
-                h_BnR = block.own(torch.bmm(block.of(x_NI), block.matrices(A_MRI).mT))
+                h_BnR = block.own(torch.bmm(block.seen(x_NI, no_x), block.matrices(A_MRI).mT), no_h)
                 block.of(y_NO).baddbmm_(h_BnR, block.matrices(B_MRO))
                 hidden.append(h_BnR)
         ctx.base, ctx.stacks, ctx.given = base, stacks, len(tensors)
@@ -155,22 +170,26 @@ class _AdaptedLinear(torch.autograd.Function):
         dx_NI = g_NO @ _frozen_weight(ctx.base).to(g.dtype) if ctx.needs_input_grad[0] else None
         hidden = iter(saved[ctx.given :])
         gradients: list[Tensor | None] = []
-        for stack, (A_KRI, B_KOR, a, b) in zip(ctx.stacks, _fours(saved[: ctx.given]), strict=True):
+        for stack, (A_KRI, B_KOR, a, b, no_x, no_h) in zip(ctx.stacks, _by_stack(saved[: ctx.given]), strict=True):
             A_MRI, B_MRO = _weighted(A_KRI, a, stack, x.dtype), _weighted(B_KOR.mT, b, stack, x.dtype)
             of_A, of_B = [], []
             for block in stack.blocks:
                 g_BnO = block.of(g_NO)
-                dh_BnR = block.own(torch.bmm(g_BnO, block.matrices(B_MRO).mT))
-                of_A.append(torch.bmm(dh_BnR.mT, block.of(x_NI)))
+                dh_BnR = block.own(torch.bmm(g_BnO, block.matrices(B_MRO).mT), no_h)
+                of_A.append(torch.bmm(dh_BnR.mT, block.seen(x_NI, no_x)))
                 of_B.append(torch.bmm(next(hidden).mT, g_BnO))
-                if dx_NI is not None:
+                if dx_NI is not None and no_x is None:
                     block.of(dx_NI).baddbmm_(dh_BnR, block.matrices(A_MRI))
-            gradients += [_collected(of_A, a, stack, A_KRI), _collected(of_B, b, stack, B_KOR.mT).mT, None, None]
+                elif dx_NI is not None:
+                    added = torch.bmm(dh_BnR, block.matrices(A_MRI))
+                    block.of(dx_NI).add_(added.masked_fill_(block.of(no_x), 0.0))
+            of_matrices = _collected(of_A, a, stack, A_KRI), _collected(of_B, b, stack, B_KOR.mT).mT
+            gradients += [*of_matrices, None, None, None, None]
         return None if dx_NI is None else dx_NI.view(x.shape), None, None, *gradients
 
 
-def _fours(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    return [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
+def _by_stack(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    return [tensors[start : start + 6] for start in range(0, len(tensors), 6)]
 
 
 @lru_cache(maxsize=64)  # every layer of a pass asks for the same
@@ -239,7 +258,7 @@ def _block(
 
 def _coefficients(users: Users, matrices: Matrices) -> tuple[Tensor, Tensor]:
     """What the members' A (M, R, I) and Bᵀ (M, R, O) are multiplied by, entry for entry: a, and s · b · r."""
-    A, B, a_MI, b_MO, r_MR = matrices
+    A, B, a_MI, b_MO, r_MR = matrices[:5]
     b: Tensor | float = users.scale[0]
     if not same_for_all(users.scale):
         b = torch.tensor(users.scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.bucket import Bucket
 from pipeline.adapters.fused import Matrices, Users, adapted_linear, fuses
-from pipeline.adapters.masks import element_mask
-from pipeline.adapters.members import MemberAxis, MemberPlan, as_index, same_for_all
+from pipeline.adapters.masks import dropped_hidden, element_mask
+from pipeline.adapters.members import Member, MemberAxis, MemberPlan, as_index, same_for_all
 from pipeline.config.method import Site
 
 PER_TOKEN = "lora_rank, per token"
@@ -162,7 +163,7 @@ class LoRALinear(nn.Module):
             (bucket, chosen) for bucket in self.buckets
             if (chosen := [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot])
         ]
-        if self._fuses(x, plan, users):
+        if self._fuses(x, users):
             return adapted_linear(x, self.base, [self._update(x, plan, *of_bucket) for of_bucket in users])
         y = self.base(x)
         if plan.end_to_end is not None:
@@ -192,16 +193,13 @@ class LoRALinear(nn.Module):
             updates.append(self._plain_update(bucket, own, plan, [m])[0])
         return torch.cat(updates).view(*x.shape[:-1], outputs)
 
-    def _fuses(self, x: Tensor, plan: MemberPlan, users: list[tuple[nn.Module, list[int]]]) -> bool:
+    def _fuses(self, x: Tensor, users: list[tuple[nn.Module, list[int]]]) -> bool:
         """Whether one function serves this pass (`fused`), or autograd's own operations do.
 
-        They do where masks are made token by token, and under ZeRO-3, which gathers a module's parameters when it is
-        called, and when its own backward pass begins.
+        They do under ZeRO-3, which gathers a module's parameters when it is called, and when its own backward begins.
         """
-        drawn = {member.adapter for member in plan.members if member.draw is not None}
-        by_token = not drawn.isdisjoint(self.input_sites.keys() | self.rank_sites.keys())
         sharded = any(hasattr(bucket.lora_A, "ds_id") for bucket, _ in users)
-        return self.fused and bool(users) and not by_token and not sharded and fuses(self.base, x)
+        return self.fused and bool(users) and not sharded and fuses(self.base, x)
 
     def _update(
         self, x: Tensor, plan: MemberPlan, bucket: nn.Module, chosen: list[int]
@@ -211,12 +209,44 @@ class LoRALinear(nn.Module):
         adapters, masks = [plan.members[m].adapter for m in chosen], self._masks(plan, chosen, x.device)
         slots = tuple(bucket.slot[adapter] for adapter in adapters)  # type: ignore[index, operator]
         scale = (
-            bucket.scalings[slot] * mean  # type: ignore[index, operator]
-            for slot, mean in zip(slots, self._means(plan, chosen), strict=True)
+            bucket.scalings[slot] * mean * self._rescaled(plan.members[m])  # type: ignore[index, operator]
+            for m, slot, mean in zip(chosen, slots, self._means(plan, chosen), strict=True)
         )
-        spans = tuple(every[m] for m in chosen)
         given = (masks.get(position) for position in ("lora_A", "lora_B", "lora_rank"))
-        return Users(slots, spans, tuple(scale)), Matrices(*bucket.matrices(), *given)  # type: ignore[operator]
+        dropped = (
+            self._dropped(sites, plan, chosen, every, size)
+            for sites, size in ((self.input_sites, x.shape[-1]), (self.rank_sites, bucket.rank))
+        )
+        users = Users(slots, tuple(every[m] for m in chosen), tuple(scale))
+        return users, Matrices(*bucket.matrices(), *given, *dropped)  # type: ignore[operator]
+
+    def _rescaled(self, member: Member) -> float:
+        """What is kept of a member's tokens is divided by how much of them is: of x and of A x, once each."""
+        found = [_drops(sites, member) for sites in (self.input_sites, self.rank_sites)]
+        return math.prod(1.0 / (1.0 - one[0].rate) for one in found if one and one[0].compensation == "inverse")
+
+    def _dropped(
+        self, sites: dict[int, tuple[Site, int]], plan: MemberPlan, chosen: list[int],
+        spans: list[tuple[int, int]], features: int,
+    ) -> Tensor | None:
+        """(N, features) bool, where the chosen members drop entries of their tokens; None where none of them does."""
+        by_member = [(m, one) for m in chosen if (one := _drops(sites, plan.members[m]))]
+        if not by_member:
+            return None
+        tokens, found = spans[-1][1], None
+        keys = plan.keys_for(tokens // plan.size, self.name)
+        for (_, (site, layer_key)), group in groupby(
+            enumerate(by_member), lambda one: (one[1][0] - one[0], one[1][1])  # neighbours that drop alike
+        ):
+            members = [m for _, (m, _) in group]
+            rows = keys.rows_of(members[0], members[-1] + 1)
+            own = dropped_hidden(keys, rows, layer_key, features, site)
+            own = own.expand(-1, keys.position.shape[1], -1).reshape(-1, features)
+            if len(own) == tokens:
+                return own
+            found = own.new_zeros(tokens, features) if found is None else found
+            found[spans[members[0]][0] : spans[members[-1]][1]] = own
+        return found
 
     def _plain_update(self, bucket: nn.Module, x_MNI: Tensor, plan: MemberPlan, chosen: list[int]) -> Tensor:
         masks = self._masks(plan, chosen, x_MNI.device)
@@ -251,10 +281,14 @@ class LoRALinear(nn.Module):
         self, sites: dict[int, tuple[Site, int]], plan: MemberPlan, m: int, inputs: int, features: int
     ) -> Tensor | None:
         """(N, features) of member m, a stateless function of its keys; None where it drops nothing."""
-        member = plan.members[m]
-        if member.draw is None or member.adapter not in sites:
+        if (found := _drops(sites, plan.members[m])) is None:
             return None
-        site, layer_key = sites[member.adapter]
+        site, layer_key = found
         keys, rescale = plan.keys_for(inputs, self.name), site.compensation == "inverse"
         mask = element_mask(keys, keys.rows_of(m, m + 1), layer_key, features, site.rate, rescale)
         return mask.reshape(inputs, features)
+
+
+def _drops(sites: dict[int, tuple[Site, int]], member: Member) -> tuple[Site, int] | None:
+    """By what a member drops entries token by token; None where it does not."""
+    return None if member.draw is None or member.adapter is None else sites.get(member.adapter)

@@ -148,7 +148,7 @@ def element_mask(
     feature = torch.arange(features, dtype=torch.int32, device=token_BT.device)
     bits = mix32(token_BT.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27))
     kept = (bits >= threshold(rate)).to(torch.float32)
-    return kept / (1.0 - rate) if rescale else kept
+    return kept.div_(1.0 - rate) if rescale else kept
 
 
 def dropped_hidden(keys: RowKeys, rows: slice, layer_key: int, features: int, site: Site) -> Tensor:
@@ -246,14 +246,17 @@ def threshold(rate: float) -> int:
 
 def mix32(x: Tensor) -> Tensor:
     """A full-avalanche permutation of int32 (murmur3's finalizer with the constants of C. Wellons' lowbias32)."""
-    x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
-    return x ^ _shift(x, 16)
+    x, moved = _shift(x, 16).bitwise_xor_(x), torch.empty_like(x)
+    x *= _signed(0x7FEB352D)
+    x ^= _shift(x, 15, moved)
+    x *= _signed(0x846CA68B)
+    x ^= _shift(x, 16, moved)
+    return x
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
+def _shift(x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Logical right shift: torch's is arithmetic on signed integers."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _signed(value: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from helpers.families import LORA_DROPOUT, SITES, assert_close_gradients, load_tiny, trained_start
+from helpers.families import LORA_DROPOUT, assert_close_gradients, load_tiny, trained_start
 from helpers.layers import (
     MIXED,
     RANK,
@@ -112,19 +113,44 @@ def test_prediction_uses_it_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert calls == [2]
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_masks_made_token_by_token_take_the_plain_path(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And only those: without a draw, nothing is masked."""
-    from pipeline.adapters.attach import with_row_keys
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("positions", [("lora_input",), ("lora_rank",), ("lora_input", "lora_rank")])
+def test_what_is_dropped_token_by_token_is_what_the_plain_path_drops(
+    positions: tuple[Literal["lora_input", "lora_rank"], ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside other rates, other ranks, weight masks, members without a draw and bare ones; padded and pooled rows."""
+    by_token = [
+        tuple(Site(position=one, rate=rate, pattern="element") for one in positions) for rate in (0.4, 0.7)
+    ]
+    specs = (
+        AdapterSpec(rank=4, sites=(*LORA_DROPOUT, *by_token[0])), AdapterSpec(rank=4, sites=by_token[1]),
+        AdapterSpec(rank=2, sites=by_token[0]),
+    )
+    adapters, calls = hosted(dtype, specs), watch(monkeypatch)
+    for members in (MIXED, (Member(1, 0), Member(1, 1)), (Member(0, 1), Member(2, 0), Member(0, 0))):
+        for tokens in (5, 1):
+            x = rows_of(len(members), tokens=tokens, dtype=dtype)
+            found = [results(adapters, members, x, fused, torch.arange(5).repeat(3, 1)) for fused in (True, False)]
+            assert_close_gradients(*found, TOLERANCE[dtype])
+    assert len(calls) == 6
 
-    sites = (*SITES[site], Site(position="lora_rank", rate=0.4, pattern="element")) if site == "lora_B" else SITES[site]
-    adapters, calls = hosted(specs=(AdapterSpec(sites=sites),)), watch(monkeypatch)
-    for member, one in ((Member(0, 0), site in ("lora_A", "lora_rank")), (Member(0), True)):
-        plan = adapters.plan([member], 3, MaskKey(0, 0))
-        with adapters.axis.active(with_row_keys(plan, torch.arange(3), torch.arange(5).repeat(3, 1))):
-            adapters.model(rows_of(1))
-        assert bool(calls) is one, member
-        calls.clear()
+
+@pytest.mark.parametrize("position", ["lora_input", "lora_rank"])
+def test_a_model_drops_token_by_token_as_on_the_plain_path(position: str, tmp_path: Path) -> None:
+    """Padded rows, rows laid end to end, several draws; recomputed activations."""
+    site = Site(position=position, rate=0.4, pattern="element")  # type: ignore[arg-type]
+    for checkpointing in (False, True):
+        found = []
+        for fused, end_to_end in ((True, False), (False, False), (True, True), (False, True)):
+            spec = AdapterSpec(rank=4, sites=(*LORA_DROPOUT, site))
+            adapters = trained_start(attach(load_tiny(tmp_path, "llama", "fp32"), [spec], "all-linear", seed=0))
+            if end_to_end:
+                assert adapters.set_end_to_end("sdpa", 9) is None
+            for layer in adapters.layers.values():
+                layer.fused = fused
+            found.append(model_results(adapters, split_layout(range(4), 3), checkpointing))
+        for other in found[1:]:
+            assert_close_gradients(found[0], other)
 
 
 def test_what_is_not_known_takes_the_plain_path(tmp_path: Path) -> None:

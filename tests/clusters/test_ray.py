@@ -127,7 +127,7 @@ def test_trials_of_a_lost_machine_end_elsewhere_and_a_new_one_takes_its_share(
         machines = [machine for _, machine in places(search)[name]]
         assert machines[-1] != "worker1" and STEPS in [step for step, _ in places(search)[name]], machines
     assert not before & set(starts(search)[len(begun):]), "a finished trial was begun again"
-    for name, taken in places(search).items():
+    for taken in places(search).values():
         steps, went_on = [step for step, _ in taken], {machine for _, machine in taken} - {"worker1"}
         assert sorted(set(steps)) == [*range(1, STEPS + 1)]
         assert len(steps) == STEPS or (taken[0][1] == "worker1" and went_on), "what went well was done twice"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from helpers.families import LORA_DROPOUT, trained_start
 from helpers.reference import dense_linear, dense_update
-from pipeline.adapters.attach import Adapters, attach
+from pipeline.adapters.attach import Adapters, attach, with_row_keys
 from pipeline.adapters.fused import Matrices, Users, adapted_linear
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
@@ -64,12 +64,18 @@ def rows_of(
     return torch.randn(members * rows, tokens, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def results(adapters: Adapters, members: Sequence[Member], x: Tensor, fused: bool) -> dict[str, Tensor]:
-    """Output and gradients, by name, of one pass; `fused` or plain."""
+def results(
+    adapters: Adapters, members: Sequence[Member], x: Tensor, fused: bool, positions: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Output and gradients, by name, of one pass; `fused` or plain. `positions`: of the tokens of a member's rows."""
     (layer,) = adapters.layers.values()
     layer.fused = fused
     leaf = x.to(adapters.device).clone().requires_grad_()
-    with adapters.axis.active(adapters.plan(members, len(x) // len(members), KEY)):
+    plan = adapters.plan(members, len(x) // len(members), KEY)
+    if positions is not None:
+        count = len(members)
+        plan = with_row_keys(plan, torch.arange(plan.rows).repeat(count), positions.repeat(count, 1))
+    with adapters.axis.active(plan):
         y = adapters.model(leaf)
     return _with_gradients(adapters, leaf, y, x.dtype)
 
@@ -99,18 +105,24 @@ def unequal_members(
     dtype: torch.dtype, shape: tuple[int, int] = SHAPE, rank: int = 3, device: str | torch.device = "cpu",
     times: int = 1,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """(ours, in float64) of members with other numbers of tokens, and none: mixed, of one adapter, masked or not."""
+    """(ours, in float64) of members with other numbers of tokens, and none: mixed, of one adapter, masked or not, and
+    with entries dropped token by token."""
     torch.manual_seed(0)
     inputs, outputs = shape
     base = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
     spans = tuple((times * a, times * b) for a, b in ((0, 4), (4, 8), (8, 8), (8, 11), (13, 20), (20, 20)))
     stack = [torch.randn(2, rank, inputs), torch.randn(2, outputs, rank)]
     tokens = 20 * times
-    for slots, masked in (((0, 1, 0, 1, 1, 0), True), ((1,) * 6, False), ((1,) * 6, True)):
+    mixed, alike = (0, 1, 0, 1, 1, 0), (1,) * 6
+    for slots, masked, by_token in (
+        (mixed, True, False), (alike, False, False), (alike, True, False),
+        (mixed, True, True), (alike, False, True), (alike, True, True),
+    ):
         masks = [torch.rand(6, n).gt(0.4) * 2.0 if masked else None for n in (inputs, outputs, rank + 1)]
         scale = (0.5, 2.0, 1.0, 1.0, 3.0, 1.0) if masked else (0.5,) * 6
         x, direction = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
         leaves = [p.to(device).clone().requires_grad_() for p in (x, *stack)]
+        masks += [torch.rand(tokens, n).lt(0.3) if by_token else None for n in (inputs, rank)]
         on_device = [None if mask is None else mask.to(device) for mask in masks]
         y = adapted_linear(
             leaves[0], base.to(device), [(Users(slots, spans, scale), Matrices(leaves[1], leaves[2], *on_device))]
@@ -122,9 +134,16 @@ def unequal_members(
         for m, (start, stop) in enumerate(spans):
             parts.append(dense_linear(exact[0][at:start], weight, bias, torch.zeros(outputs, inputs)))
             A, B = exact[1][slots[m]], exact[2][slots[m]]
-            a, b, r = (None if mask is None else mask[m] for mask in masks)
-            update = dense_update(A, B, scale[m], a, b, None if r is None else r[:rank])
-            parts.append(dense_linear(exact[0][start:stop], weight, bias, update))
+            a, b, r = (None if mask is None else mask[m] for mask in masks[:3])
+            own, r = exact[0][start:stop], None if r is None else r[:rank]
+            parts.append(dense_linear(own, weight, bias, dense_update(A, B, scale[m], a, b, r)))
+            if by_token:  # y = x Wᵀ + bias + s (t ∘ (k ∘ x) (A diag(a))ᵀ) (diag(b) B diag(r))ᵀ
+                keeps = (1.0 - mask[start:stop].double() for mask in masks[3:])
+                k, t = keeps
+                one = torch.ones((), dtype=torch.float64)
+                a, b, r = (one if mask is None else mask.double() for mask in (a, b, r))
+                hidden = t * ((k * own) @ (A * a).T)
+                parts[-1] = own @ weight.double().T + bias.double() + scale[m] * hidden @ (B * b.view(-1, 1) * r).T
             at = stop
         theirs = torch.cat(parts)
         wanted = (theirs, *torch.autograd.grad(theirs, exact, direction.double()))
