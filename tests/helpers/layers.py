@@ -104,9 +104,8 @@ def dense_results(adapters: Adapters, members: Sequence[Member], x: Tensor) -> d
 def unequal_members(
     dtype: torch.dtype, shape: tuple[int, int] = SHAPE, rank: int = 3, device: str | torch.device = "cpu",
     times: int = 1,
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """(ours, in float64) of members with other numbers of tokens, and none: mixed, of one adapter, masked or not, and
-    with entries dropped token by token."""
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+    """(what they are, ours, in float64) of members with other numbers of tokens, and none."""
     torch.manual_seed(0)
     inputs, outputs = shape
     base = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
@@ -114,9 +113,10 @@ def unequal_members(
     stack = [torch.randn(2, rank, inputs), torch.randn(2, outputs, rank)]
     tokens = 20 * times
     mixed, alike = (0, 1, 0, 1, 1, 0), (1,) * 6
-    for slots, masked, by_token in (
-        (mixed, True, False), (alike, False, False), (alike, True, False),
-        (mixed, True, True), (alike, False, True), (alike, True, True),
+    for kind, slots, masked, by_token in (
+        ("adapters in turn, masked", mixed, True, False), ("one adapter", alike, False, False),
+        ("one adapter, masked", alike, True, False), ("adapters in turn, masked and by token", mixed, True, True),
+        ("one adapter, by token", alike, False, True), ("one adapter, masked and by token", alike, True, True),
     ):
         masks = [torch.rand(6, n).gt(0.4) * 2.0 if masked else None for n in (inputs, outputs, rank + 1)]
         scale = (0.5, 2.0, 1.0, 1.0, 3.0, 1.0) if masked else (0.5,) * 6
@@ -147,7 +147,7 @@ def unequal_members(
             at = stop
         theirs = torch.cat(parts)
         wanted = (theirs, *torch.autograd.grad(theirs, exact, direction.double()))
-        yield ours, dict(zip("yxAB", wanted, strict=True))
+        yield kind, ours, dict(zip("yxAB", wanted, strict=True))
 
 
 def frozen_weight(base: nn.Module) -> Tensor:
