@@ -149,7 +149,8 @@ def test_a_run_that_takes_a_slot_finds_no_moments(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("most", "expected"), [(1e9, None), (300.0, 512), (64.0, 64), (100.0, 128)])
 def test_passes_grow_while_that_pays(most: float, expected: int | None) -> None:
-    """A device that makes places at the rate min(size, most): twice the size pays up to `most`."""
+    """A device that makes places at the rate min(size, most): twice the size pays up to `most`. Every other step is
+    slow, as beside other programs."""
     budget, micro, runs = PassBudget(accelerated=True), 64, 64
     for step in range(40):
         together = max(min(budget.places // micro, runs), 1)
@@ -167,3 +168,25 @@ def test_without_an_accelerator_passes_stay_below_a_bound(micro: int, expected: 
         together = max(budget.places // micro, 1)
         budget.note([together * micro] * 4, 4.0)
     assert budget.settled and budget.places == expected
+
+
+def test_one_doubling_that_seems_to_bring_nothing_does_not_end_it() -> None:
+    """Measured beside another program: 300 places at 1.0, 600 at 0.97, 1,200 at 1.3 and 2,400 (on a GPU) at 1.32."""
+    for accelerated, expected in ((False, 1200), (True, 1200)):
+        budget = PassBudget(accelerated)
+        rates = {300: 1.0, 600: 0.97, 1200: 1.3, 2400: 1.32, 4800: 1.33}
+        while not budget.settled:
+            size = max(budget.places, 300)
+            budget.note([size] * 8, 8 * size / rates[size])
+        assert budget.places == expected
+
+
+def test_where_memory_ends_the_best_size_that_fits_is_kept() -> None:
+    budget = PassBudget(accelerated=True)
+    rates = {64: 1.0, 128: 2.0, 256: 2.02}
+    while budget.places < 512:
+        size = max(budget.places, 64)
+        budget.note([size] * 8, 8 * size / rates[size])
+    assert budget.shrink() and (budget.places, budget.settled) == (128, True)
+    assert budget.shrink() and budget.places == 64
+    assert budget.shrink() and budget.places == 32

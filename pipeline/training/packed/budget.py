@@ -1,7 +1,8 @@
 """How large a pass that several runs share may be: found on the steps themselves, at no cost beside them.
 
-A pass begins with the places (rows × tokens, padding included) of one micro-batch. As long as passes of twice the size
-make at least 5 % more places per second, the size is doubled; where memory ends, it is halved for good.
+A pass begins with the places (rows × tokens, padding included) of one micro-batch, and is doubled until two doublings
+in a row bring nothing: one may seem to, where other programs want the machine. Of the sizes seen, the smallest that
+makes 95 % of the most places per second is kept; where memory ends, the best that fits.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import time
 
 GAIN = 1.05
+PATIENCE = 2
+"""Doublings in a row that may bring less than that."""
 CPU_PLACES = 2048
 """Without an accelerator passes do not grow beyond this, or twice a micro-batch that is larger: products are at their
 limit long before, and memory has no end that could be noticed in time."""
@@ -27,7 +30,9 @@ class PassBudget:
         """0 = nothing has been seen yet: every run has passes of its own."""
         self.settled = False
         self._rates: list[float] = []
-        self._before = 0.0
+        self._found: dict[int, float] = {}
+        """Size -> places per second."""
+        self._idle = 0
 
     def note(self, passes: list[int], seconds: float) -> None:
         """A step took `seconds` for passes of so many places each."""
@@ -41,14 +46,23 @@ class PassBudget:
         if len(self._rates) < SAMPLES:
             return
         rate, self._rates = max(self._rates), []
-        if self._before and rate < GAIN * self._before:
-            self.places, self.settled = self.places // 2, True
-        elif self._most is not None and 2 * self.places > self._most:
-            self.settled = True
+        gains = rate >= GAIN * max(self._found.values(), default=0.0)
+        self._idle = 0 if gains else self._idle + 1
+        self._found[self.places] = rate
+        if self._idle == PATIENCE or (self._most is not None and 2 * self.places > self._most):
+            self._settle()
         else:
-            self.places, self._before = 2 * self.places, rate
+            self.places *= 2
 
     def shrink(self) -> bool:
         """A pass did not fit into memory; whether a smaller one is worth a try."""
-        self.places, self.settled = self.places // 2, True
+        self._found = {size: rate for size, rate in self._found.items() if size < self.places}
+        if self._found:
+            self._settle()
+        else:
+            self.places, self.settled = self.places // 2, True
         return self.places > 0
+
+    def _settle(self) -> None:
+        enough = max(self._found.values()) / GAIN
+        self.places, self.settled = min(size for size, rate in self._found.items() if rate >= enough), True
