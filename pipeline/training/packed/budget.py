@@ -25,8 +25,9 @@ class PassBudget:
     def __init__(self, accelerated: bool) -> None:
         """Args: `accelerated`: whether passes are made elsewhere than on the CPU, whose time is what counts else."""
         self.clock = time.monotonic if accelerated else time.process_time  # other programs slow down the former alone
-        self.places, self._most = (0, None) if accelerated else CPU_PLACES
+        self.places = 0 if accelerated else CPU_PLACES[0]
         """0 = nothing has been seen yet: every run has passes of its own."""
+        self._most = None if accelerated else CPU_PLACES[1]
         self.settled = False
         self._rates: list[float] = []
         self._found: dict[int, float] = {}
