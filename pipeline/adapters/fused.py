@@ -9,15 +9,14 @@ and backwards, with g = dL/dy:
     dx = g W,    dx_m += (g_m B̃_m) Ã_m,    dÃ_m = (g_m B̃_m)ᵀ x_m,    dB̃_m = g_mᵀ (x_m Ã_mᵀ)
 
 Masks and scale touch the small matrices only, in float32; these are then rounded to the dtype of x, in which all
-products are. Beyond these nothing of the size of x or y is read or written, but where a member drops token by token:
-x_m is then x_m with zeros, in the first product, in its gradients, and dx_m has zeros in the same places; likewise
-x_m Ã_mᵀ and its gradient where entries of A x are dropped. What is kept rescaled is so by s_m.
+products are. Beyond these nothing of the size of x or y is read or written, except where a member drops token by token:
+the adapter then sees x_m with zeros, in its first product and in dÃ_m, and what it adds to dx_m has zeros in the same
+places; so have x_m Ã_mᵀ and its gradient where entries of A x are dropped. Where what is kept is rescaled, s_m does it.
 
 Kept for the backward pass: x (which the layers that read it share), the parameters, the masks (those by token with one
-byte per entry), and x_m Ã_mᵀ. The last
-is R numbers per token, about 1 % of what a layer of a transformer keeps with rank 16; to make it again would be one
-more low-rank product beside six, by its own time about 2 % of a step. W is never kept: a 4-bit weight is dequantized
-again.
+byte per entry), and x_m Ã_mᵀ. The last is R numbers per token, about 1 % of what a layer of a transformer keeps with
+rank 16; to make it again would be one more low-rank product beside six, by its own time about 2 % of a step. W is never
+kept: a 4-bit weight is dequantized again.
 
 Products are batched over members with equally many tokens. Members of one adapter with unequally many, as draws over
 rows laid end to end have, are *stacked* as long as that is small: one product with the matrices of all of them, of
