@@ -124,7 +124,7 @@ def test_a_dropout_site_is_a_cell_its_mask_and_its_place(house: Path) -> None:
             "        mask = (column_mask(keys, rows, layer_key, features, site) if site.pattern == 'column'"
             " else element_mask(keys, rows, layer_key, features, site.rate, rescale))",
         ),
-        build(house, "pipeline/adapters/linear.py", "import element_mask", "import column_mask, element_mask"),
+        build(house, "pipeline/adapters/linear.py", "import dropped_hidden", "import column_mask, dropped_hidden"),
     }
     places = {"pipeline/adapters/sites/attention.py", "pipeline/adapters/sites/ffn.py"}  # of the other positions
     assert built == files_named("Add a dropout site") - places

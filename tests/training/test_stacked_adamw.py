@@ -164,7 +164,6 @@ def test_passes_grow_while_that_pays(most: float, expected: int | None) -> None:
 @pytest.mark.parametrize(("micro", "expected"), [(64, 2048), (1500, 3000)])
 def test_without_an_accelerator_passes_stay_below_a_bound(micro: int, expected: int) -> None:
     budget = PassBudget(accelerated=False)
-    assert budget.places == 1024, "from the first step on several runs share a pass"
     for _ in range(40):
         together = max(budget.places // micro, 1)
         budget.note([together * micro] * 4, 4.0)
@@ -174,8 +173,9 @@ def test_without_an_accelerator_passes_stay_below_a_bound(micro: int, expected: 
 def test_a_larger_pass_that_is_no_faster_is_not_kept() -> None:
     budget = PassBudget(accelerated=False)
     while not budget.settled:
-        budget.note([budget.places] * 4, 4.0 * budget.places)
-    assert budget.places == 1024
+        size = max(budget.places, 300)
+        budget.note([size] * 4, 4.0 * size)
+    assert budget.places == 300
 
 
 def test_one_doubling_that_seems_to_bring_nothing_does_not_end_it() -> None:

@@ -1,8 +1,8 @@
 """How large a pass that several runs share may be: found on the steps themselves, at no cost beside them.
 
-A pass begins with the places (rows × tokens, padding included) of one micro-batch, on CPUs with a thousand, and is
-doubled until two doublings in a row bring nothing: one may seem to, where other programs want the machine. Of the sizes
-seen, the smallest that makes 95 % of the most places per second is kept; where memory ends, the best that fits.
+A pass begins with the places (rows × tokens, padding included) of one micro-batch, and is doubled until two doublings
+in a row bring nothing: one may seem to, where other programs want the machine. Of the sizes seen, the smallest that
+makes 95 % of the most places per second is kept; where memory ends, the best that fits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 GAIN = 1.05
 PATIENCE = 2
 """Doublings in a row that may bring less than that."""
-CPU_PLACES = (1024, 2048)
-"""Without an accelerator passes begin with the first and do not grow beyond the second, or twice a micro-batch that is
-larger: products are near their limit, and memory has no end that could be noticed in time."""
+CPU_PLACES = 2048
+"""Without an accelerator passes do not grow beyond this, or twice a micro-batch that is larger: products are at their
+limit long before, and memory has no end that could be noticed in time."""
 SAMPLES = 2
 """Steps at each size, of which the fastest counts."""
 
@@ -25,9 +25,9 @@ class PassBudget:
     def __init__(self, accelerated: bool) -> None:
         """Args: `accelerated`: whether passes are made elsewhere than on the CPU, whose time is what counts else."""
         self.clock = time.monotonic if accelerated else time.process_time  # other programs slow down the former alone
-        self.places = 0 if accelerated else CPU_PLACES[0]
+        self._most = None if accelerated else CPU_PLACES
+        self.places = 0
         """0 = nothing has been seen yet: every run has passes of its own."""
-        self._most = None if accelerated else CPU_PLACES[1]
         self.settled = False
         self._rates: list[float] = []
         self._found: dict[int, float] = {}
@@ -37,7 +37,7 @@ class PassBudget:
     def note(self, passes: list[int], seconds: float) -> None:
         """A step took `seconds` for passes of so many places each."""
         largest = max(passes)
-        if not self._found and self._most is not None:
+        if not self.places and self._most is not None:
             self._most = max(self._most, 2 * largest)
         self.places = max(self.places, largest)
         if self.settled or largest <= self.places / 2 or len(passes) < 2:
