@@ -144,7 +144,7 @@ class StudyCallback(ray_tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Its process was lost, with its machine perhaps: Tune starts it again, where there is room."""
         record = self.ledger.trials[trial.config["name"]]
-        if self._lost(record, f"was lost {self.tries} times (its process, or its machine)"):
+        if self._lost(record, lambda: f"was lost {self.tries} times (its process, or its machine)"):
             self.ledger.append(
                 "start", trial=record.name, arm=record.arm, index=record.index, values=record.values,
                 config_sha256=record.config_sha256,
@@ -153,16 +153,16 @@ class StudyCallback(ray_tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Its process was lost, and Tune has done with it: the others go on."""
         record = self.ledger.trials[trial.config["name"]]
-        if self._lost(record, _error_text(trial)):
+        if self._lost(record, lambda: _error_text(trial)):
             self.given_up.add(record.name)
 
-    def _lost(self, record: TrialRecord, error: str) -> bool:
+    def _lost(self, record: TrialRecord, error: Callable[[], str]) -> bool:
         """Whether a trial whose process was lost has a start left; where it has none, it ends with `error`."""
         if record.state != "running" or self.stopping.requested:
             return False
         self.losses[record.name] += 1
         if self.losses[record.name] >= self.tries:
-            self._end(record.name, state="failed", error=error)  # Tune may start it once more: it finds this mark
+            self._end(record.name, state="failed", error=error())  # Tune may start it once more: it finds this mark
             return False
         self.progress.lost(record)
         return True
@@ -200,8 +200,7 @@ def run_study(
     shared, trusted = dump_config(study.config), study.config.model.trust_remote_code
     workers = start_workers(study.capacity, shared, trusted, study.folder, make_pack)
     function = run_packed if workers else functools.partial(run_trial, train=train)
-    tries = TRIES if attached_to() else 1
-    callback = StudyCallback(study.ledger, progress, study.folder, stopping, tries)
+    callback = StudyCallback(study.ledger, progress, study.folder, stopping, TRIES if attached_to() else 1)
     while study.queue:
         _run_queue(study, function, callback, storage)
         left = pending(study.ledger, study.arms)
@@ -228,7 +227,7 @@ def _run_queue(study: Study, function: Callable[..., Any], callback: StudyCallba
             storage_path=str(storage),
             verbose=0,
             stop=StopOnSignal(callback.stopping),
-            failure_config=ray_tune.FailureConfig(max_failures=2 * TRIES if callback.tries > 1 else 0),
+            failure_config=ray_tune.FailureConfig(max_failures=2 * callback.tries if callback.tries > 1 else 0),
             callbacks=[callback],
         ),
     ).fit()

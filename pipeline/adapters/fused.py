@@ -143,7 +143,7 @@ class _Stack:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Of each stack it is given A, B, what they are multiplied by and what is dropped: these get no gradient."""
+    """Of each stack it is given A, B, and what gets no gradient: what they are multiplied by, and what is dropped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[_Stack], *tensors: Tensor | None) -> Tensor:

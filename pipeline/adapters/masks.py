@@ -144,9 +144,7 @@ def element_mask(
         rows: the rows wanted.
         layer_key: 64-bit key of (layer, site).
     """
-    token_BT = token_hash(keys, rows, layer_key)
-    feature = torch.arange(features, dtype=torch.int32, device=token_BT.device)
-    bits = mix32(token_BT.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27))
+    bits = _per_feature(token_hash(keys, rows, layer_key), features)
     kept = (bits >= threshold(rate)).to(torch.float32)
     return kept.div_(1.0 - rate) if rescale else kept
 
@@ -161,8 +159,7 @@ def dropped_hidden(keys: RowKeys, rows: slice, layer_key: int, features: int, si
         line = row_hash(keys, rows, layer_key)
         return _drop(_pair(line, _block(line, keys.position[rows], site.span_length)), site).unsqueeze(-1)
     lines = token_hash(keys, rows, layer_key) if site.pattern == "element" else row_hash(keys, rows, layer_key)
-    feature = torch.arange(features, dtype=torch.int32, device=lines.device)
-    return _drop(mix32(lines.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27)), site)
+    return _drop(_per_feature(lines, features), site)
 
 
 def dropped_keys(keys: RowKeys, rows: slice, layer_key: int, heads: int, site: Site) -> Tensor:
@@ -221,6 +218,12 @@ def token_hash(keys: RowKeys, rows: slice, layer_key: int) -> Tensor:
 def _pair(line: Tensor, position: Tensor) -> Tensor:
     """Hash of a line's hash and an int32 position or block on it."""
     return mix32(line ^ mix32(position * _signed(0x27D4EB2F) + 0x165667))
+
+
+def _per_feature(line: Tensor, features: int) -> Tensor:
+    """(…, features): a hash of its own for every feature."""
+    feature = torch.arange(features, dtype=torch.int32, device=line.device)
+    return mix32(line.unsqueeze(-1) ^ mix32(feature * _signed(0x9E3779B1) + 0x51ED27))
 
 
 def _per_head(token_BT: Tensor, heads: int) -> Tensor:
