@@ -239,7 +239,7 @@ def test_places_that_can_be_no_run_folder(tmp_path: Path) -> None:
 
 def test_adapters_that_evaluate_looks_for(paths: RunPaths, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter: does not exist. Run the train stage first"):
-        evaluate.listed_adapters(RunPaths(tmp_path), kind="lora", draws=1, searched=1)
+        evaluate.listed_adapters(RunPaths(tmp_path), kind="lora", draws=1, searched=1, compared="all")
     plain = evaluate.Entry("plain", "plain LoRA", paths.adapter, "another")
     with pytest.raises(UserError, match="is another adapter than the one that this run refers to as plain LoRA. Put"):
         evaluate.read_entry(plain)

@@ -22,7 +22,8 @@ MEMBERS = 13
 EVALUATED = f"ensemble.size={MEMBERS - 2}"
 """Beside the base and the adapter without draws."""
 COMPARED = (
-    "compare.methods=[none, lora_dropout, hiddenkey_minus]", "compare.learning_rates=[0.0005, 0.002]", "ensemble.size=4"
+    "compare.methods=[none, lora_dropout, hiddenkey_minus]", "compare.learning_rates=[0.0005, 0.002]",
+    "compare.evaluate=all", "ensemble.size=4",
 )
 SETTINGS = 6
 

@@ -10,8 +10,8 @@ PER_PARAMETER = 16
 """Bytes: the fp32 value, its gradient and two moments."""
 
 
-def runs_that_fit(config: RunConfig) -> int | None:
-    """Runs like this one that share a base in one process, 1 at least; None where no plan can be made.
+def runs_that_fit(config: RunConfig, processes: int = 1) -> int | None:
+    """Runs like this one that share a base in one of so many processes, 1 at least; None where no plan can be made.
 
     The base is there once. Each run adds its parameters, their gradients and moments, and its own micro-batch to a
     shared pass: passes may stay smaller than that (`pipeline.training.packed.budget`), which is not known beforehand.
@@ -24,4 +24,4 @@ def runs_that_fit(config: RunConfig) -> int | None:
         return None
     once = plan.base + plan.weights.largest + plan.overhead + (CONTEXT if plan.device == "cuda" else 0)
     each = PER_PARAMETER * plan.weights.trained + plan.holes + max(plan.passes.forward, plan.passes.backward)
-    return max(1, int((plan.capacity - once) // each))
+    return max(1, int((plan.capacity / processes - once) // each))

@@ -18,7 +18,8 @@ _DRAWN = {"input_dropout": "MC dropout (input dropout, {} draw{})", "rank_dropou
 def compared_systems(
     members: Sequence[PredictedMember], trainings: Sequence[Training]
 ) -> list[tuple[System, list[Training]]]:
-    """Per method its chosen settings, their mask ensemble, its other settings; each with the trainings it stands for.
+    """Per method its chosen settings, their mask ensemble, and its other settings, where these predicted as well; each
+    with the trainings it stands for.
 
     Trainings that differ in nothing but the seed are the runs of one system: scores are means over them. The chosen
     settings of the reference method have the key `plain`; where they have several seeds, these averaged are a system of
@@ -26,16 +27,17 @@ def compared_systems(
     """
     place = {(m.extra.get("train_seed"), str(m.extra.get("values")), m.extra.get("method"), m.draw): i
              for i, m in enumerate(members) if m.group == "compared"}
+    predicted = {who_draw[:3] for who_draw in place}
     systems = []
     methods = sorted(dict.fromkeys(one.method for one in trainings), key=lambda method: method != REFERENCE)
     for number, method in enumerate(methods):  # the reference first: what is listed after it is compared with it
-        done = [one for one in trainings if one.method == method and one.state == "done"]
+        done = [one for one in trainings if one.method == method and _who(one) in predicted]
         groups: dict[str, list[Training]] = {}
         for one in sorted(done, key=lambda one: not one.chosen):
             groups.setdefault(str(one.values), []).append(one)
         name = method_label(method)
         for position, group in enumerate(groups.values()):
-            members_of = [(one.seed, str(one.values), one.method) for one in group]
+            members_of = [_who(one) for one in group]
             title = f"{name}, {values_text(group[0].values)}"
             single = tuple((place[*who, None],) for who in members_of)
             seeds = tuple(one.seed for one in group)
@@ -55,10 +57,25 @@ def compared_systems(
     return systems
 
 
+def _who(one: Training) -> tuple[int, str, str]:
+    """What the members of a training are known by."""
+    return one.seed, str(one.values), one.method
+
+
 def deep_ensemble(members: Sequence[int]) -> System:
     """Plain LoRAs that differ in the seed, averaged: one system, whose intervals are over rows alone."""
     name = f"eep ensemble of {len(members)} plain LoRAs"
     return System(DEEP_ENSEMBLE, f"D{name}", f"d{name}", (tuple(members),))
+
+
+def settings_left_out(members: Sequence[PredictedMember], trainings: Sequence[Training]) -> list[str]:
+    """That settings which validation did not choose have no scores on test rows, as a sentence, where it is so."""
+    predicted = {member.name for member in members}
+    count = sum(one.state == "done" and one.name not in predicted for one in trainings)
+    if not count:
+        return []
+    return [f"{count} training{'s' if count > 1 else ''} of settings that validation did not choose: report.html has "
+            "their validation; compare.evaluate=all predicts test rows with them."]
 
 
 def without_deep_ensemble(trainings: Sequence[Training], systems: Sequence[System]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from pipeline.report.compared import DEEP_ENSEMBLE, compared_systems, without_deep_ensemble
+from pipeline.report.compared import DEEP_ENSEMBLE, compared_systems, settings_left_out, without_deep_ensemble
 from pipeline.report.inputs import ReportInputs
 from pipeline.report.remarks import remarks
 from pipeline.report.result import score_entries
@@ -38,7 +38,7 @@ _COLUMNS = {
 
 
 def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tuple[Entries, list[ScoredSystem]]:
-    """Score every adapter, and the mask ensembles of those that validation chose: the content of result.json."""
+    """Score every adapter that predicted, and the mask ensembles of those chosen: the content of result.json."""
     owners = compared_systems(inputs.members, trainings)
     scored = [score_system(inputs, system) for system in [*base_system(inputs.members), *(s for s, _ in owners)]]
     singles = [one for one in scored if one.system.key.startswith(("base", "plain", "method_"))]
@@ -59,6 +59,7 @@ def build_comparison(inputs: ReportInputs, trainings: Sequence[Training]) -> tup
         "left_out": [
             *(f"{one.name} {one.state}: {one.error}" for one in trainings if one.state in ("failed", "refused")),
             *without_deep_ensemble(trainings, [system for system, _ in owners]),
+            *settings_left_out(inputs.members, trainings),
         ],
     }
     result |= {"remarks": remarks(inputs, result)}

@@ -146,7 +146,7 @@ def _require_same_trainings(paths: RunPaths, trainings: list[Training], members:
     """Raises `RunFolderError` where a training of a comparison has another adapter than the one that predicted."""
     predicted = {member.name: member.adapter_sha256 for member in members if member.group == "compared"}
     for one in trainings:
-        if one.state == "done" and predicted.get(one.name) != one.adapter_sha256:
+        if (one.chosen or one.name in predicted) and predicted.get(one.name) != one.adapter_sha256:
             what = f"names another adapter of {one.name} than the one that predicted"
             raise RunFolderError(str(paths.comparison), None, what, "Compare again.")
 

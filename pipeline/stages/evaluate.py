@@ -1,7 +1,7 @@
 """The evaluation stage: every member's predictions on three splits and other data sets. No label of test rows is read.
 
 All members share one pass: base, adapter, its mask draws, the plain run, the best searched adapters; of a comparison
-every trained adapter, and mask draws of those that validation chose.
+the adapters that validation chose, or all, and mask draws of those that it chose.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pipeline.adapters.attach import Adapters
 from pipeline.adapters.build import attach_stored
@@ -60,7 +60,8 @@ def evaluate_run(run_dir: Path, trusted: bool = False) -> None:
     paths = RunPaths(run_dir)
     config = load_saved(paths.config, trusted)
     entries = listed_adapters(
-        paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters
+        paths, kind=config.adapter.kind, draws=config.ensemble.size, searched=config.search.adapters,
+        compared=config.compare.evaluate,
     )
     stored = [read_entry(entry) for entry in entries]
     splits = load_splits(config.data)
@@ -270,24 +271,27 @@ class Entry:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def listed_adapters(paths: RunPaths, *, kind: str, draws: int, searched: int) -> list[Entry]:
-    """Of a comparison all that were trained; else the run's own and those related.json refers to, best first.
+def listed_adapters(
+    paths: RunPaths, *, kind: str, draws: int, searched: int, compared: Literal["chosen", "all"]
+) -> list[Entry]:
+    """Of a comparison what was trained; else the run's own and those related.json refers to, best first.
 
     Args:
         kind: `adapter.kind`, which names the plain run.
         draws: mask draws of the run's own adapter, or of each one that a comparison chose: `ensemble.size`.
         searched: adapters of a search, at most: `search.adapters`.
+        compared: of a comparison all adapters, or those of the settings that it chose: `compare.evaluate`.
 
     Raises:
         RunFolderError: the run has no adapter, or what it refers to is damaged.
     """
-    compared = read_comparison(paths)
-    if compared is not None:
+    trainings = read_comparison(paths)
+    if trainings is not None:
         return [
             Entry("compared", one.name, paths.root / one.run / "adapter", one.adapter_sha256,
                   draws if one.chosen else 0,
                   {"method": one.method, "values": one.values, "train_seed": one.seed})
-            for one in compared if one.state == "done"
+            for one in trainings if one.state == "done" and (one.chosen or compared == "all")
         ]
     if not paths.adapter.is_dir():
         raise RunFolderError(str(paths.adapter), None, "does not exist", "Run the train stage first.")

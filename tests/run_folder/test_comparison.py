@@ -32,9 +32,9 @@ from pipeline.run_folder.comparison import (
     shared_part,
     write_comparison,
 )
-from pipeline.run_folder.members import PredictedMember, write_members
+from pipeline.run_folder.members import PredictedMember, read_members, write_members
 from pipeline.run_folder.paths import RunPaths
-from pipeline.run_folder.predictions import ChoicePredictions
+from pipeline.run_folder.predictions import ChoicePredictions, read_predictions
 from pipeline.stages.evaluate import listed_adapters, member_list
 from pipeline.stages.report import write_report
 
@@ -288,6 +288,36 @@ def test_the_deep_ensemble_is_the_plain_loras_of_all_seeds_averaged(
     assert not any("Deep ensemble left out" in line for line in result["left_out"])
 
 
+def test_settings_that_were_not_chosen_may_have_predicted_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shown of the chosen ones is the same as where all settings predicted; the page has all trainings."""
+    write_compared(tmp_path, monkeypatch)
+    everything = write_report(tmp_path)
+    members, trainings = read_members(RunPaths(tmp_path).predictions), read_comparison(RunPaths(tmp_path)) or []
+    chosen = {one.name for one in trainings if one.chosen}
+    kept = [i for i, member in enumerate(members) if member.group == "base" or member.name in chosen]
+    predictions = {split: read_predictions(RunPaths(tmp_path).predictions, split).of_members(kept) for split in ROWS}
+    write_members(RunPaths(tmp_path).predictions, [members[i] for i in kept])
+    for split, found in predictions.items():
+        write_predicted(tmp_path, split, found)
+    result = write_report(tmp_path)
+    keys = [system["key"] for system in result["systems"]]
+    assert keys == ["base", "plain", "plain_ensemble", "method_1", "ensemble_1"]
+    was = {system["key"]: system for system in everything["systems"]}
+    for system in result["systems"]:
+        assert system["test"]["before"]["nll"]["value"] == was[system["key"]]["test"]["before"]["nll"]["value"]
+    said = "4 trainings of settings that validation did not choose: report.html has their validation"
+    assert said in result["left_out"][-1] and said in format_comparison(result)
+    page = (tmp_path / "report.html").read_text()
+    assert "lr 0.2, seed 1" in page and said in page
+    assert not any("settings that validation did not choose" in line for line in everything["left_out"])
+
+    write_comparison(RunPaths(tmp_path), "", [replace(one, chosen=not one.chosen) for one in trainings])
+    with pytest.raises(RunFolderError, match=r"none-lr0\.2-seed0.*Compare again"):
+        write_report(tmp_path)
+
+
 def test_one_seed_makes_no_deep_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_compared(tmp_path, monkeypatch)
     kept = [one for one in read_comparison(RunPaths(tmp_path)) or [] if one.seed == 0]
@@ -311,16 +341,18 @@ def test_without_plain_lora_methods_are_compared_with_the_base(
 
 
 def test_evaluation_takes_what_was_trained_and_draws_of_what_was_chosen(tmp_path: Path) -> None:
-    asked = {"kind": "lora", "draws": 3, "searched": 0}
+    asked: dict[str, Any] = {"kind": "lora", "draws": 3, "searched": 0}
     trainings = [training("none", 0.1, chosen=True), training("none", 0.2),
                  replace(training("dropkey", 0.1), state="failed")]
     write_comparison(RunPaths(tmp_path), "", trainings)
-    entries = listed_adapters(RunPaths(tmp_path), **asked)
+    entries = listed_adapters(RunPaths(tmp_path), **asked, compared="all")
     assert [(entry.name, entry.draws) for entry in entries] == [("none-lr0.1-seed0", 3), ("none-lr0.2-seed0", 0)]
     assert entries[0].folder == tmp_path / "trainings" / "none-lr0.1-seed0" / "adapter"
+    chosen = listed_adapters(RunPaths(tmp_path), **asked, compared="chosen")
+    assert chosen == entries[:1]
     write_json(RunPaths(tmp_path).comparison, {"trainings": [{"nme": "x"}]})
     with pytest.raises(RunFolderError, match=r"compare\.json.*is damaged"):
-        listed_adapters(RunPaths(tmp_path), **asked)
+        listed_adapters(RunPaths(tmp_path), **asked, compared="all")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +369,7 @@ def test_every_kind_of_masks_is_drawn_at_test_and_has_its_name(tmp_path: Path, m
     stored: Any = SimpleNamespace(spec=spec, sha256="ab", head=SimpleNamespace(modules={}))
     trainings = [training(method, 0.1, chosen=True), training(method, 0.2)]
     write_comparison(RunPaths(tmp_path), "", trainings)
-    entries = listed_adapters(RunPaths(tmp_path), kind="lora", draws=2, searched=0)
+    entries = listed_adapters(RunPaths(tmp_path), kind="lora", draws=2, searched=0, compared="all")
     members, described = member_list(entries, [stored, stored], seed=0)
     assert [member.draw for member in members] == [None, None, *([0, 1] if name else []), None]
     systems = {system.name: system for system, _ in compared_systems(described, trainings)}
@@ -355,7 +387,7 @@ def test_the_searched_adapters_are_those_that_the_search_would_take(tmp_path: Pa
     paths = RunPaths(tmp_path / "run")
     paths.adapter.mkdir(parents=True)
     write_json(paths.related, {"search": {"folder": "../search"}})
-    entries = listed_adapters(paths, kind="lora", draws=0, searched=3)
+    entries = listed_adapters(paths, kind="lora", draws=0, searched=3, compared="chosen")
     assert [entry.name for entry in entries] == ["mean-field", "a", "b", "c"]
 
 

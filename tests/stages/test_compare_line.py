@@ -35,7 +35,8 @@ def compare(stop_at: int, arguments: list[str]) -> tuple[int, list[str], str]:
 def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_settings: list[str]) -> None:
     folder = tmp_path / "tiny-compare"
     command = ["compare", "--run-dir", str(tmp_path / "tiny"), *tiny_settings, "ensemble.size=2",
-               "launch.processes=1", "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={METHODS}"]
+               "launch.processes=1", "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={METHODS}",
+               "compare.evaluate=all"]
     code, trained, _ = compare(3, command)
     assert (code, trained) == (EXIT_STOPPED, NAMES[:3])
     first = sha256_file(folder / "trainings" / NAMES[0] / "adapter" / ADAPTER_WEIGHTS)
@@ -74,6 +75,12 @@ def test_a_comparison_is_stopped_continued_and_reported(tmp_path: Path, tiny_set
     compared = {c["system"] for c in result["comparisons"] if c["split"] == "test"}
     assert len(compared) == 7 and not compared & {"base", "plain"}  # five adapters and two ensembles
     assert "<h2>Trainings</h2>" in (folder / "report.html").read_text()
+
+    code, trained, shown = compare(0, command[:-1])  # the chosen settings alone: a part of what was predicted
+    assert (code, trained) == (EXIT_OK, []) and "predictions are complete" in shown
+    names = {member["name"] for member in json.loads((folder / "predictions" / "members.json").read_text())}
+    assert len(names) == 1 + 3 + 2 * 2 and names < {member["name"] for member in members}
+    assert "3 trainings of settings that validation did not choose" in shown.replace("\n", " ")
 
     code, _, shown = compare(0, [*command, "data.train_rows=32"])
     assert code == EXIT_USER and "another configuration" in shown

@@ -18,9 +18,10 @@ from helpers.runs import losses
 from safetensors.torch import load_file
 
 from pipeline import Pack, RunConfig, dump_config, load_config, pack_refusal
-from pipeline.errors import EXIT_OK, EXIT_STOPPED, Stopped
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, Stopped
 from pipeline.files import read_json, write_json, write_text
 from pipeline.plan.pack import runs_that_fit
+from pipeline.run_folder.chain import is_trained
 from pipeline.run_folder.mark import claim
 from pipeline.run_folder.paths import RunPaths, read_status
 from pipeline.stages.pack import write_plan
@@ -201,9 +202,9 @@ def last_checkpoint(folder: Path) -> Path:
     return published_checkpoints(RunPaths(folder).checkpoints)[-1] / "state.safetensors"
 
 
-def start_stage(folder: Path) -> subprocess.Popen[bytes]:
+def start_stage(folder: Path, threads: int = 1) -> subprocess.Popen[bytes]:
     """The hidden stage `pack` as a comparison starts it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "pipeline.stages", "pack", "--run-dir", str(folder)]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -218,10 +219,9 @@ def wait_for(process: subprocess.Popen[bytes], path: Path) -> None:
     raise AssertionError(f"{path} does not appear")
 
 
-@pytest.mark.slow
-def test_a_killed_pack_continues_from_its_checkpoints(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
-    """kill -9, then SIGTERM, then to the end: as if nothing had happened, in the folders of runs that were alone."""
-    folder, length = tmp_path / "comparison", {"max_steps": 40, "validate_every_steps": 10, "checkpoint_every_steps": 4}
+def planned_runs(folder: Path, configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
+    """Forty steps of each in folders as a comparison leaves them to the stage."""
+    length = {"max_steps": 40, "validate_every_steps": 10, "checkpoint_every_steps": 4}
     runs = {name: with_train(config, **length) for name, config in configs.items()}
     folder.mkdir()
     write_text(RunPaths(folder).config, dump_config(configs["plain"]))
@@ -229,6 +229,43 @@ def test_a_killed_pack_continues_from_its_checkpoints(tmp_path: Path, configs: d
         claim(folder / name, "run")
         write_text(RunPaths(folder / name).config, dump_config(config))
     write_plan(folder, [Path(name) for name in runs], at_once=2)
+    return runs
+
+
+@pytest.mark.slow
+def test_parts_of_a_pack_train_side_by_side(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
+    """SIGTERM, kill -9 of one of the two processes, then to the end: every run as if it had been alone."""
+    folder = tmp_path / "comparison"
+    runs = planned_runs(folder, configs)
+    process = start_stage(folder, threads=2)
+    wait_for(process, RunPaths(folder / "hidden").checkpoints / "step_000008")
+    process.terminate()  # the one that the command knows
+    assert process.wait() == EXIT_STOPPED
+    left = {name: read_json(RunPaths(folder / name).status)["train"]["state"] for name in runs}
+    assert set(left.values()) <= {"stopped", "done"} and left["hidden"] == "stopped"
+
+    process = start_stage(folder, threads=2)
+    wait_for(process, RunPaths(folder / "hidden").checkpoints / "step_000020")
+    parts = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [pid for pid in parts if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert process.wait() == EXIT_FAILED, "the other process has ended its part"
+    done = [name for name, config in runs.items() if is_trained(RunPaths(folder / name), config)]
+    assert 0 < len(done) < len(runs)
+
+    assert start_stage(folder, threads=2).wait() == EXIT_OK
+    for name, config in runs.items():
+        alone(config, tmp_path / "alone" / name)
+        assert losses(folder / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=1e-5)
+    assert "pack" in read_status(RunPaths(folder))
+
+
+@pytest.mark.slow
+def test_a_killed_pack_continues_from_its_checkpoints(tmp_path: Path, configs: dict[str, RunConfig]) -> None:
+    """kill -9, then SIGTERM, then to the end: as if nothing had happened, in the folders of runs that were alone."""
+    folder = tmp_path / "comparison"
+    runs = planned_runs(folder, configs)
     process = start_stage(folder)
     wait_for(process, RunPaths(folder / "hidden").checkpoints / "step_000008")
     os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from pipeline.model.head import check_packing
 from pipeline.prediction.task import open_task, training_examples
 from pipeline.run_folder.chain import Origin
 from pipeline.run_folder.paths import RunPaths, update_status
-from pipeline.terminal import Progress, say
+from pipeline.terminal import say
 from pipeline.training.batch import choose_rows
 from pipeline.training.engine import micro_steps_of
 from pipeline.training.environment import describe_environment
@@ -36,6 +36,7 @@ from pipeline.training.loop import Endings, Lane, train_step
 from pipeline.training.loss_scale import LossScale
 from pipeline.training.packed.budget import PassBudget
 from pipeline.training.packed.engine import StackedEngine
+from pipeline.training.packed.standing import Standing, shown
 from pipeline.training.repair import make_up_validation, restore_best
 from pipeline.training.run import OnValidation, Run
 from pipeline.training.schedule import require_steps
@@ -221,14 +222,17 @@ class Pack:
 
 def train_pack(
     runs: Sequence[tuple[RunConfig, Path]], shared: RunConfig, at_once: int | None = None,
-    trusted: bool = False,
+    trusted: bool = False, on_step: Callable[[Standing], None] | None = None,
 ) -> list[Ended]:
     """Train a list of runs, `at_once` of them in a pack (None = all); the next is admitted as soon as one has left.
 
     Where the process is asked to stop, all are saved, and those that have not begun are `stopped`, too.
+
+    Args:
+        on_step: is told after every step how far they are; None = a line on the terminal.
     """
     pack, waiting, ended = Pack(shared, trusted), deque(runs), list[Ended]()
-    progress = Progress(sum(config.train.max_steps for config, _ in runs), 0, enabled=True)
+    show = on_step or shown(sum(config.train.max_steps for config, _ in runs))
     while waiting or pack.runs:
         while waiting and pack.runs < (at_once or len(runs)) and not lifeline.stop_asked():
             config, run_dir = waiting.popleft()
@@ -238,10 +242,9 @@ def train_pack(
                 ended.append(Ended(run_dir, "stopped" if isinstance(error, Stopped) else "failed", error=error))
         ended += pack.advance()
         left = sum(config.train.max_steps for config, _ in waiting) + pack.steps_left
-        progress.show(progress.total - left, [f"{pack.runs} runs share their passes, {len(waiting)} wait"])
+        show(Standing(left, pack.runs, len(waiting)))
         if lifeline.stop_asked() and not pack.runs:
             return [*ended, *(Ended(run_dir, "stopped") for _, run_dir in waiting)]
-    progress.close()
     pack.close()
     return ended
 
