@@ -24,12 +24,14 @@ class Standing:
 
 
 def shown(steps: int) -> Callable[[Standing], None]:
-    """Show each standing of packs that began with so many steps before them."""
-    progress = Progress(steps, 0, enabled=True)
+    """Show each standing of packs whose runs have so many steps in all; the time left goes by those since the first."""
+    progress: Progress | None = None
 
     def show(standing: Standing) -> None:
-        parts = [f"{standing.active} runs share their passes, {standing.waiting} wait"]
-        progress.show(steps - standing.steps_left, parts)
+        nonlocal progress
+        done = steps - standing.steps_left
+        progress = progress or Progress(steps, done, enabled=True)
+        progress.show(done, [f"{standing.active} runs share their passes, {standing.waiting} wait"])
         if not standing.active and not standing.waiting:
             progress.close()
 
