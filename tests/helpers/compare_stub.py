@@ -47,6 +47,7 @@ def work(name: str, run_dir: Path) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # a pack has as many processes as threads at the most: this one
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     Metrics.write = write_metrics  # type: ignore[method-assign]
     processes.run_world_stage = lambda stage, program, run_dir, launch: work(stage, run_dir)
