@@ -96,14 +96,17 @@ def train_all(
     for i, own in enumerate(configs):
         if progress.found[i].state != "waiting":
             continue
+        run, started = folder / progress.found[i].run, time.monotonic()
+        if progress.is_done(i):  # by an earlier start of the command
+            begin_training(own, run)
+            progress.ended(i, EXIT_OK)
+            continue
         progress.headline(f"{i + 1}/{len(configs)} {_shown(progress.found[i])}", range(i, len(configs)))
-        started, was_done = time.monotonic(), progress.is_done(i)
-        code = start("train", own, Folders(folder / progress.found[i].run))
+        code = start("train", own, Folders(run))
         if code == EXIT_STOPPED:
             return progress.found, code
         progress.ended(i, code)
-        if not was_done:
-            progress.clock.add(time.monotonic() - started, own.train.max_steps)
+        progress.clock.add(time.monotonic() - started, own.train.max_steps)
     rows = load_splits(shared.data).validation
     found = choose([with_loss(one, folder, rows, shared.select.by) for one in progress.found])
     write_comparison(RunPaths(folder), shared.label, found)
