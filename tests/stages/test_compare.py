@@ -23,6 +23,7 @@ from pipeline.run_folder.comparison import REFUSALS, Training, choose, outcome, 
 from pipeline.run_folder.paths import Folders, RunPaths, update_status
 from pipeline.run_folder.predictions import ChoicePredictions, write_predictions
 from pipeline.stages import compare
+from pipeline.stages.processes import begin_training
 from pipeline.support.tiny import ENCODERS
 
 METHODS = ("none", "dropkey", "hiddencut")
@@ -56,6 +57,7 @@ class Processes:
     def train(self, config: RunConfig, run: Path) -> int:
         paths, code = RunPaths(run), self.codes.get(run.name, EXIT_OK)
         self.started.append(run.name)
+        begin_training(config, run)
         if code == EXIT_OK:
             nll = config.train.learning_rate
             lines = [{"kind": "train", "step": 1, "seconds": 2.0}, {"kind": "validation", "step": 1, "nll": nll}]

@@ -93,7 +93,7 @@ def test_a_packed_comparison_is_stopped_continued_and_reported(tmp_path: Path, t
     ada = "adapter: {method: none, kind: adalora, adalora: {warmup: 1, final: 2}}, vary: {train.learning_rate: [0.01]}"
     methods = f"[none, {{name: hiddenkey, adapter: {{method: hiddenkey}}}}, {{name: ada, {ada}}}]"
     command = ["compare", "--run-dir", str(tmp_path / "tiny"), *tiny_settings, "ensemble.size=2",
-               "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={methods}"]
+               "compare.learning_rates=[0.01, 3e-3]", f"compare.methods={methods}", "compare.evaluate=all"]
     code, trained, shown = compare(1, command)
     assert (code, trained) == (EXIT_STOPPED, ["tiny-compare"]), shown
     code, trained, shown = compare(0, command)
