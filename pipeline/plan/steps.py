@@ -39,8 +39,9 @@ def step_lines(config: RunConfig, folders: Folders, name: str) -> Iterator[str]:
             for number, (one, own) in enumerate(plan_trainings(config), 1):
                 values = values_text(one.values)
                 yield _line(f"{number}", f"{one.method}, {values}, seed {one.seed}: {length_text(own.train)}")
+            which = "all of them" if config.compare.evaluate == "all" else "the chosen setting of each method"
             draws, folder = config.ensemble.size, folders.comparison
-            yield _line("evaluate", f"all of them in one pass, {draws} mask draws per method -> {folder}")
+            yield _line("evaluate", f"{which} in one pass, {draws} mask draws per method -> {folder}")
         case "memory":
             from pipeline.plan.memory_table import memory_table  # imports torch: the one thing before a start that does
 
