@@ -1,19 +1,23 @@
 """Stateless randomness: every number is a function of its key, so nothing has to be saved or replayed.
 
-Weight masks are drawn here with numpy on the CPU (the same bytes whatever the device); activation
-masks are hashed in torch where the activations are, from keys made here.
+Numbers are made where they are used, by integer arithmetic that wraps around: the same bits on every device.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 
-import numpy as np
+import torch
+from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_HIGHEST_OF_HALVES = -0x7FFFFFFF80000000
+"""0x8000000080000000: with it unsigned halves are in the order of signed ones."""
 
 
 def key64(*parts: object) -> int:
@@ -22,32 +26,46 @@ def key64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(keys: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-    """One flat draw: for each key k_j, sizes[j] uniforms in [0, 1) with 32-bit resolution.
+def random_bits(keys: Sequence[int], sizes: Sequence[int], device: torch.device | str) -> Tensor:
+    """One flat draw: for each key k_j, sizes[j] numbers of 32 random bits, in an even number of places.
 
-    Entry i of key k is half of splitmix64(k + (i // 2) · golden): a counter-based generator, so each
-    segment depends on its own key alone, never on its neighbours.
+    Entry i of key k is half of splitmix64(k + (i // 2) · golden), the low half first: a counter-based generator, so
+    each segment depends on its own key alone, never on its neighbours. The segment of an odd size ends with a surplus
+    number, which keeps all segments on whole words.
 
     Returns:
-        float64 array of sum(sizes) numbers, segment after segment.
+        int32, segment after segment, in the order of the numbers in [0, 1) that they stand for (`uniform`).
     """
-    pairs = (np.asarray(sizes, dtype=np.int64) + 1) // 2
-    start = np.repeat(np.asarray(keys, dtype=np.uint64), pairs)
-    ends = np.cumsum(pairs)
-    counter = np.arange(ends[-1] if len(ends) else 0, dtype=np.uint64)
-    counter -= np.repeat((ends - pairs).astype(np.uint64), pairs)
-    words = _splitmix64(start + counter * _GOLDEN)
-    halves = words.astype("<u8", copy=False).view("<u4").astype(np.float64) * 2.0**-32  # low half first, anywhere
-    if all(size % 2 == 0 for size in sizes):
-        return halves
-    keep = np.ones(len(halves), dtype=bool)
-    odd = np.asarray(sizes) % 2 == 1
-    keep[(2 * ends - 1)[odd]] = False
-    return halves[keep]
+    pairs = [(size + 1) // 2 for size in sizes]
+    starts = [0, *accumulate(pairs)]
+    total = starts.pop()
+    first = [signed64(key + (1 - start) * _GOLDEN) for key, start in zip(keys, starts, strict=True)]
+    first_J, pairs_J = torch.tensor([first, pairs], dtype=torch.int64).to(device)
+    counter = torch.arange(total, dtype=torch.int64, device=device)
+    state = counter.mul_(signed64(_GOLDEN)).add_(torch.repeat_interleave(first_J, pairs_J, output_size=total))
+    moved = torch.empty_like(state)
+    state = state.bitwise_xor_(_shifted(state, 30, moved)).mul_(signed64(_MIX_1))
+    state = state.bitwise_xor_(_shifted(state, 27, moved)).mul_(signed64(_MIX_2))
+    state = state.bitwise_xor_(_shifted(state, 31, moved)).bitwise_xor_(_HIGHEST_OF_HALVES)
+    return state.view(torch.int32)  # the low half first: every machine with a torch is little-endian
 
 
-def _splitmix64(state: np.ndarray) -> np.ndarray:
-    state = state + _GOLDEN
-    state = (state ^ (state >> np.uint64(30))) * _MIX_1
-    state = (state ^ (state >> np.uint64(27))) * _MIX_2
-    return state ^ (state >> np.uint64(31))
+def uniform(bits: Tensor) -> Tensor:
+    """The numbers in [0, 1) that int32 bits stand for, float64 and exact: (bits + 2³¹) / 2³²."""
+    return (bits.double() + 2.0**31) * 2.0**-32
+
+
+def least_bits(probability: float) -> int:
+    """The least int32 whose number is `probability` or more."""
+    return min(math.ceil(probability * 2.0**32) - 2**31, 2**31 - 1)
+
+
+def signed64(value: int) -> int:
+    """The int64 with the low 64 bits of `value`."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shifted(x: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Logical right shift: torch's is arithmetic on signed integers."""
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)

@@ -36,26 +36,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.adapters.members import as_index, same_for_all
+from pipeline.adapters.members import kept_index, same_for_all
 
 MOST_STACKED = 2**15
 """Tokens × columns of members that are stacked, at most: from there on arithmetic costs more than calls."""
 MOST_STACKED_ACCELERATOR = 2**18
+MOST_OF_4BIT_KERNELS = 1536
+"""Tokens up to which bitsandbytes may multiply by 4-bit weights as they are."""
 
 
 class Matrices(NamedTuple):
-    """A stack of adapters of one rank, and what M members that use them drop; None = nothing."""
+    """A stack of adapters of one rank, and what members that use them drop of their tokens; None = nothing."""
 
     A: Tensor
     """(K, R, I)."""
     B: Tensor
     """(K, O, R)."""
-    columns_A: Tensor | None = None
-    """a, (M, I)."""
-    rows_B: Tensor | None = None
-    """b, (M, O)."""
-    ranks: Tensor | None = None
-    """r, (M, R or wider: members of other ranks may be)."""
     dropped_inputs: Tensor | None = None
     """(N, I) bool: entries of x that the adapter does not see."""
     dropped_hidden: Tensor | None = None
@@ -72,6 +68,26 @@ class Users:
     """(start, stop) of each one's tokens in x: ascending and apart; there may be none."""
     scale: tuple[float, ...]
     """s of each."""
+    columns_A: Tensor | None = None
+    """a, (M, I); None = nothing is dropped, here and below."""
+    rows_B: Tensor | None = None
+    """b, (M, O)."""
+    ranks: Tensor | None = None
+    """r, (M, R or wider: members of other ranks may be)."""
+
+    def stacked(self, rank: int, like: Tensor) -> Stack:
+        """How their products are made; the adapters have this rank, and parameters like this one."""
+        b: Tensor | float = self.scale[0]
+        if not same_for_all(self.scale):
+            b = _column(self.scale, like.dtype, like.device)
+        if self.rows_B is not None:
+            b = self.rows_B.unsqueeze(1) * b
+        if self.ranks is not None:
+            b = self.ranks[:, :rank].unsqueeze(2) * b
+        a = like.new_ones(1, 1, 1) if self.columns_A is None else self.columns_A.unsqueeze(1)
+        b = b if isinstance(b, Tensor) else like.new_full((1, 1, 1), b)
+        shared = len(a) == len(b) == 1 and same_for_all(self.slots)
+        return Stack(self.slots, shared, _blocks(self.spans, self.slots, shared, rank, like.device), a, b)
 
 
 def fuses(base: nn.Module, x: Tensor) -> bool:
@@ -87,16 +103,12 @@ def fuses(base: nn.Module, x: Tensor) -> bool:
     return type(base).forward is nn.Linear.forward and base.weight.dtype == x.dtype
 
 
-def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Users, Matrices]]) -> Tensor:
+def adapted_linear(x: Tensor, base: nn.Module, updates: Sequence[tuple[Stack, Matrices]]) -> Tensor:
     """(…, I) -> (…, O): the base's output, the updates added. `base` is frozen, and one that `fuses`."""
-    stacks: list[_Stack] = []
     tensors: list[Tensor | None] = []
-    for users, matrices in updates:
-        a, b = _coefficients(users, matrices)
-        shared = len(a) == len(b) == 1 and same_for_all(users.slots)
-        rank = matrices.A.shape[1]
-        stacks.append(_Stack(users.slots, shared, _blocks(users.spans, users.slots, shared, rank, x.device)))
-        tensors += [matrices.A, matrices.B, a, b, matrices.dropped_inputs, matrices.dropped_hidden]
+    for stack, matrices in updates:
+        tensors += [matrices.A, matrices.B, stack.a, stack.b, matrices.dropped_inputs, matrices.dropped_hidden]
+    stacks = [stack for stack, _ in updates]
     return _AdaptedLinear.apply(x, base, stacks, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -134,21 +146,26 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
+    """What the members that use a stack ask of every product, whatever their tokens are."""
+
     slots: tuple[int, ...]
-    """Of its members."""
     shared: bool
     """Whether all of them have the same matrices, masks and scale included."""
     blocks: tuple[_Block, ...]
+    a: Tensor
+    """(M or 1, 1, I or 1): what A is multiplied by, entry for entry."""
+    b: Tensor
+    """(M or 1, R or 1, O or 1): s · b · r, what Bᵀ is multiplied by."""
 
 
 class _AdaptedLinear(torch.autograd.Function):
     """Of each stack it is given A, B, and what gets no gradient: what they are multiplied by, and what is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[_Stack], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Module, stacks: list[Stack], *tensors: Tensor | None) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        y = base(x)  # within a function there is no graph: nothing of this is kept
+        y = _product(base, x)  # within a function there is no graph: nothing of this is kept
         y_NO = y.reshape(-1, y.shape[-1])
         hidden: list[Tensor] = []
         for stack, (A_KRI, B_KOR, a, b, no_x, no_h) in zip(stacks, _by_stack(tensors), strict=True):
@@ -185,6 +202,11 @@ class _AdaptedLinear(torch.autograd.Function):
             of_matrices = _collected(of_A, a, stack, A_KRI), _collected(of_B, b, stack, B_KOR.mT).mT
             gradients += [*of_matrices, None, None, None, None]
         return None if dx_NI is None else dx_NI.view(x.shape), None, None, *gradients
+
+
+@lru_cache(maxsize=64)  # as `kept_index`
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _by_stack(tensors: Sequence[Any]) -> list[Sequence[Any]]:
@@ -255,23 +277,7 @@ def _block(
     return _Block(slice(first, last), tokens, len(batches), others)
 
 
-def _coefficients(users: Users, matrices: Matrices) -> tuple[Tensor, Tensor]:
-    """What the members' A (M, R, I) and Bᵀ (M, R, O) are multiplied by, entry for entry: a, and s · b · r."""
-    A, B, a_MI, b_MO, r_MR = matrices[:5]
-    b: Tensor | float = users.scale[0]
-    if not same_for_all(users.scale):
-        b = torch.tensor(users.scale, dtype=B.dtype, device=B.device).view(-1, 1, 1)
-    if b_MO is not None:
-        b = b_MO.unsqueeze(1) * b
-    if r_MR is not None:
-        b = r_MR[:, : A.shape[1]].unsqueeze(2) * b
-    return (
-        A.new_ones(1, 1, 1) if a_MI is None else a_MI.unsqueeze(1),
-        b if isinstance(b, Tensor) else B.new_full((1, 1, 1), b),
-    )
-
-
-def _weighted(matrices_KRF: Tensor, by: Tensor, stack: _Stack, dtype: torch.dtype) -> Tensor:
+def _weighted(matrices_KRF: Tensor, by: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
     """The members' matrices times `by`, (M, R, F): multiplied, rounded to `dtype` and laid out in one pass.
 
     (1, R, F) of a shared stack.
@@ -280,13 +286,13 @@ def _weighted(matrices_KRF: Tensor, by: Tensor, stack: _Stack, dtype: torch.dtyp
     if same_for_all(slots):
         chosen_MRF = matrices_KRF[slots[0] : slots[0] + 1]
     else:
-        chosen_MRF = matrices_KRF.index_select(0, as_index(slots, matrices_KRF.device))
+        chosen_MRF = matrices_KRF.index_select(0, kept_index(slots, matrices_KRF.device))
     different = max(chosen_MRF.shape[0], by.shape[0])
     out = torch.mul(chosen_MRF, by, out=chosen_MRF.new_empty(different, *chosen_MRF.shape[1:], dtype=dtype))
     return out if stack.shared or different == len(slots) else out.expand(len(slots), -1, -1)
 
 
-def _collected(parts: Sequence[Tensor], by: Tensor, stack: _Stack, of: Tensor) -> Tensor:
+def _collected(parts: Sequence[Tensor], by: Tensor, stack: Stack, of: Tensor) -> Tensor:
     """Gradient (K, R, F) of the matrices `of` a stack, in their dtype, from those of its blocks' weighted ones."""
     total: Tensor | None = None
     for block, part in zip(stack.blocks, parts, strict=True):
@@ -297,12 +303,19 @@ def _collected(parts: Sequence[Tensor], by: Tensor, stack: _Stack, of: Tensor) -
         if len(parts) == 1 and slots == tuple(range(of.shape[0])):
             return d_KRF
         total = of.new_zeros(of.shape) if total is None else total
-        total.index_add_(0, as_index(slots, of.device), d_KRF)
+        total.index_add_(0, kept_index(slots, of.device), d_KRF)
     return of.new_zeros(of.shape) if total is None else total
 
 
 def _is_4bit(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit"
+
+
+def _product(base: nn.Module, x: Tensor) -> Tensor:
+    """x Wᵀ + bias. Of many tokens on a GPU bitsandbytes makes it like this, too, in more calls."""
+    if not _is_4bit(base) or x.device.type == "cpu" or x.numel() <= MOST_OF_4BIT_KERNELS * x.shape[-1]:
+        return base(x)  # type: ignore[no-any-return]
+    return nn.functional.linear(x, _frozen_weight(base).to(x.dtype), base.bias)  # type: ignore[arg-type]
 
 
 def _frozen_weight(base: nn.Module) -> Tensor:

@@ -6,16 +6,16 @@ Shapes: M members, B rows per member, T tokens, I inputs, O outputs, R rank, K a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.bucket import Bucket
-from pipeline.adapters.fused import Matrices, Users, adapted_linear, fuses
+from pipeline.adapters.fused import Matrices, Stack, Users, adapted_linear, fuses
 from pipeline.adapters.masks import dropped_hidden, element_mask
-from pipeline.adapters.members import Member, MemberAxis, MemberPlan, as_index, same_for_all
+from pipeline.adapters.members import Member, MemberAxis, MemberPlan, as_index, kept_index, same_for_all
 from pipeline.config.method import Site
 
 PER_TOKEN = "lora_rank, per token"
@@ -158,13 +158,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M·B, …, I) -> (M·B, …, O). Raises `MemberAxisError` where the leading size is not M·B."""
-        plan = self._axis.plan_for(x.shape[0], self.name, x[..., 0].numel())
-        users = [
-            (bucket, chosen) for bucket in self.buckets
-            if (chosen := [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot])
-        ]
+        vectors = x.numel() // x.shape[-1]
+        plan = self._axis.plan_for(x.shape[0], self.name, vectors)
+        users = self._axis.once((self.name, vectors), lambda: self._users(plan, plan.spans(vectors)))
         if self._fuses(x, users):
-            return adapted_linear(x, self.base, [self._update(x, plan, *of_bucket) for of_bucket in users])
+            stacks = self._axis.once((self.name, vectors, "stacks"), lambda: self._stacks(plan, users, vectors))
+            updates = [
+                (stack, Matrices(*bucket.matrices(), *self._dropped_of(plan, chosen, x, bucket.rank)))  # type: ignore[operator]
+                for stack, (bucket, chosen) in zip(stacks, users, strict=True)
+            ]
+            return adapted_linear(x, self.base, updates)
         y = self.base(x)
         if plan.end_to_end is not None:
             return y + self._member_by_member(x, y.shape[-1], plan).to(y.dtype)
@@ -193,7 +196,7 @@ class LoRALinear(nn.Module):
             updates.append(self._plain_update(bucket, own, plan, [m])[0])
         return torch.cat(updates).view(*x.shape[:-1], outputs)
 
-    def _fuses(self, x: Tensor, users: list[tuple[nn.Module, list[int]]]) -> bool:
+    def _fuses(self, x: Tensor, users: list[tuple[Bucket, list[int]]]) -> bool:
         """Whether one function serves this pass (`fused`), or autograd's own operations do.
 
         They do under ZeRO-3, which gathers a module's parameters when it is called, and when its own backward begins.
@@ -201,24 +204,34 @@ class LoRALinear(nn.Module):
         sharded = any(hasattr(bucket.lora_A, "ds_id") for bucket, _ in users)
         return self.fused and bool(users) and not sharded and fuses(self.base, x)
 
-    def _update(
-        self, x: Tensor, plan: MemberPlan, bucket: nn.Module, chosen: list[int]
-    ) -> tuple[Users, Matrices]:
-        every = plan.spans(x[..., 0].numel())
-        chosen = [m for m in chosen if every[m][0] < every[m][1]] or chosen  # a draw that got no row has no token
-        adapters, masks = [plan.members[m].adapter for m in chosen], self._masks(plan, chosen, x.device)
-        slots = tuple(bucket.slot[adapter] for adapter in adapters)  # type: ignore[index, operator]
-        scale = (
-            bucket.scalings[slot] * mean * self._rescaled(plan.members[m])  # type: ignore[index, operator]
-            for m, slot, mean in zip(chosen, slots, self._means(plan, chosen), strict=True)
-        )
-        given = (masks.get(position) for position in ("lora_A", "lora_B", "lora_rank"))
-        dropped = (
-            self._dropped(sites, plan, chosen, every, size)
-            for sites, size in ((self.input_sites, x.shape[-1]), (self.rank_sites, bucket.rank))
-        )
-        users = Users(slots, tuple(every[m] for m in chosen), tuple(scale))
-        return users, Matrices(*bucket.matrices(), *given, *dropped)  # type: ignore[operator]
+    def _users(self, plan: MemberPlan, spans: list[tuple[int, int]]) -> list[tuple[Bucket, list[int]]]:
+        """Buckets with the members that use them, those without a token left out: a draw may have got no row."""
+        found: list[tuple[Bucket, list[int]]] = []
+        for bucket in self.buckets:
+            using = [m for m, member in enumerate(plan.members) if member.adapter in bucket.slot]  # type: ignore[operator]
+            if using:
+                found.append((bucket, [m for m in using if spans[m][0] < spans[m][1]] or using))  # type: ignore[arg-type]
+        return found
+
+    def _stacks(self, plan: MemberPlan, users: list[tuple[Bucket, list[int]]], vectors: int) -> list[Stack]:
+        spans, found = plan.spans(vectors), []
+        for bucket, chosen in users:
+            like = next(bucket.parameters())
+            slots = tuple(bucket.slot[plan.members[m].adapter] for m in chosen)  # type: ignore[index]
+            scale = (
+                bucket.scalings[slot] * mean * self._rescaled(plan.members[m])
+                for m, slot, mean in zip(chosen, slots, self._means(plan, chosen), strict=True)
+            )
+            masks = self._masks(plan, chosen, like.device)
+            given = (masks.get(position) for position in ("lora_A", "lora_B", "lora_rank"))
+            using = Users(slots, tuple(spans[m] for m in chosen), tuple(scale), *given)
+            found.append(using.stacked(bucket.rank, like))
+        return found
+
+    def _dropped_of(self, plan: MemberPlan, chosen: list[int], x: Tensor, rank: int) -> Iterator[Tensor | None]:
+        """Entries of x and of A x that the chosen members drop."""
+        for sites, size in ((self.input_sites, x.shape[-1]), (self.rank_sites, rank)):
+            yield self._dropped(sites, plan, chosen, plan.spans(x.numel() // x.shape[-1]), size) if sites else None
 
     def _rescaled(self, member: Member) -> float:
         """What is kept of a member's tokens is divided by how much of them is: of x and of A x, once each."""
@@ -262,7 +275,7 @@ class LoRALinear(nn.Module):
         masks = plan.masks.get(self.name, {})
         if len(chosen) == plan.size:
             return dict(masks)
-        index = as_index(chosen, device)
+        index = kept_index(tuple(chosen), device)
         return {position: mask.index_select(0, index) for position, mask in masks.items()}
 
     def _means(self, plan: MemberPlan, chosen: list[int]) -> list[float]:

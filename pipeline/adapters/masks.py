@@ -1,6 +1,6 @@
 """Masks are functions of keys, never state: equal on every device, after a resume, in every layout of the rows.
 
-*Weight masks* are drawn before the forward, for all layers and members in one flat draw on the CPU, keyed by (run seed,
+*Weight masks* are drawn before the forward, for all layers and members in one flat draw, keyed by (run seed,
 step or phase, draw, layer name, position). They are shared by all rows of a draw, by micro-batches and by processes.
 
 *Activation masks* are never stored. An entry is kept or dropped by a 32-bit hash of (seed, step, branch, layer,
@@ -29,7 +29,7 @@ from pipeline.adapters.members import MaskKey, Member, RowKeys, same_for_all
 from pipeline.config.extensions import MASK_PATTERNS, load
 from pipeline.config.method import WEIGHT_POSITIONS, Site
 from pipeline.errors import ConfigError
-from pipeline.randomness import key64, uniforms
+from pipeline.randomness import key64, least_bits, random_bits, uniform
 
 _TWO_31 = 2147483648
 
@@ -66,64 +66,81 @@ def draw_weight_masks(
     Args:
         keys: one per member.
     """
-    jobs: list[tuple[str, str, int, Site, int]] = []
-    seeds: list[int] = []
+    drawing = [(m, one.adapter) for m, one in enumerate(members) if one.adapter is not None and one.draw is not None]
+    masked: dict[tuple[str, str], dict[int, Site]] = {}
     for name, layer in layers.items():
         for position in WEIGHT_POSITIONS:
-            for m, (member, key) in enumerate(zip(members, keys, strict=True)):
-                if member.adapter is None or member.draw is None:
-                    continue
-                site = layer.sites.get(member.adapter, {}).get(position)
-                if site is not None:
-                    jobs.append((name, position, m, site, layer.sizes[member.adapter, position]))
-                    seeds.append(key64(key.seed, key.phase, member.draw, name, position))
-    if not jobs:
+            of_members = {m: site for m, own in drawing if (site := layer.sites.get(own, {}).get(position))}
+            if of_members:
+                masked[name, position] = of_members
+    if not masked:
         return {}
-    flat = uniforms(seeds, [job[-1] for job in jobs])
     adapters = {member.adapter for member in members if member.adapter is not None}
     widths = {  # ranks differ among members: wide enough for those that are not masked, too
         (name, position): max(layers[name].sizes.get((adapter, position), 0) for adapter in adapters)
-        for name, position, *_ in jobs
+        for name, position in masked
     }
-    return _assemble(jobs, flat, widths, len(members), device)
-
-
-def _assemble(
-    jobs: list[tuple[str, str, int, Site, int]], flat: np.ndarray, widths: Mapping[tuple[str, str], int],
-    members: int, device: torch.device | str,
-) -> dict[str, dict[str, Tensor]]:
-    """Cut the flat draw into (M, n) views of one buffer, moved to the device in one copy."""
-    starts, total = {}, 0
-    for where, width in widths.items():
-        starts[where] = total
-        total += members * width
-    buffer = np.ones(total, dtype=np.float32)
-    offset = 0
-    for name, position, m, site, size in jobs:
-        kept = np.float32(1.0 / (1.0 - site.rate) if site.compensation == "inverse" else 1.0)
-        begin = starts[name, position] + m * widths[name, position]
-        buffer[begin : begin + size] = np.where(kept_entries(site, flat[offset : offset + size]), kept, np.float32(0))
-        offset += size
-    moved = torch.from_numpy(buffer).to(device)
+    bits = random_bits(
+        [
+            key64(key.seed, key.phase, member.draw, *where) if m in of_members else 0
+            for where, of_members in masked.items() for m, (member, key) in enumerate(zip(members, keys, strict=True))
+        ],
+        [width for width in widths.values() for _ in members], device,
+    )
+    entries = _entries(bits, masked, widths, len(members))
     masks: dict[str, dict[str, Tensor]] = {}
+    begin = 0
     for (name, position), width in widths.items():
-        begin = starts[name, position]
-        masks.setdefault(name, {})[position] = moved[begin : begin + members * width].view(members, width)
+        of_bits, of_layer = (_rows(flat, begin, len(members), width) for flat in (bits, entries))
+        for m, site in masked[name, position].items():
+            size = layers[name].sizes[members[m].adapter, position]  # type: ignore[index]
+            if size < width:
+                of_layer[m, size:] = 1.0
+            if site.pattern != "column":
+                keeps = kept_entries(site, uniform(of_bits[m, :size]).cpu().numpy())
+                of_layer[m, :size] = torch.from_numpy(keeps).to(of_layer).mul_(_kept_value(site))
+        masks.setdefault(name, {})[position] = of_layer
+        begin += len(members) * (width + width % 2)
     return masks
+
+
+def _rows(flat: Tensor, begin: int, members: int, width: int) -> Tensor:
+    """(M, width), a view: each member's part of a flat draw begins on a whole word."""
+    even = width + width % 2
+    return flat[begin : begin + members * even].view(members, even)[:, :width]
+
+
+def _entries(
+    bits: Tensor, masked: Mapping[tuple[str, str], Mapping[int, Site]], widths: Mapping[tuple[str, str], int],
+    members: int,
+) -> Tensor:
+    """What stands in the masks in the place of each of `bits`."""
+    everything = (-_TWO_31, 1.0)
+    kinds = [
+        (least_bits(site.rate), _kept_value(site)) if (site := of_members.get(m)) else everything
+        for of_members in masked.values() for m in range(members)
+    ]
+    if same_for_all(kinds):
+        least, kept = kinds[0]
+        return (bits >= least).to(torch.float32).mul_(kept)
+    counts = torch.tensor([width + width % 2 for width in widths.values() for _ in range(members)])
+    least_J = torch.tensor([least for least, _ in kinds], dtype=torch.int32)
+    kept_J = torch.tensor([kept for _, kept in kinds], dtype=torch.float32)
+    counts_J, least_J, kept_J = (one.to(bits.device) for one in (counts, least_J, kept_J))
+    least_of, kept_of = (torch.repeat_interleave(one, counts_J, output_size=len(bits)) for one in (least_J, kept_J))
+    return kept_of.mul_(bits >= least_of)
 
 
 def kept_entries(site: Site, uniforms: np.ndarray) -> np.ndarray:
     """(n,) bool, the entries of a weight mask that are kept, of n independent uniform numbers in [0, 1).
 
-    `column`: each where its own number is `rate` or more. A pattern of an installed package is a function of the same
-    two, so it is drawn anew from the keys alone, as all masks are. It has to drop every entry with probability `rate`:
-    scaling and the read-out without masks rest on that, and on nothing else.
+    A pattern of an installed package is a function of these and the rate, so it is drawn anew from the keys alone, as
+    `column` is, which keeps each entry whose own number is `rate` or more. It has to drop every entry with probability
+    `rate`: scaling and the read-out without masks rest on that, and on nothing else.
 
     Raises:
         ConfigError: the package's function gives no mask of that form.
     """
-    if site.pattern == "column":
-        return uniforms >= site.rate
     keeps = load(MASK_PATTERNS, site.pattern)(uniforms, site.rate)
     if not isinstance(keeps, np.ndarray) or keeps.dtype != np.bool_ or keeps.shape != uniforms.shape:
         form = f"{keeps.dtype} {keeps.shape}" if isinstance(keeps, np.ndarray) else type(keeps).__name__
@@ -132,6 +149,10 @@ def kept_entries(site: Site, uniforms: np.ndarray) -> np.ndarray:
             "Mend or remove the package that offers it.",
         )
     return keeps
+
+
+def _kept_value(site: Site) -> float:
+    return 1.0 / (1.0 - site.rate) if site.compensation == "inverse" else 1.0
 
 
 def element_mask(

@@ -7,15 +7,19 @@ in that order, are laid end to end in one row of N tokens: no padding, and membe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import LoradropError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,15 +151,28 @@ class MemberAxis:
 
     def __init__(self) -> None:
         self._plan: MemberPlan | None = None
+        self._found: dict[Hashable, Any] = {}
 
     @contextmanager
     def active(self, plan: MemberPlan) -> Iterator[MemberPlan]:
         """Use `plan` within the block; the state before is restored, also after an exception."""
-        before, self._plan = self._plan, plan
+        before, self._plan, self._found = (self._plan, self._found), plan, {}
         try:
             yield plan
         finally:
-            self._plan = before
+            self._plan, self._found = before
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What `find` finds, which within the block of a plan is asked once for each key.
+
+        For what a layer finds out from the plan alone: a recomputation asks again, and a decode asks at every token.
+        """
+        if self._plan is None:
+            return find()
+        if key not in self._found:
+            self._found[key] = find()
+        found: T = self._found[key]
+        return found
 
     def plan_for(self, leading: int, layer: str, vectors: int | None = None) -> MemberPlan:
         """The plan of an input with `leading` rows and `vectors` in all of them.
@@ -206,3 +223,9 @@ def same_for_all(values: Sequence[object]) -> bool:
 def as_index(values: Sequence[int], device: torch.device) -> Tensor:
     """A long index tensor."""
     return torch.tensor(list(values), dtype=torch.long, device=device)
+
+
+@lru_cache(maxsize=256)  # every layer of a pass asks for the same, and a copy to a device waits for it
+def kept_index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """`as_index` of a few; not to be changed."""
+    return as_index(values, device)

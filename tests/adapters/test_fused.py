@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import pipeline.adapters.fused
 import pipeline.adapters.linear
 from pipeline.adapters.attach import Adapters, attach
-from pipeline.adapters.fused import Matrices, Users, _blocks, adapted_linear, fuses
+from pipeline.adapters.fused import Matrices, Stack, Users, _blocks, adapted_linear, fuses
 from pipeline.adapters.layout import split_layout
 from pipeline.adapters.members import MaskKey, Member
 from pipeline.adapters.spec import AdapterSpec
@@ -98,7 +98,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many updates each call of the one function had."""
     calls: list[int] = []
 
-    def counted(x: Tensor, base: nn.Module, updates: list[tuple[Users, Matrices]]) -> Tensor:
+    def counted(x: Tensor, base: nn.Module, updates: list[tuple[Stack, Matrices]]) -> Tensor:
         calls.append(len(updates))
         return adapted_linear(x, base, updates)
 
@@ -226,7 +226,8 @@ def stacked_results(slots: tuple[int, ...], A: Tensor, B: Tensor) -> list[Tensor
     leaves = [A.clone().requires_grad_(), B.clone().requires_grad_()]
     x = torch.randn(22, 12, generator=chance).requires_grad_()
     masks = [torch.rand(8, n, generator=chance).gt(0.4) * 2.0 for n in (12, 9)]
-    y = adapted_linear(x, base, [(Users(slots, UNEQUAL, (0.5,) * 8), Matrices(*leaves, *masks))])
+    stacked = Users(slots, UNEQUAL, (0.5,) * 8, *masks).stacked(A.shape[1], leaves[0])
+    y = adapted_linear(x, base, [(stacked, Matrices(*leaves))])
     return [y.detach(), *torch.autograd.grad(y, [x, *leaves], torch.randn(22, 9, generator=chance))]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.families import LORA_DROPOUT, adapted_llama
 from helpers.reference import phi_z, reference_key, reference_mask, reference_uniforms, splitmix64, z_score
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from pipeline.adapters.masks import LayerSites, draw_weight_masks
 from pipeline.adapters.members import MaskKey, Member, MemberPlan
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.config.method import Site
-from pipeline.randomness import key64, uniforms
+from pipeline.randomness import key64, least_bits, random_bits, uniform
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -35,14 +35,25 @@ def test_splitmix64_gives_the_published_numbers() -> None:
 
 @given(st.lists(st.tuples(keys, st.integers(0, 9)), max_size=6))
 def test_uniforms_equal_the_reference_segment_by_segment(segments: list[tuple[int, int]]) -> None:
-    drawn = uniforms([key for key, _ in segments], [size for _, size in segments])
-    wanted = [u for key, size in segments for u in reference_uniforms(key, size)]
-    assert drawn.dtype == np.float64 and drawn.tolist() == wanted
+    """An odd segment has one number more."""
+    bits = random_bits([key for key, _ in segments], [size for _, size in segments], "cpu")
+    wanted = [u for key, size in segments for u in reference_uniforms(key, size + size % 2)]
+    assert bits.dtype == torch.int32 and uniform(bits).dtype == torch.float64 and uniform(bits).tolist() == wanted
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(-(2**31), 2**31 - 1))
+@example(0.0, -(2**31))
+@example(0.3, 1288490189 - 2**31)
+@example(0.3, 1288490188 - 2**31)
+@example(1.0 - 2.0**-53, 2**31 - 1)
+def test_bits_are_compared_as_the_numbers_they_stand_for(probability: float, bits: int) -> None:
+    number = (bits + 2**31) / 2**32
+    assert (bits >= least_bits(probability)) == (number >= probability or bits == 2**31 - 1)
 
 
 def test_uniforms_are_uniform_and_uncorrelated() -> None:
     """Byte frequencies of all four bytes, neighbours, the two halves of a word, neighbouring keys."""
-    values = uniforms([7, 8], [2**18, 2**18])
+    values = uniform(random_bits([7, 8], [2**18, 2**18], "cpu")).numpy()
     assert values.min() >= 0.0 and values.max() < 1.0
     words = (values * 2**32).astype(np.uint64)
     for shift in (0, 8, 16, 24):

@@ -124,9 +124,8 @@ def unequal_members(
         leaves = [p.to(device).clone().requires_grad_() for p in (x, *stack)]
         masks += [torch.rand(tokens, n).lt(0.3) if by_token else None for n in (inputs, rank)]
         on_device = [None if mask is None else mask.to(device) for mask in masks]
-        y = adapted_linear(
-            leaves[0], base.to(device), [(Users(slots, spans, scale), Matrices(leaves[1], leaves[2], *on_device))]
-        )
+        stacked = Users(slots, spans, scale, *on_device[:3]).stacked(rank, leaves[1])
+        y = adapted_linear(leaves[0], base.to(device), [(stacked, Matrices(leaves[1], leaves[2], *on_device[3:]))])
         ours = dict(zip("yxAB", (y, *torch.autograd.grad(y, leaves, direction.to(device))), strict=True))
         exact = [p.double().requires_grad_() for p in (x, *stack)]
         weight, bias = base.weight.cpu(), base.bias.cpu()
