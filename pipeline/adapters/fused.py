@@ -126,11 +126,15 @@ class _Block:
 
     def of(self, x_NF: Tensor) -> Tensor:
         """Their part of x, (B, tokens of a batch, F): a view."""
-        return x_NF[self.tokens].view(self.batches, (self.tokens.stop - self.tokens.start) // self.batches, -1)
+        count = self.tokens.stop - self.tokens.start
+        own_NF = x_NF if count == len(x_NF) else x_NF[self.tokens]  # on a GPU a small pass costs what its calls cost
+        return own_NF.view(self.batches, count // self.batches, -1)
 
     def matrices(self, of_members_MRF: Tensor) -> Tensor:
         """Their matrices, (B, members of a batch · R, F): a view."""
-        return of_members_MRF[self.members].reshape(self.batches, -1, of_members_MRF.shape[-1])
+        whole = self.members == slice(0, len(of_members_MRF))
+        own_MRF = of_members_MRF if whole else of_members_MRF[self.members]
+        return own_MRF.reshape(self.batches, -1, of_members_MRF.shape[-1])
 
     def own(self, h_BnR: Tensor, dropped_NR: Tensor | None) -> Tensor:
         """What a token has of other members' columns becomes zero, in place: products would be sums over members. So

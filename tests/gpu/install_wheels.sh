@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Installs what tests/gpu/pack_wheels.py has packed: bash PART/install.sh TARGET for every part, in any order, at once or
 # in several calls. Nothing is fetched. The last part joins wheels that were cut, checks all of them and installs them into
-# the folder TARGET, which then belongs into PYTHONPATH. PYTHON names another Python than python3.
+# an environment of its own, the folder TARGET, which also sees all that the given Python has: torch, above all. It is no
+# PYTHONPATH, which processes that are started with python -I or with one of their own would not see.
+# PYTHON names another Python than python3.
 set -euo pipefail
 part="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 target="$(readlink -f -- "${1:?usage: bash PART/install.sh TARGET}")"
@@ -27,6 +29,10 @@ if [ "$absent" -gt 0 ]; then
     exit 0
 fi
 sha256sum --check --quiet SHA256SUMS
-"${PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$target" ./*.whl
+python="${PYTHON:-python3}"
+"$python" -m venv --without-pip "$target"
+site="$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+"$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$site/those-of-the-given-python.pth"
+"$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" ./*.whl
 rm -r "$store"
-echo "export PYTHONPATH=$target"
+echo "$target/bin/python -m pipeline.cli test --gpu"

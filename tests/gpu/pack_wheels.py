@@ -2,7 +2,7 @@
 
     python tests/gpu/pack_wheels.py FOLDER                         # parts of at most 64 MiB, for Python 3.12
     python tests/gpu/pack_wheels.py FOLDER --has numpy scipy       # without what the machine has already
-    bash FOLDER/part-1/install.sh /tmp/site                        # there, for every part; then PYTHONPATH=/tmp/site
+    bash FOLDER/part-1/install.sh /tmp/env                         # there, for every part; then /tmp/env/bin/python
 
 Packed are the packages that pyproject.toml names and those of the tests, with all that they need, at the versions of
 constraints.txt, as wheels; never torch, nor what comes with it. A wheel larger than a part is cut, and install.sh

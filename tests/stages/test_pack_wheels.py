@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -37,20 +38,29 @@ def test_parts_are_small_enough_and_are_joined_where_they_go(tmp_path: Path, mon
     assert len(list((tmp_path / "pack").rglob("big-*.whl.*"))) == 3
 
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "$@" > "$RECORD"\nls > "$RECORD.files"\n')
+    stub.write_text(
+        f'#!/bin/sh\ncase "$2" in\nvenv|import*) exec {sys.executable} "$@";;\nesac\n'
+        'echo "$@" > "$RECORD"\nls > "$RECORD.files"\n'
+    )
     stub.chmod(0o755)
     record, said = tmp_path / "record", []
     for part in reversed(parts):
         assert not record.exists()
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "RECORD": str(record)}
-        command = ["bash", str(part / "install.sh"), str(tmp_path / "site")]
+        command = ["bash", str(part / "install.sh"), str(tmp_path / "env")]
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    own = tmp_path / "env" / "bin" / "python"
     assert all("wheels are in other parts" in line for line in said[:-1])
-    assert said[-1] == f"export PYTHONPATH={tmp_path / 'site'}\n"
-    assert f"--no-index --no-deps --no-compile --upgrade --target {tmp_path / 'site'}" in record.read_text()
+    assert said[-1] == f"{own} -m pipeline.cli test --gpu\n"
+    site, *others = subprocess.run(
+        [own, "-I", "-c", "import site, pytest; print(*site.getsitepackages(), pytest.__file__, sep='\\n')"],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()
+    assert others == [pytest.__file__], "it does not see what the given Python has"
+    assert f"--no-index --no-deps --no-compile --upgrade --target {site}" in record.read_text()
     installed = set(Path(f"{record}.files").read_text().split())
     assert installed == {"SHA256SUMS", *(f"{name}-1.0-py3-none-any.whl" for name in SIZES)}
-    assert not (tmp_path / "site.wheels").exists()
+    assert not (tmp_path / "env.wheels").exists()
 
 
 def test_what_wheels_need_is_followed_without_torch_and_what_is_there(
