@@ -99,5 +99,5 @@ def test_two_nodes_train_what_two_processes_of_one_node_train(
     assert [one.code for one in watched] == [0, 0], watched[0].output + watched[1].output
     for number, node in enumerate(watched, start=1):
         assert node.outside == {("python", f"10.77.0.{number}")}, "not the address given alone"
-    assert losses(two) == losses(one) and len(losses(one)) == 3
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 3  # seen 1.5e-7 apart
     assert (two / "logs" / "train.node1.log").exists()
