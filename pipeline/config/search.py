@@ -43,8 +43,8 @@ class CompareConfig(Section):
     seeds: tuple[NonNegative, ...] = ()
     """`train.seed` of the repetitions of every training; empty = `train.seed` alone."""
     evaluate: Literal["chosen", "all"] = "chosen"
-    """Settings whose adapters predict calibration and test rows: of every method those that validation chose, or all.
-    Scores of the others on test rows are nothing to choose by, and cost as much again."""
+    """Settings whose adapters the evaluation has predict rows: of every method those that validation chose while it was
+    trained, or all. Scores of the others on test rows are nothing to choose by, and cost as much again."""
 
     @model_validator(mode="after")
     def _check_size(self) -> CompareConfig:
