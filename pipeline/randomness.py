@@ -16,8 +16,8 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_HIGHEST_OF_HALVES = -0x7FFFFFFF80000000
-"""0x8000000080000000: with it unsigned halves are in the order of signed ones."""
+_HIGHEST_OF_HALVES = 0x8000000080000000
+"""With it unsigned halves are in the order of signed ones."""
 
 
 def key64(*parts: object) -> int:
@@ -39,14 +39,14 @@ def random_bits(keys: Sequence[int], sizes: Sequence[int], device: torch.device 
     pairs = [(size + 1) // 2 for size in sizes]
     starts = [0, *accumulate(pairs)]
     total = starts.pop()
-    first = [signed64(key + (1 - start) * _GOLDEN) for key, start in zip(keys, starts, strict=True)]
+    first = [signed(key + (1 - start) * _GOLDEN, 64) for key, start in zip(keys, starts, strict=True)]
     first_J, pairs_J = torch.tensor([first, pairs], dtype=torch.int64).to(device)
     counter = torch.arange(total, dtype=torch.int64, device=device)
-    state = counter.mul_(signed64(_GOLDEN)).add_(torch.repeat_interleave(first_J, pairs_J, output_size=total))
+    state = counter.mul_(signed(_GOLDEN, 64)).add_(torch.repeat_interleave(first_J, pairs_J, output_size=total))
     moved = torch.empty_like(state)
-    state = state.bitwise_xor_(_shifted(state, 30, moved)).mul_(signed64(_MIX_1))
-    state = state.bitwise_xor_(_shifted(state, 27, moved)).mul_(signed64(_MIX_2))
-    state = state.bitwise_xor_(_shifted(state, 31, moved)).bitwise_xor_(_HIGHEST_OF_HALVES)
+    state = state.bitwise_xor_(shifted(state, 30, moved)).mul_(signed(_MIX_1, 64))
+    state = state.bitwise_xor_(shifted(state, 27, moved)).mul_(signed(_MIX_2, 64))
+    state = state.bitwise_xor_(shifted(state, 31, moved)).bitwise_xor_(signed(_HIGHEST_OF_HALVES, 64))
     return state.view(torch.int32)  # the low half first: every machine with a torch is little-endian
 
 
@@ -60,12 +60,12 @@ def least_bits(probability: float) -> int:
     return min(math.ceil(probability * 2.0**32) - 2**31, 2**31 - 1)
 
 
-def signed64(value: int) -> int:
-    """The int64 with the low 64 bits of `value`."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
+def signed(value: int, width: int) -> int:
+    """The signed integer with the low `width` bits of `value`."""
+    value &= 2**width - 1
+    return value - 2**width if value >= 2 ** (width - 1) else value
 
 
-def _shifted(x: Tensor, bits: int, out: Tensor) -> Tensor:
-    """Logical right shift: torch's is arithmetic on signed integers."""
-    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
+def shifted(x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Logical right shift of integers of any width: torch's is arithmetic on signed ones."""
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (8 * x.element_size() - bits)) - 1)

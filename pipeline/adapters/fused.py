@@ -187,7 +187,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         x_NI, g_NO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        dx_NI = g_NO @ _frozen_weight(ctx.base).to(g.dtype) if ctx.needs_input_grad[0] else None
+        dx_NI = g_NO @ _frozen_weight(ctx.base, g.dtype) if ctx.needs_input_grad[0] else None
         hidden = iter(saved[ctx.given :])
         gradients: list[Tensor | None] = []
         for stack, (A_KRI, B_KOR, a, b, no_x, no_h) in zip(ctx.stacks, _by_stack(saved[: ctx.given]), strict=True):
@@ -319,13 +319,13 @@ def _product(base: nn.Module, x: Tensor) -> Tensor:
     """x Wᵀ + bias. Of many tokens on a GPU bitsandbytes makes it like this, too, in more calls."""
     if not _is_4bit(base) or x.device.type == "cpu" or x.numel() <= MOST_OF_4BIT_KERNELS * x.shape[-1]:
         return base(x)  # type: ignore[no-any-return]
-    return nn.functional.linear(x, _frozen_weight(base).to(x.dtype), base.bias)  # type: ignore[arg-type]
+    return nn.functional.linear(x, _frozen_weight(base, x.dtype), base.bias)  # type: ignore[arg-type]
 
 
-def _frozen_weight(base: nn.Module) -> Tensor:
+def _frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """W (O, I); of a 4-bit layer a copy, dequantized now."""
     if not _is_4bit(base):
-        return base.weight  # type: ignore[return-value]
+        return base.weight.to(dtype)  # type: ignore[operator, return-value, union-attr]
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    return dequantize_bnb_weight(base.weight)
+    return dequantize_bnb_weight(base.weight).to(dtype)

@@ -29,7 +29,7 @@ from pipeline.adapters.members import MaskKey, Member, RowKeys, same_for_all
 from pipeline.config.extensions import MASK_PATTERNS, load
 from pipeline.config.method import WEIGHT_POSITIONS, Site
 from pipeline.errors import ConfigError
-from pipeline.randomness import key64, least_bits, random_bits, uniform
+from pipeline.randomness import key64, least_bits, random_bits, shifted, signed, uniform
 
 _TWO_31 = 2147483648
 
@@ -270,22 +270,16 @@ def threshold(rate: float) -> int:
 
 def mix32(x: Tensor) -> Tensor:
     """A full-avalanche permutation of int32 (murmur3's finalizer with the constants of C. Wellons' lowbias32)."""
-    x, moved = _shift(x, 16).bitwise_xor_(x), torch.empty_like(x)
+    x, moved = shifted(x, 16).bitwise_xor_(x), torch.empty_like(x)
     x *= _signed(0x7FEB352D)
-    x ^= _shift(x, 15, moved)
+    x ^= shifted(x, 15, moved)
     x *= _signed(0x846CA68B)
-    x ^= _shift(x, 16, moved)
+    x ^= shifted(x, 16, moved)
     return x
 
 
-def _shift(x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """Logical right shift: torch's is arithmetic on signed integers."""
-    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
-
-
 def _signed(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - 2**32 if value >= _TWO_31 else value
+    return signed(value, 32)
 
 
 def _to_int32(x: Tensor) -> Tensor:

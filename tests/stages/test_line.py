@@ -61,14 +61,16 @@ def test_the_whole_line(tmp_path: Path, tiny_settings: list[str], capsys: pytest
     page = (run / "report.html").read_text()
     assert "<svg" in page and "http-equiv" in page and "<script" not in page
 
-    whole = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    plain = tmp_path / "tiny-plain"
+    whole = {path: path.read_bytes() for folder in (run, plain) for path in folder.rglob("*") if path.is_file()}
     for folder in (run, tmp_path / "tiny-plain", tmp_path / "tiny-search", run / "export"):
         assert main(["verify", str(folder)]) == 0, capsys.readouterr().out
     adapter = run / "adapter" / "adapter_model.safetensors"
     flip(adapter)
     assert main(["verify", str(run)]) == 1
     assert main(command) == 0  # nothing is trained twice: the best step's adapter is published from its checkpoint
-    for path in (adapter, run / "predictions" / "test.npz", run / "metrics.jsonl"):
+    for path in (adapter, run / "predictions" / "test.npz", run / "metrics.jsonl", plain / "metrics.jsonl",
+                 plain / "adapter" / adapter.name):
         assert path.read_bytes() == whole[path], path.name
     assert main(["verify", str(run)]) == 0, capsys.readouterr().out
     assert main([*command, "train.seed=9"]) == 2
